@@ -1,0 +1,1 @@
+"""Exact spectral-norm Jacobian regularization for Keras 3 on TensorFlow."""
