@@ -1,0 +1,320 @@
+"""The Jacobian of a network, one matrix per example, as a linear operator.
+
+For an example `x` the matrix `J = df/dx` is never formed. It is known through two products:
+`matvec(v) = J v` (the paper's forward mode, eq. 6) and `rmatvec(u) = J^T u` (its backward mode,
+eq. 7). Section 3.2 and appendix C extend both to any differentiable network through the
+computational graph; here the graph is TensorFlow's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+FORWARD_MODES = ("accumulator", "transpose")
+
+# The forward passes now being recorded, innermost last. Replicas of a distribution strategy trace
+# one at a time, so one stack serves them all.
+_recording: list[_Recorders] = []
+
+
+class _Recorders:
+    """What records one forward pass: a tape for J^T u, a forward accumulator for J v, or both."""
+
+    def __init__(
+        self, tape: tf.GradientTape | None, accumulator: tf.autodiff.ForwardAccumulator | None
+    ) -> None:
+        self.tape = tape
+        self.accumulator = accumulator
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.tape is not None:
+                stack.enter_context(self.tape.stop_recording())
+            if self.accumulator is not None:
+                # An accumulator stops on exit and goes on where it was when entered again.
+                self.accumulator.__exit__(None, None, None)
+                stack.callback(self.accumulator.__enter__)
+            yield
+
+
+@contextlib.contextmanager
+def hold_constant() -> Iterator[None]:
+    """Holds what is computed in this context constant for the Jacobian, and only for it.
+
+    A layer that mixes the examples of a batch (BatchNorm in training mode) gives `f(x_i)` a
+    derivative with respect to another example `x_j`. The paper's pseudo-inference mode
+    (Section 3.2) takes the batch's statistics as constants instead. `JacobianOperator` does so for
+    Keras' `BatchNormalization` and its subclasses; in a layer of your own, compute the statistics
+    in this context:
+
+    ```python
+    def call(self, x, training=None):
+        with tfjacreg.hold_constant():
+            mean = ops.mean(x, axis=0)
+        return x - mean
+    ```
+
+    The gradient of the loss still flows through the statistics. Outside a Jacobian's forward pass
+    the context does nothing.
+    """
+    if not _recording:
+        yield
+        return
+    with _recording[-1].paused():
+        yield
+
+
+@contextlib.contextmanager
+def _held_batch_statistics(network: keras.Layer) -> Iterator[None]:
+    """Makes every BatchNorm in `network` compute its batch's moments under `hold_constant`."""
+    layers = [
+        layer
+        for layer in network._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+    def held(moments: Any) -> Any:
+        @functools.wraps(moments)
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with hold_constant():
+                return moments(*args, **kwargs)
+
+        return compute
+
+    # Set beside Keras' attribute tracking: a model's structure must not change under its feet.
+    for layer in layers:
+        layer.__dict__["_moments"] = held(layer._moments)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["_moments"]
+
+
+class JacobianOperator:
+    """The Jacobians of `network` at the examples of a batch: `J_i = d network(x_i) / d x_i`.
+
+    The forward pass runs once, when something first needs it, and is recorded on a
+    `tf.GradientTape` that serves every `rmatvec`. With `forward_mode="accumulator"` (the default) a
+    `tf.autodiff.ForwardAccumulator` computes J v along a forward pass: the first `matvec` shares
+    the pass of the operator if nothing has run it yet, and each later one replays the network from
+    the same state (weights, statistics, dropout mask). With `forward_mode="transpose"` J v is the
+    derivative of `<J^T u, v>` with respect to `u`: no pass is ever replayed, and kernels do not
+    drag zero tangents along, which is faster wherever it was measured (see `benchmarks/`).
+
+    Works eagerly, in a `tf.function` and inside an outer `tf.GradientTape`, which can differentiate
+    `primal` and both products with respect to the weights, provided that they are first used
+    inside it.
+
+    Attributes:
+        network: The network.
+        x: The inputs, `[B, *in]`, in at least float32.
+
+    Args:
+        network: A `keras.Layer` (any model is one) from one tensor `[B, *in]` to one `[B, *out]`.
+        x: Floating inputs, `[B, *in]`, B >= 1.
+        training: Whether the network runs in training mode. If so, BatchNorm statistics are those
+            of this batch, held constant for the Jacobian; dropout has one mask for every product;
+            and the one forward pass does all that a training pass does (moving statistics), once.
+        forward_mode: `"accumulator"` or `"transpose"`.
+
+    Raises:
+        TypeError: If `network` is not a `keras.Layer`, or `x` is not one floating tensor.
+        ValueError: If `x` has no batch axis or an empty one, or `forward_mode` is unknown.
+    """
+
+    def __init__(
+        self,
+        network: keras.Layer,
+        x: Any,
+        *,
+        training: bool = False,
+        forward_mode: str = "accumulator",
+    ) -> None:
+        if not isinstance(network, keras.Layer):
+            raise TypeError(
+                "`network` must be a keras.Layer, for example a keras.Model. "
+                f"Received: network={network!r} (of type {type(network).__name__})"
+            )
+        self.forward_mode = validate_forward_mode(forward_mode)
+        self.network = network
+        self.training = training
+        self.x = _as_floating_batch(x, network)
+        self._tape: tf.GradientTape | None = None
+        self._primal: tf.Tensor | None = None
+        self._state: list[tuple[keras.Variable, tf.Tensor]] = []
+
+    @property
+    def primal(self) -> tf.Tensor:
+        """The network's output `f(x)`, `[B, *out]`, in the network's own dtype."""
+        if self._primal is None:
+            self._record(tangent=None)
+        return self._primal
+
+    def matvec(self, v: Any) -> tf.Tensor:
+        """Computes `J_i v_i` for every example: the forward mode, eq. (6).
+
+        Args:
+            v: Tangents, `[B, *in]`.
+
+        Returns:
+            `[B, *out]`, in the dtype of `x`.
+
+        Raises:
+            ValueError: If `v` has another shape than `x`.
+        """
+        v = _like(v, self.x.shape, self.x.dtype, "v", "the input x")
+        if self.forward_mode == "transpose":
+            product = self._transposed_product(v)
+        elif self._primal is None:
+            product = self._record(tangent=v)
+        else:
+            product = self._replay(v)
+        return tf.cast(product, self.x.dtype)
+
+    def rmatvec(self, u: Any) -> tf.Tensor:
+        """Computes `J_i^T u_i` for every example: the backward mode, eq. (7).
+
+        Args:
+            u: Cotangents, `[B, *out]`.
+
+        Returns:
+            `[B, *in]`, in the dtype of `x`.
+
+        Raises:
+            ValueError: If `u` has another shape than `primal`.
+        """
+        primal = self.primal
+        u = _like(u, primal.shape, primal.dtype, "u", "the network's output")
+        return self._pull_back(u)
+
+    def _pull_back(self, u: tf.Tensor) -> tf.Tensor:
+        return self._tape.gradient(
+            self.primal,
+            self.x,
+            output_gradients=u,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
+    def _record(self, tangent: tf.Tensor | None) -> tf.Tensor | None:
+        """Runs the forward pass; with a tangent, returns J v computed along it."""
+        if self.training and self.forward_mode == "accumulator":
+            # What a replay must start from: read before this pass updates statistics and seeds.
+            self._state = [(v, tf.convert_to_tensor(v.value)) for v in self.network.variables]
+        accumulator = None
+        if tangent is not None:
+            accumulator = tf.autodiff.ForwardAccumulator(self.x, tangent)
+        self._tape = tf.GradientTape(persistent=True)
+        with self._tape:
+            self._tape.watch(self.x)
+            self._primal = self._call(self._tape, accumulator)
+        return _product_of(accumulator, self._primal)
+
+    def _replay(self, v: tf.Tensor) -> tf.Tensor:
+        """Runs the network again from the recorded state, changing nothing, for another J v."""
+        accumulator = tf.autodiff.ForwardAccumulator(self.x, v)
+        with keras.StatelessScope(state_mapping=self._state):
+            return _product_of(accumulator, self._call(None, accumulator))
+
+    def _call(
+        self,
+        tape: tf.GradientTape | None,
+        accumulator: tf.autodiff.ForwardAccumulator | None,
+    ) -> tf.Tensor:
+        _recording.append(_Recorders(tape, accumulator))
+        try:
+            with (
+                _held_batch_statistics(self.network),
+                accumulator if accumulator is not None else contextlib.nullcontext(),
+            ):
+                primal = self.network(self.x, training=self.training)
+        finally:
+            _recording.pop()
+        if not isinstance(primal, tf.Tensor):
+            raise TypeError(
+                "`network` must return one dense tensor. To differentiate one of several outputs, "
+                "build keras.Model(network.input, network.get_layer(name).output). "
+                f"Received: an output of type {type(primal).__name__}"
+            )
+        return primal
+
+    @functools.cached_property
+    def _pulled_back_zero(self) -> tuple[tf.GradientTape, tf.Tensor, tf.Tensor]:
+        """`u = 0` and `J^T u`, recorded as a function of u, for products by transposition."""
+        u = tf.zeros_like(self.primal)
+        tape = tf.GradientTape(persistent=True)
+        with tape:
+            tape.watch(u)
+            pulled_back = self._pull_back(u)
+        return tape, u, pulled_back
+
+    def _transposed_product(self, v: tf.Tensor) -> tf.Tensor:
+        tape, u, pulled_back = self._pulled_back_zero
+        return tape.gradient(
+            pulled_back,
+            u,
+            output_gradients=v,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
+
+def validate_forward_mode(forward_mode: str) -> str:
+    """Returns `forward_mode` if it is one of `FORWARD_MODES`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if forward_mode not in FORWARD_MODES:
+        raise ValueError(
+            f"`forward_mode` must be one of {FORWARD_MODES}. Received: forward_mode={forward_mode}"
+        )
+    return forward_mode
+
+
+def _product_of(
+    accumulator: tf.autodiff.ForwardAccumulator | None, primal: tf.Tensor
+) -> tf.Tensor | None:
+    if accumulator is None:
+        return None
+    return accumulator.jvp(primal, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+def _as_floating_batch(x: Any, network: keras.Layer) -> tf.Tensor:
+    if isinstance(x, (dict, list, tuple)):
+        raise TypeError(
+            "`x` must be one floating tensor or array [B, *in]. "
+            f"Received: a {type(x).__name__}"
+        )
+    x = tf.convert_to_tensor(x)
+    if not x.dtype.is_floating:
+        raise TypeError(
+            "The Jacobian needs a floating input: differentiate with respect to pixels as floats, "
+            f"or to the output of an embedding. Received: x of dtype {x.dtype.name}"
+        )
+    if x.shape.rank is not None and (x.shape.rank == 0 or x.shape[0] == 0):
+        raise ValueError(
+            "`x` must hold at least one example along its first axis. "
+            f"Received: x of shape {tuple(x.shape)}"
+        )
+    if x.dtype in (tf.float16, tf.bfloat16):
+        # Norms of thousands of squares overflow half precision.
+        x = tf.cast(x, tf.float32)
+    return x
+
+
+def _like(a: Any, shape: tf.TensorShape, dtype: tf.DType, name: str, what: str) -> tf.Tensor:
+    a = tf.cast(tf.convert_to_tensor(a), dtype)
+    if a.shape.rank is not None and shape.rank is not None:
+        if a.shape.rank != shape.rank or not a.shape.is_compatible_with(shape):
+            raise ValueError(
+                f"`{name}` must have the shape of {what}, {tuple(shape)}. "
+                f"Received: {name} of shape {tuple(a.shape)}"
+            )
+    return a

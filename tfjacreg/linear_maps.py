@@ -1,0 +1,170 @@
+"""The linear map `W^l` of each layer, for Spectral-Bound and weight decay (Section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+
+_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+
+
+class LinearMap:
+    """One layer's linear part at its input's size, as a batch of one.
+
+    Attributes:
+        layer: The layer.
+        x: Zeros of the shape of its input, `[1, *in]`.
+        primal: Zeros of the shape of its output, `[1, *out]`.
+    """
+
+    def __init__(self, layer: keras.Layer, apply: Callable[[Any], Any]) -> None:
+        self.layer = layer
+        self._apply = apply
+        self.x = tf.zeros((1, *_input_shape(layer)), layer.variable_dtype)
+        self.primal = tf.zeros_like(apply(self.x))
+
+    def matvec(self, v: tf.Tensor) -> tf.Tensor:
+        """Returns `W v`, `[1, *out]`."""
+        return self._apply(v)
+
+    def rmatvec(self, u: tf.Tensor) -> tf.Tensor:
+        """Returns `W^T u`, `[1, *in]`: the gradient of `<u, W x>`, at any x."""
+        with tf.GradientTape() as tape:
+            tape.watch(self.x)
+            y = self._apply(self.x)
+        return tape.gradient(y, self.x, output_gradients=u)
+
+
+def weighted(network: keras.Layer) -> list[LinearMap]:
+    """The maps of the layers of `network` that multiply by a kernel, in any topology.
+
+    Raises:
+        ValueError: If there is none, or a layer with weights has no known linear map.
+    """
+    maps = [m for m in map(_linear_map, _leaves(network)) if m is not None]
+    if not maps:
+        raise ValueError(f"`network` has no layer with a kernel. Received: {network.name}")
+    return maps
+
+
+def chain(network: keras.Layer) -> list[LinearMap]:
+    """The maps, BatchNorm's among them, of a network that is one chain of layers.
+
+    Raises:
+        ValueError: If it branches, or a layer with weights has no known linear map.
+    """
+    leaves = _leaves(network)
+    for layer in leaves:
+        for node in layer._inbound_nodes:
+            if len(node.input_tensors) > 1:
+                raise ValueError(
+                    "The product of the layers' norms bounds the Jacobian of a chain of layers, "
+                    f"not of a network that branches. Received: layer {layer.name!r} "
+                    f"({type(layer).__name__}) with {len(node.input_tensors)} inputs"
+                )
+    maps = []
+    for layer in leaves:
+        if isinstance(layer, layers.BatchNormalization):
+            maps.append(_batch_norm_map(layer))
+        else:
+            linear_map = _linear_map(layer)
+            if linear_map is not None:
+                maps.append(linear_map)
+    return maps
+
+
+def kernels(network: keras.Layer) -> list[keras.Variable]:
+    """The trainable kernels of `network`: no biases, scales or offsets.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [v for v in network.trainable_variables if v.name.endswith("kernel")]
+    if not found:
+        raise ValueError(f"`network` has no trainable kernel. Received: {network.name}")
+    return found
+
+
+def _leaves(network: keras.Layer) -> list[keras.Layer]:
+    """The layers that hold no others, in the order in which the network holds them."""
+    inner = list(getattr(network, "layers", ()))
+    if not inner:
+        return [network]
+    return [leaf for layer in inner for leaf in _leaves(layer)]
+
+
+def _linear_map(layer: keras.Layer) -> LinearMap | None:
+    if isinstance(layer, layers.Dense):
+        return LinearMap(layer, lambda x: ops.matmul(x, layer.kernel))
+    if isinstance(layer, layers.EinsumDense):
+        return LinearMap(layer, lambda x: ops.einsum(layer.equation, x, layer.kernel))
+    if isinstance(layer, _CONVOLUTIONS):
+        # `convolution_op` is the layer without its bias and activation, causal padding included.
+        return LinearMap(layer, lambda x: _convolve(layer, x))
+    if isinstance(layer, _DEPTHWISE):
+        return LinearMap(
+            layer,
+            lambda x: ops.depthwise_conv(
+                x,
+                layer.kernel,
+                strides=layer.strides,
+                padding=layer.padding,
+                data_format=layer.data_format,
+                dilation_rate=layer.dilation_rate,
+            ),
+        )
+    if isinstance(layer, _TRANSPOSED):
+        return LinearMap(
+            layer,
+            lambda x: ops.conv_transpose(
+                x,
+                layer.kernel,
+                strides=list(layer.strides),
+                padding=layer.padding,
+                output_padding=layer.output_padding,
+                data_format=layer.data_format,
+                dilation_rate=layer.dilation_rate,
+            ),
+        )
+    if isinstance(layer, layers.BatchNormalization) or not layer.trainable_variables:
+        return None
+    raise ValueError(
+        "The linear map of this layer is not known; known are Dense, EinsumDense, Conv1D to 3D, "
+        "their transposes, and depthwise convolutions. "
+        f"Received: layer {layer.name!r} ({type(layer).__name__}) with trainable weights"
+    )
+
+
+def _convolve(layer: keras.Layer, x: Any) -> Any:
+    return layer.convolution_op(x, layer.kernel)
+
+
+def _batch_norm_map(layer: keras.Layer) -> LinearMap:
+    scale = 1 / np.sqrt(ops.convert_to_numpy(layer.moving_variance) + layer.epsilon)
+    if layer.scale:
+        scale = scale * ops.convert_to_numpy(layer.gamma)
+    shape = [1] * (len(_input_shape(layer)) + 1)
+    shape[layer.axis] = -1
+    return LinearMap(layer, lambda x: x * scale.reshape(shape))
+
+
+def _input_shape(layer: keras.Layer) -> tuple[int, ...]:
+    if not layer.built or not layer._inbound_nodes:
+        raise ValueError(
+            "A layer's norm depends on the size of its input: build the network with keras.Input "
+            f"of a full shape first. Received: layer {layer.name!r}, which has no known input"
+        )
+    shapes = {tuple(node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes}
+    if len(shapes) > 1 or None in next(iter(shapes)):
+        raise ValueError(
+            "A layer's norm depends on the size of its input, which must be known and one. "
+            f"Received: layer {layer.name!r} with input shapes {sorted(map(str, shapes))}"
+        )
+    return next(iter(shapes))
