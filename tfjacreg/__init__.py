@@ -1,1 +1,28 @@
-"""Exact spectral-norm Jacobian regularization for Keras 3 on TensorFlow."""
+"""Exact spectral-norm Jacobian regularization for Keras 3 on TensorFlow.
+
+After "Exact Spectral Norm Regularization for Neural Networks" (Johansson, Engsner, Strannegård,
+Mostad 2022).
+"""
+
+from tfjacreg import attacks, datasets, networks, norms, regularizers, robustness
+from tfjacreg.jacobian import JacobianOperator, hold_constant
+from tfjacreg.model import RegularizedModel
+from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JacobianOperator",
+    "RegularizedModel",
+    "SingularTriplet",
+    "attacks",
+    "datasets",
+    "frobenius_norm",
+    "hold_constant",
+    "networks",
+    "norms",
+    "regularizers",
+    "robustness",
+    "spectral_bound",
+    "spectral_norm",
+]

@@ -147,7 +147,7 @@ class JacobianOperator:
         self.network = network
         self.training = training
         self.x = _as_floating_batch(x, network)
-        self._tape: tf.GradientTape | None = None
+        self._tape: Any = None
         self._primal: tf.Tensor | None = None
         self._state: list[tuple[keras.Variable, tf.Tensor]] = []
 
@@ -196,8 +196,9 @@ class JacobianOperator:
         return self._pull_back(u)
 
     def _pull_back(self, u: tf.Tensor) -> tf.Tensor:
+        primal = self.primal  # Runs the forward pass, which makes the tape.
         return self._tape.gradient(
-            self.primal,
+            primal,
             self.x,
             output_gradients=u,
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
@@ -289,8 +290,7 @@ def _product_of(
 def _as_floating_batch(x: Any, network: keras.Layer) -> tf.Tensor:
     if isinstance(x, (dict, list, tuple)):
         raise TypeError(
-            "`x` must be one floating tensor or array [B, *in]. "
-            f"Received: a {type(x).__name__}"
+            f"`x` must be one floating tensor or array [B, *in]. Received: a {type(x).__name__}"
         )
     x = tf.convert_to_tensor(x)
     if not x.dtype.is_floating:

@@ -91,7 +91,7 @@ def spectral_norm(
     """
     validate_method(method, iterations)
     op = JacobianOperator(network, x, forward_mode=forward_mode)
-    start = random_unit(op.x, fresh_seed(seed), 0)
+    start = random_unit(op.x, (fresh_seed(seed), 0))
     u = left_vector(op, method, iterations, start, last_product=True)
     return _triplet(op, unit(op.rmatvec(u)))
 
@@ -124,23 +124,21 @@ def frobenius_norm(
         rows = _products_with_basis(op.rmatvec, op.primal, op.x.dtype)
         return tf.sqrt(tf.reduce_sum(tf.square(rows), axis=(1, 2)))
     validate_positive("num_projections", num_projections)
-    return tf.sqrt(squared_frobenius_sample(op, num_projections, fresh_seed(seed), 0))
+    return tf.sqrt(squared_frobenius_sample(op, num_projections, (fresh_seed(seed), 0)))
 
 
-def squared_frobenius_sample(
-    op: Operator, num_projections: int, seed: int, draw: Any
-) -> tf.Tensor:
+def squared_frobenius_sample(op: Operator, num_projections: int, key: Any) -> tf.Tensor:
     """The unbiased estimate of `||J||_F^2` inside eq. (2), differentiable, `[B]`.
 
     Args:
         op: The Jacobians.
         num_projections: How many `v` to draw on the sphere in output space (`n_proj`).
-        seed: Seed of the sequence of draws.
-        draw: Which draw of the sequence this is (an integer or integer tensor).
+        key: Seed of the sequence of draws, and which draw of it this is (two integers).
     """
     like = tf.cast(op.primal, op.x.dtype)
+    seed, draw = key
     projections = [
-        _squared_length(op.rmatvec(random_unit(like, seed, draw * num_projections + j)))
+        _squared_length(op.rmatvec(random_unit(like, (seed, draw * num_projections + j))))
         for j in range(num_projections)
     ]
     n_out = tf.cast(tf.shape(_flat(like))[1], like.dtype)
@@ -169,7 +167,7 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
     validate_positive("iterations", iterations)
     bound = 1.0
     for linear_map in chain(network):
-        start = random_unit(linear_map.x, 0, 0)
+        start = random_unit(linear_map.x, (0, 0))
         u = left_vector(linear_map, "lanczos", iterations, start, last_product=True)
         bound *= float(length(linear_map.rmatvec(u))[0])
     return bound
@@ -273,7 +271,8 @@ def _exact(op: Operator) -> tf.Tensor:
 
 
 def _products_with_basis(
-    product: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    product: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor, dtype: tf.DType
+) -> tf.Tensor:
     """The products with every unit vector of the space of `like`, `[B, n, m]`."""
     n = _size(like)
     products = []
@@ -298,18 +297,16 @@ def _anything_where(condition: tf.Tensor, a: tf.Tensor) -> tf.Tensor:
     return tf.where(_per_example(condition, a), unit(tf.ones_like(a)), a)
 
 
-def random_unit(like: tf.Tensor, seed: int, draw: Any) -> tf.Tensor:
+def random_unit(like: tf.Tensor, key: Any) -> tf.Tensor:
     """Vectors uniform on the unit sphere, one for each example of `like`, `[B, ...]`.
 
-    The draw depends only on `seed`, `draw` and the shape, so that training can be continued from a
-    saved counter.
+    The draw depends only on `key` and the shape, so that training goes on from a saved counter.
 
     Args:
         like: Gives shape and dtype.
-        seed: Seed of the sequence of draws.
-        draw: Which draw of the sequence (an integer or integer tensor).
+        key: Seed of the sequence of draws, and which draw of it this is (two integers).
     """
-    key = tf.stack([tf.cast(seed, tf.int64), tf.cast(draw, tf.int64)])
+    key = tf.stack([tf.cast(part, tf.int64) for part in key])
     return unit(tf.random.stateless_normal(tf.shape(like), key, dtype=like.dtype))
 
 

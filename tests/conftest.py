@@ -1,0 +1,30 @@
+import os
+
+# Before TensorFlow is imported: what the scripts set too, so that tests run what users run.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import pytest
+import tensorflow as tf
+
+# Two logical devices, for the tests of distribution strategies; it must be said before any use.
+_cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras():
+    """Every test starts from the same seeds, no names of other tests, and float32."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture
+def float64():
+    """Makes layers and arrays double precision, for comparisons with dense oracles."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
