@@ -1,0 +1,207 @@
+"""What the attacks and the robustness measures share: a checked classifier and its examples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+Array = npt.NDArray[np.floating]
+Progress = Callable[[int], object]
+
+# One-row matrix products take another code path than many-row ones and round differently; a
+# gradient that is nearly zero then changes its sign. Batches filled up to this many rows agree.
+_ROWS = 8
+_PROBED = 64
+
+
+class Subject(NamedTuple):
+    """A classifier that passed the checks, with its examples.
+
+    Attributes:
+        x: Pixels in [0, 1], float32 `[N, *in]`.
+        y: Labels, int32 `[N]`.
+        logits: Traceable map from pixels `[B, *in]` to float32 logits `[B, K]`.
+    """
+
+    x: Array
+    y: npt.NDArray[np.int32]
+    logits: Callable[[tf.Tensor], tf.Tensor]
+
+
+def check(
+    classifier: keras.Model, x: npt.ArrayLike, y: npt.ArrayLike, *, gradients: bool = False
+) -> Subject:
+    """Refuses what would make a judgement meaningless, after the checks of AutoAttack.
+
+    Args:
+        classifier: Keras model from pixels `[B, *in]` to logits `[B, K]`.
+        x: Pixels in [0, 1], floating point, `[N, *in]`.
+        y: Integer labels `[N]`.
+        gradients: Whether to warn when the loss has zero gradients.
+
+    Returns:
+        The classifier's logits function and the examples as float32 and int32 arrays.
+
+    Raises:
+        TypeError: If the classifier is no Keras model, the pixels are not floating point or the
+            labels are not integers.
+        ValueError: If shapes disagree, the set is empty, pixels lie outside [0, 1], a label is not
+            a class, or the outputs are probabilities, random, not finite or not `[B, K]`.
+    """
+    if not isinstance(classifier, keras.Model):
+        raise TypeError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
+    pixels, labels = _check_examples(classifier, np.asarray(x), np.asarray(y))
+
+    def logits(images: tf.Tensor) -> tf.Tensor:
+        return tf.cast(classifier(images, training=False), tf.float32)
+
+    classes = _check_outputs(logits, pixels[:_PROBED])
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"y must hold labels from 0 to {classes - 1}, one per output of the classifier. "
+            f"Received: labels from {labels.min()} to {labels.max()}."
+        )
+    if gradients:
+        _warn_of_zero_gradients(logits, pixels[:_PROBED], labels[:_PROBED])
+    return Subject(pixels, labels, logits)
+
+
+def _check_examples(
+    classifier: keras.Model, x: npt.NDArray, y: npt.NDArray
+) -> tuple[Array, npt.NDArray[np.int32]]:
+    if not np.issubdtype(x.dtype, np.floating):
+        raise TypeError(
+            f"x must hold floating point pixels in [0, 1]. Received: dtype {x.dtype}. "
+            "Divide 8-bit pixels by 255."
+        )
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(f"x must be a non-empty array [N, *in]. Received: shape {x.shape}.")
+    expected = getattr(classifier, "input_shape", (None, *x.shape[1:]))
+    if len(expected) != x.ndim or any(
+        want is not None and want != got
+        for want, got in zip(expected[1:], x.shape[1:], strict=True)
+    ):
+        raise ValueError(
+            f"x must have the classifier's input shape {tuple(expected)}. Received: {x.shape}."
+        )
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(
+            f"x must hold pixels in [0, 1]. Received: values from {x.min()} to {x.max()}. "
+            "Standardisation belongs into the classifier, as its first layer."
+        )
+    if not np.issubdtype(y.dtype, np.integer):
+        raise TypeError(f"y must hold integer labels. Received: dtype {y.dtype}.")
+    if y.shape != x.shape[:1]:
+        raise ValueError(
+            f"y must be one label per image, shape {x.shape[:1]}. Received: {y.shape}. "
+            "Turn one-hot rows into labels with y.argmax(axis=1)."
+        )
+    return x.astype(np.float32), y.astype(np.int32)
+
+
+def _check_outputs(logits: Callable[[tf.Tensor], tf.Tensor], x: Array) -> int:
+    first, second = (logits(tf.constant(x)).numpy() for _ in range(2))
+    if first.ndim != 2 or first.shape[1] < 2:
+        raise ValueError(
+            f"The classifier must give logits [B, K] with K >= 2. Received: shape {first.shape}."
+        )
+    if not np.isfinite(first).all():
+        raise ValueError("The classifier must give finite logits. Received: NaN or infinity.")
+    if not np.allclose(first, second, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            "The classifier must give the same logits for the same images. Received: outputs that "
+            f"differ by up to {np.abs(first - second).max():.2g} between two calls. "
+            "Remove the layer that is random at inference."
+        )
+    if first.min() >= 0 and first.max() <= 1 and np.allclose(first.sum(axis=1), 1, atol=1e-3):
+        raise ValueError(
+            "The classifier must give logits. Received: what looks like probabilities (in [0, 1], "
+            f"each row with sum 1, e.g. {np.round(first[0], 3).tolist()}). "
+            "Remove the softmax at its end: it hides the gradient and weakens the attacks."
+        )
+    return first.shape[1]
+
+
+def _warn_of_zero_gradients(
+    logits: Callable[[tf.Tensor], tf.Tensor], x: Array, y: npt.NDArray[np.int32]
+) -> None:
+    images = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits(images))
+    gradient = tape.gradient(loss, images, unconnected_gradients="zero").numpy()
+    dead = int((gradient.reshape(len(x), -1) == 0).all(axis=1).sum())
+    if dead:
+        warnings.warn(
+            f"The loss of {dead} of the first {len(x)} images has zero gradient: attacks that "
+            "follow the gradient cannot move them and overstate the robustness. "
+            "Compare with `square`, which needs no gradient.",
+            stacklevel=4,
+        )
+
+
+def check_positive(**values: float) -> None:
+    """Raises ValueError unless every value is a positive finite number."""
+    for name, value in values.items():
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number. Received: {value}.")
+
+
+def check_counts(**values: int) -> None:
+    """Raises TypeError or ValueError unless every value is an integer of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be an integer. Received: {value!r}.")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1. Received: {value}.")
+
+
+def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
+    """Returns the generator of one image (and block): the same in whatever batch it comes.
+
+    Args:
+        seed: The caller's seed, at least 0.
+        stream: Number that keeps apart the uses of the same seed.
+        *keys: The image's index, and the block of draws where there are several.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
+    return np.random.default_rng([seed, stream, *keys])
+
+
+def batches(count: int, batch_size: int) -> Iterator[slice]:
+    """Yields the slices that cover `count` rows in order, `batch_size` at a time."""
+    return (slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size))
+
+
+def fill(rows: npt.NDArray) -> tf.Tensor:
+    """Repeats the last row until the number of rows is a multiple of eight."""
+    return tf.constant(np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _ROWS, axis=0)]))
+
+
+def trace(function: Callable[..., Any], *examples: npt.NDArray) -> Callable[..., Any]:
+    """Traces `function` once, for arguments like `examples` with any number of rows.
+
+    A concrete function keeps no cache outside itself: it goes, and the classifier's weights with
+    it, as soon as the caller drops it.
+    """
+    specs = [tf.TensorSpec([None, *e.shape[1:]] if e.ndim else [], e.dtype) for e in examples]
+    return tf.function(function).get_concrete_function(*specs)
+
+
+def predict(subject: Subject, x: Array | None = None, *, batch_size: int = 256) -> Array:
+    """Returns the logits `[N, K]` of `x`, by default the subject's own examples."""
+    images = subject.x if x is None else x
+    logits = trace(subject.logits, images)
+    return np.concatenate(
+        [
+            logits(fill(images[s])).numpy()[: s.stop - s.start]
+            for s in batches(len(images), batch_size)
+        ]
+    )

@@ -1,0 +1,186 @@
+"""Robustness without an attacker: white noise and the distance to the decision boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from tfjacreg.classifiers import (
+    Array,
+    Progress,
+    batches,
+    check,
+    check_counts,
+    check_positive,
+    fill,
+    image_rng,
+    predict,
+    trace,
+)
+
+_NOISE, _DIRECTIONS = 10, 11
+
+
+def noise_accuracy(
+    classifier: keras.Model,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    variances: Sequence[float],
+    seed: int = 0,
+    *,
+    draws: int = 5,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float64]:
+    """Accuracy under Gaussian pixel noise, clipped to [0, 1] (eq. (9)).
+
+    The same standard normal draws, scaled, serve every variance.
+
+    Args:
+        classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
+        x: Pixels in [0, 1], `[N, *in]`.
+        y: Integer labels `[N]`.
+        variances: Variances of the noise, `[V]`, in squared pixel units.
+        seed: Seed of the noise. Image `i` has its own random numbers.
+        draws: Noisy copies of each image, over which the accuracy is averaged.
+        batch_size: Noisy images per batch; changes speed and memory, not the result.
+        progress: Called with the number of noisy images done since the last call, of
+            `N * draws * V` in all.
+
+    Returns:
+        Accuracy at each variance, `[V]`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range or the classifier fails a check (see
+            `classifiers.check`).
+    """
+    scales = np.sqrt(np.asarray(variances, np.float64))
+    if scales.ndim != 1 or not len(scales) or not np.isfinite(scales).all():
+        raise ValueError(
+            f"variances must be a sequence of numbers of at least 0. Received: {variances!r}."
+        )
+    check_counts(draws=draws, batch_size=batch_size)
+    subject = check(classifier, x, y)
+    logits = trace(subject.logits, subject.x)
+    rngs = [image_rng(seed, _NOISE, i) for i in range(len(subject.x))]
+    correct = np.zeros(len(scales), np.int64)
+    for _ in range(draws):
+        for s in batches(len(subject.x), batch_size):
+            images = subject.x[s]
+            noise = np.stack([rng.standard_normal(images.shape[1:]) for rng in rngs[s]])
+            for row, scale in enumerate(scales):
+                noisy = np.clip(images + scale * noise, 0, 1).astype(np.float32)
+                predicted = logits(fill(noisy)).numpy()[: len(images)].argmax(axis=1)
+                correct[row] += (predicted == subject.y[s]).sum()
+                if progress is not None:
+                    progress(len(images))
+    return correct / (len(subject.x) * draws)
+
+
+def boundary_distance(
+    classifier: keras.Model,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    *,
+    seed: int = 0,
+    samples: int = 100,
+    max_radius: float | None = None,
+    spheres: int = 64,
+    resolution: float = 0.01,
+    batch_size: int = 2048,
+    progress: Progress | None = None,
+) -> npt.NDArray[np.float64]:
+    """Smallest radius at which a point sampled on a sphere around the image changes class.
+
+    Each image has `samples` directions, uniform on the sphere, used at every radius; the sampled
+    points are not clipped to [0, 1], or they would leave the sphere. `spheres` evenly spaced radii
+    up to `max_radius` are tried from the inside out until some point changes class; bisection
+    then narrows the step between that radius and the one before to `resolution`.
+
+    The class need not change monotonically with the radius. The value `r` returned is a radius at
+    which a sampled point has another class, so it never lies below the true distance; no sampled
+    point had another class at any of the radii tried below `r`, of which the largest lies within
+    `resolution` of it. What can be missed is a change that comes and goes again between two radii
+    tried, on every sampled ray at once: a slab thinner than `max_radius / spheres` along the ray.
+
+    Args:
+        classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
+        x: Pixels in [0, 1], `[N, *in]`.
+        y: Integer labels `[N]`.
+        seed: Seed of the directions. Image `i` has its own.
+        samples: Points per sphere.
+        max_radius: Largest radius tried, Euclidean, in pixel units; by default the diagonal of the
+            unit cube, beyond which there is no image.
+        spheres: Number of radii in the outward search.
+        resolution: Width to which bisection narrows the radius.
+        batch_size: Sampled points per batch; changes speed and memory, not the result.
+        progress: Called with the number of images done since the last call, of `N` in all.
+
+    Returns:
+        Distances `[N]`: NaN where the image itself is misclassified, infinity where no sampled
+        point up to `max_radius` changes class.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range or the classifier fails a check (see
+            `classifiers.check`).
+    """
+    check_counts(samples=samples, spheres=spheres, batch_size=batch_size)
+    subject = check(classifier, x, y)
+    shape = subject.x.shape[1:]
+    max_radius = float(np.sqrt(np.prod(shape))) if max_radius is None else max_radius
+    check_positive(max_radius=max_radius, resolution=resolution)
+    spacing = max_radius / spheres
+
+    def changed(
+        images: tf.Tensor, labels: tf.Tensor, directions: tf.Tensor, radii: tf.Tensor
+    ) -> tf.Tensor:
+        rays = tf.reshape(radii, [-1, *[1] * len(directions.shape[1:])]) * directions
+        points = tf.reshape(images[:, None] + rays, [-1, *shape])
+        classes = tf.argmax(subject.logits(points), axis=1, output_type=tf.int32)
+        return tf.reduce_any(tf.reshape(classes, [-1, samples]) != labels[:, None], axis=1)
+
+    def directions_of(index: npt.NDArray[np.int64]) -> Array:
+        normal = [
+            image_rng(seed, _DIRECTIONS, i).standard_normal((samples, *shape), np.float32)
+            for i in index
+        ]
+        flat = np.stack(normal).reshape(len(index), samples, -1)
+        unit = flat / np.linalg.norm(flat, axis=2, keepdims=True)
+        return unit.reshape(len(index), samples, *shape)
+
+    correct = np.flatnonzero(predict(subject).argmax(axis=1) == subject.y)
+    distance = np.full(len(subject.x), np.nan)
+    if progress is not None:
+        progress(len(subject.x) - len(correct))
+    if not len(correct):
+        return distance
+    changed = trace(
+        changed, subject.x, subject.y, directions_of(correct[:1]), distance.astype(np.float32)
+    )
+    for s in batches(len(correct), max(1, batch_size // samples)):
+        index = correct[s]
+        directions = directions_of(index)
+        inner, outer = np.zeros(len(index)), np.full(len(index), np.inf)
+        while True:
+            searching = np.isinf(outer) & (inner < max_radius - spacing / 2)
+            busy = np.flatnonzero(searching | (outer - inner > resolution) & np.isfinite(outer))
+            if not len(busy):
+                break
+            radii = np.where(searching, inner + spacing, (inner + outer) / 2)[busy]
+            hit = changed(
+                *(tf.constant(a[index[busy]]) for a in (subject.x, subject.y)),
+                tf.constant(directions[busy]),
+                tf.constant(radii, tf.float32),
+            ).numpy()
+            outer[busy[hit]] = radii[hit]
+            inner[busy[~hit]] = radii[~hit]
+        distance[index] = outer
+        if progress is not None:
+            progress(len(index))
+    return distance
