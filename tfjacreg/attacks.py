@@ -8,7 +8,7 @@ its own random numbers, whatever the batch size. Square is ours.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import keras
@@ -390,7 +390,7 @@ def _windows(
 
 
 def _stops(iterations: int | Sequence[int]) -> list[int]:
-    stops = [iterations] if isinstance(iterations, int | np.integer) else list(iterations)
+    stops = list(iterations) if isinstance(iterations, Iterable) else [iterations]
     for stop in stops:
         check_counts(iterations=stop)
     if not stops or any(b <= a for a, b in zip(stops, stops[1:], strict=False)):

@@ -43,7 +43,8 @@ def check(
         classifier: Keras model from pixels `[B, *in]` to logits `[B, K]`.
         x: Pixels in [0, 1], floating point, `[N, *in]`.
         y: Integer labels `[N]`.
-        gradients: Whether to warn when the loss has zero gradients.
+        gradients: Whether the loss must be differentiable, with a warning where its gradient is
+            zero.
 
     Returns:
         The classifier's logits function and the examples as float32 and int32 arrays.
@@ -52,7 +53,8 @@ def check(
         TypeError: If the classifier is no Keras model, the pixels are not floating point or the
             labels are not integers.
         ValueError: If shapes disagree, the set is empty, pixels lie outside [0, 1], a label is not
-            a class, or the outputs are probabilities, random, not finite or not `[B, K]`.
+            a class, or the outputs are probabilities, random, not finite, not `[B, K]` or, where
+            asked for, not differentiable.
     """
     if not isinstance(classifier, keras.Model):
         raise TypeError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
@@ -68,7 +70,7 @@ def check(
             f"Received: labels from {labels.min()} to {labels.max()}."
         )
     if gradients:
-        _warn_of_zero_gradients(logits, pixels[:_PROBED], labels[:_PROBED])
+        _check_gradients(logits, pixels[:_PROBED], labels[:_PROBED])
     return Subject(pixels, labels, logits)
 
 
@@ -128,15 +130,20 @@ def _check_outputs(logits: Callable[[tf.Tensor], tf.Tensor], x: Array) -> int:
     return first.shape[1]
 
 
-def _warn_of_zero_gradients(
+def _check_gradients(
     logits: Callable[[tf.Tensor], tf.Tensor], x: Array, y: npt.NDArray[np.int32]
 ) -> None:
     images = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(images)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits(images))
-    gradient = tape.gradient(loss, images, unconnected_gradients="zero").numpy()
-    dead = int((gradient.reshape(len(x), -1) == 0).all(axis=1).sum())
+    gradient = tape.gradient(loss, images)
+    if gradient is None:
+        raise ValueError(
+            "The classifier must be differentiable. Received: one whose loss has no gradient with "
+            "respect to the pixels. Use `square`, which needs none."
+        )
+    dead = int((gradient.numpy().reshape(len(x), -1) == 0).all(axis=1).sum())
     if dead:
         warnings.warn(
             f"The loss of {dead} of the first {len(x)} images has zero gradient: attacks that "

@@ -59,11 +59,12 @@ def noise_accuracy(
         ValueError: If an argument is out of range or the classifier fails a check (see
             `classifiers.check`).
     """
-    scales = np.sqrt(np.asarray(variances, np.float64))
-    if scales.ndim != 1 or not len(scales) or not np.isfinite(scales).all():
+    squares = np.asarray(variances, np.float64)
+    if squares.ndim != 1 or not len(squares) or not (squares >= 0).all() or np.isinf(squares).any():
         raise ValueError(
             f"variances must be a sequence of numbers of at least 0. Received: {variances!r}."
         )
+    scales = np.sqrt(squares)
     check_counts(draws=draws, batch_size=batch_size)
     subject = check(classifier, x, y)
     logits = trace(subject.logits, subject.x)

@@ -1,0 +1,504 @@
+"""Attacks against closed forms, cleverhans, ART and a plain NumPy search."""
+
+import functools
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cleverhans.tf2.attacks import projected_gradient_descent as cleverhans_pgd
+from keras import layers
+from sklearn.datasets import load_digits
+
+from tfjacreg import attacks
+from tfjacreg.classifiers import image_rng
+
+EPS, STEP = 32 / 255, 2 / 255
+ATTACKS = {
+    "pgd": functools.partial(attacks.pgd, iterations=[1, 3, 8]),
+    "tpgd": functools.partial(attacks.tpgd, iterations=[1, 3, 8]),
+    "square": functools.partial(attacks.square, iterations=[5, 30, 150]),
+}
+each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+
+
+def digits(start, stop):
+    data = load_digits()
+    images = (data.images[start:stop, ..., None] / 16).astype("float32")
+    return images, data.target[start:stop].astype("int32")
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Normalization(mean=0.3, variance=0.14),
+            layers.Conv2D(8, 3, activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(32, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(3e-3), loss)
+    model.fit(*digits(0, 1200), batch_size=32, epochs=8, verbose=0)
+    return model
+
+
+@functools.cache
+def linear(shape=(6, 5, 2), classes=2, seed=0):
+    model = keras.Sequential([keras.Input(shape), layers.Flatten(), layers.Dense(classes)])
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=model.layers[-1].kernel.shape), rng.normal(size=classes)
+    model.layers[-1].set_weights(weights)
+    return model, *(w.astype("float32") for w in weights)
+
+
+def margins(model, x, y):
+    return margins_of(model.predict(x, verbose=0), y)
+
+
+def margins_of(logits, y):
+    own = np.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+    np.put_along_axis(logits, y[:, None], -np.inf, axis=1)
+    return own - logits.max(axis=1)
+
+
+def random_images(shape, count=6, seed=1):
+    # Some pixels are at the ends of the range, as in real images.
+    return np.clip(np.random.default_rng(seed).normal(0.5, 0.4, (count, *shape)), 0, 1)
+
+
+def cleverhans_from(start, model, x, y, loss, monkeypatch, iterations):
+    """Runs cleverhans' attack as published, its random start replaced by the given one."""
+    noise = tf.constant(start.astype("float32"))
+    monkeypatch.setattr(cleverhans_pgd, "random_lp_vector", lambda *args, **kwargs: noise)
+    return cleverhans_pgd.projected_gradient_descent(
+        lambda images: model(images, training=False),
+        tf.constant(x),
+        EPS,
+        STEP,
+        iterations,
+        np.inf,
+        loss_fn=loss,
+        clip_min=0.0,
+        clip_max=1.0,
+        y=tf.constant(y),
+        rand_init=True,
+    ).numpy()
+
+
+def hard_loss(labels, logits):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+
+
+def soft_loss(labels, logits):
+    scores = tf.nn.log_softmax(logits)
+    return tf.reduce_sum(labels * (tf.math.log(labels) - scores), axis=1)
+
+
+# --- PGD and TPGD ---
+
+
+def test_pgd_reaches_the_corner_that_is_optimal_for_a_linear_classifier():
+    model, kernel, _ = linear()
+    x = random_images((6, 5, 2)).astype("float32")
+    y = np.array([0, 1] * 3, "int32")
+    found = attacks.pgd(model, x, y, eps=0.1, step_size=0.02, iterations=12).x_adv
+    slope = (kernel[:, 1] - kernel[:, 0]).reshape(6, 5, 2) * np.where(y == 0, 1, -1)[
+        :, None, None, None
+    ]
+    best = np.clip(x + 0.1 * np.sign(slope), 0, 1)
+    np.testing.assert_allclose(found, best, atol=1e-5)
+
+
+def test_tpgd_reaches_a_corner_of_a_linear_classifier():
+    model, kernel, _ = linear()
+    x = random_images((6, 5, 2)).astype("float32")
+    found = attacks.tpgd(model, x, np.zeros(6, int), eps=0.1, step_size=0.02, iterations=12).x_adv
+    slope = np.sign((kernel[:, 1] - kernel[:, 0]).reshape(6, 5, 2))
+    # The divergence grows either way along the one direction that matters.
+    ends = np.stack([np.clip(x + side * 0.1 * slope, 0, 1) for side in (-1, 1)])
+    error = np.abs(found - ends).max(axis=(2, 3, 4)).min(axis=0)
+    assert error.max() < 1e-5
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_equals_cleverhans(cnn, monkeypatch, random_start):
+    x, y = digits(1200, 1264)
+    start = np.stack(
+        [image_rng(5, attacks._PGD_START, i).uniform(-EPS, EPS, (8, 8, 1)) for i in range(64)]
+    )
+    reference = cleverhans_from(start * random_start, cnn, x, y, hard_loss, monkeypatch, 10)
+    found = attacks.pgd(cnn, x, y, iterations=10, seed=5, random_start=random_start)
+    np.testing.assert_allclose(found.x_adv, reference, atol=1e-6)
+    predicted = cnn.predict(reference, verbose=0).argmax(axis=1)
+    assert found.accuracy[-1] == np.mean(predicted == y)
+    assert found.accuracy[-1] < np.mean(margins(cnn, x, y) > 0) - 0.1
+
+
+def test_tpgd_equals_cleverhans_with_the_divergence_as_loss(cnn, monkeypatch):
+    x, y = digits(1200, 1264)
+    start = 0.001 * np.stack(
+        [image_rng(5, attacks._TPGD_START, i).standard_normal((8, 8, 1)) for i in range(64)]
+    )
+    clean = tf.nn.softmax(cnn(x)).numpy()
+    reference = cleverhans_from(start, cnn, x, clean, soft_loss, monkeypatch, 10)
+    found = attacks.tpgd(cnn, x, y, iterations=10, seed=5)
+    # So near the clean image the divergence is flat: its gradient, where the prediction is
+    # saturated, is rounding error and the two formulas may differ in sign.
+    unsure = clean.max(axis=1) < 0.999
+    assert unsure.mean() > 0.5
+    assert np.mean(np.abs(found.x_adv - reference)[unsure] > 1e-6) < 1e-3
+    predicted = cnn.predict(reference, verbose=0).argmax(axis=1)
+    assert abs(found.accuracy[-1] - np.mean(predicted == y)) <= 1 / 64
+
+
+def test_tpgd_ignores_labels(cnn):
+    x, y = digits(1200, 1216)
+    found, other = (attacks.tpgd(cnn, x, labels, iterations=5) for labels in (y, (y + 1) % 10))
+    np.testing.assert_array_equal(found.x_adv, other.x_adv)
+    assert not (found.correct & other.correct).any()
+
+
+def test_random_start_is_uniform_in_the_ball():
+    model, _, _ = linear()
+    x = np.full((200, 6, 5, 2), 0.5, "float32")
+    tiny = attacks.pgd(model, x, np.zeros(200, int), eps=0.2, step_size=1e-9, iterations=1)
+    noise = (tiny.x_adv - x) / 0.2
+    assert np.abs(noise).max() <= 1 and noise.min() < -0.999 and noise.max() > 0.999
+    assert abs(noise.mean()) < 0.02 and abs(noise.var() - 1 / 3) < 0.01
+
+
+def test_pgd_accuracy_does_not_rise(cnn):
+    x, y = digits(1200, 1500)
+    accuracy = attacks.pgd(cnn, x, y, iterations=[1, 2, 4, 8, 16, 32]).accuracy
+    assert (np.diff(accuracy) <= 0.01).all()
+    assert accuracy[0] - accuracy[-1] > 0.3
+
+
+# --- Square ---
+
+
+def reference_square(margin_of, x, y, *, eps, iterations, seed):
+    """One image after another, one query after another, in NumPy."""
+    images = x.copy()
+    for i in range(len(x)):
+        clean = margin_of(x[i : i + 1], y[i : i + 1])[0]
+        if clean <= 0:
+            continue
+        _, height, width, channels = x.shape
+        stripes = image_rng(seed, attacks._SQUARE_START, i).choice(
+            [-eps, eps], (1, width, channels)
+        )
+        low, high = np.maximum(x[i] - eps, 0), np.minimum(x[i] + eps, 1)
+        best = np.clip(x[i] + stripes, low, high).astype("float32")
+        best_margin = margin_of(best[None], y[i : i + 1])[0]
+        for query in range(iterations):
+            if best_margin <= 0:
+                break
+            share = 0.8
+            for limit in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000):
+                if int(query / iterations * 10000) > limit:
+                    share /= 2
+            side = max(round((share * height * width) ** 0.5), 1)
+            draws = image_rng(seed, attacks._SQUARE_DRAWS, i, query // 64).random(
+                (64, 2 + channels)
+            )[query % 64]
+            top = int(draws[0] * (height - side + 1))
+            left = int(draws[1] * (width - side + 1))
+            candidate = best.astype("float64")
+            candidate[top : top + side, left : left + side] += (
+                2 * eps * np.where(draws[2:] < 0.5, -1, 1)
+            )
+            candidate = np.clip(candidate, low, high).astype("float32")
+            margin = margin_of(candidate[None], y[i : i + 1])[0]
+            if margin < best_margin:
+                best, best_margin = candidate, margin
+        images[i] = best if best_margin < clean else x[i]
+    return images
+
+
+def test_square_equals_a_plain_search():
+    model, kernel, bias = linear(shape=(7, 6, 2), classes=3)
+    x = random_images((7, 6, 2), count=12).astype("float32")
+    y = model.predict(x, verbose=0).argmax(axis=1)
+    y[0] = (y[0] + 1) % 3
+    found = attacks.square(model, x, y, eps=0.1, iterations=[20, 100], seed=4)
+    reference = reference_square(
+        lambda images, labels: margins_of(images.reshape(len(images), -1) @ kernel + bias, labels),
+        x,
+        y,
+        eps=0.1,
+        iterations=100,
+        seed=4,
+    )
+    np.testing.assert_allclose(found.x_adv, reference, atol=1e-6)
+    np.testing.assert_array_equal(found.x_adv[0], x[0])
+    np.testing.assert_array_equal(found.correct[-1], margins(model, reference, y) > 0)
+    assert 0 < found.correct[-1].sum() < found.correct[0].sum() < 11
+
+
+@pytest.mark.parametrize(
+    "query, side",
+    # 10,000 queries on 28x28: sqrt(784 * 0.8 / 2^k) rounded.
+    [(0, 25), (10, 25), (11, 18), (50, 18), (51, 13), (200, 13), (201, 9), (501, 6), (1001, 4)]
+    + [(2001, 3), (4001, 2), (6001, 2), (8001, 1), (9999, 1)],
+)
+def test_square_schedule(query, side):
+    assert attacks._window_size(query, 10_000, 28, 28) == side
+    assert attacks._window_size(query // 10, 1000, 28, 28) == attacks._window_size(
+        query // 10 * 10, 10_000, 28, 28
+    )
+
+
+def test_square_windows_fit_and_reach_every_edge():
+    sizes = np.full(64, 5)
+    corners, signs = attacks._windows(np.arange(50), 0, 0, sizes, (9, 7, 3))
+    assert corners.shape == (50, 64, 2) and signs.shape == (50, 64, 3)
+    np.testing.assert_array_equal(np.unique(corners[..., 0]), np.arange(5))
+    np.testing.assert_array_equal(np.unique(corners[..., 1]), np.arange(3))
+    assert set(np.unique(signs)) == {-1, 1} and abs(signs.mean()) < 0.05
+
+
+def test_square_lowers_margins_and_spares_the_misclassified(cnn):
+    x, y = digits(1200, 1300)
+    y[:5] = (y[:5] + 1) % 10
+    found = attacks.square(cnn, x, y, eps=0.1, iterations=[1, 5, 20, 100])
+    before, after = margins(cnn, x, y), margins(cnn, found.x_adv, y)
+    assert (after <= before + 1e-5).all()
+    np.testing.assert_array_equal(found.x_adv[:5], x[:5])
+    assert (np.diff(found.correct.astype(int), axis=0) <= 0).all()
+    assert (before > 0).mean() - found.accuracy[-1] > 0.2
+
+
+def test_square_needs_no_gradient():
+    class Rounded(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear((4, 4, 1))[0]
+
+        def call(self, x):
+            return self.inner(tf.round(x * 4) / 4)
+
+    x = random_images((4, 4, 1), count=40)
+    y = Rounded()(x).numpy().argmax(axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert attacks.square(Rounded(), x, y, eps=0.6, iterations=400).accuracy[-1] < 0.7
+    with pytest.raises(ValueError, match="differentiable"):
+        attacks.pgd(Rounded(), x, y, iterations=2)
+
+
+@pytest.mark.parametrize("attack", [attacks.pgd, attacks.tpgd])
+def test_zero_gradients_bring_a_warning(attack):
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 1)),
+            layers.ReLU(threshold=0.5),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    x = np.concatenate([np.full((2, 4, 4, 1), 0.2), np.full((3, 4, 4, 1), 0.8)])
+    with pytest.warns(UserWarning, match="of 2 of the first 5 images has zero gradient"):
+        attack(model, x, np.zeros(5, int), iterations=2)
+
+
+# --- another library ---
+
+
+def art_classifier(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from art.estimators.classification import TensorFlowV2Classifier
+    return TensorFlowV2Classifier(
+        model,
+        nb_classes=10,
+        input_shape=(8, 8, 1),
+        loss_object=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        clip_values=(0.0, 1.0),
+    )
+
+
+def test_pgd_agrees_with_art(cnn):
+    x, y = digits(1200, 1500)
+    wrapped = art_classifier(cnn)
+    from art.attacks.evasion import ProjectedGradientDescentTensorFlowV2 as ArtPGD
+
+    reference = ArtPGD(
+        wrapped, eps=EPS, eps_step=STEP, max_iter=16, batch_size=300, verbose=False
+    ).generate(x, y)
+    theirs = np.mean(cnn.predict(reference, verbose=0).argmax(axis=1) == y)
+    ours = attacks.pgd(cnn, x, y, iterations=16, random_start=False).accuracy[-1]
+    assert abs(ours - theirs) <= 0.01
+
+
+@pytest.mark.slow
+def test_square_agrees_with_art(cnn):
+    x, y = digits(1200, 1700)
+    wrapped = art_classifier(cnn)
+    from art.attacks.evasion import SquareAttack
+
+    np.random.seed(0)
+    reference = SquareAttack(
+        wrapped, eps=0.1, max_iter=300, p_init=0.8, nb_restarts=1, batch_size=500, verbose=False
+    ).generate(x, y)
+    theirs = np.mean(cnn.predict(reference, verbose=0).argmax(axis=1) == y)
+    ours = attacks.square(cnn, x, y, eps=0.1, iterations=300).accuracy[-1]
+    # ART draws one window for all images and never the last row or column.
+    assert abs(ours - theirs) <= 0.04
+
+
+# --- all attacks ---
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("eps", [32 / 255, 0.1, 1 / 3])
+def test_the_ball_and_the_range_hold_exactly(name, eps):
+    model, _, _ = linear()
+    x = random_images((6, 5, 2), count=50).astype("float32")
+    y = model.predict(x, verbose=0).argmax(axis=1)
+    step = {} if name == "square" else {"step_size": 0.7 * eps}
+    x_adv = ATTACKS[name](model, x, y, eps=eps, **step).x_adv
+    assert x_adv.dtype == np.float32
+    # Differences of float32 numbers are exact in float64 here.
+    distance = np.abs(x_adv.astype("float64") - x.astype("float64")).max()
+    assert 0.999999 * eps < distance <= eps
+    assert x_adv.min() == 0 and x_adv.max() == 1
+
+
+@each_attack
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_changes_nothing(cnn, attack, batch_size):
+    x, y = digits(1200, 1224)
+    found, other = (attack(cnn, x, y, seed=2, batch_size=size) for size in (batch_size, 256))
+    np.testing.assert_array_equal(found.x_adv, other.x_adv)
+    np.testing.assert_array_equal(found.correct, other.correct)
+
+
+@each_attack
+def test_seeds_repeat(cnn, attack):
+    x, y = digits(1200, 1230)
+    first, again, other = (attack(cnn, x, y, seed=seed).x_adv for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@each_attack
+def test_a_curve_is_one_run_read_off(cnn, attack):
+    x, y = digits(1200, 1230)
+    curve = attack(cnn, x, y)
+    last = int(curve.iterations[-1])
+    alone = attack(cnn, x, y, iterations=last)
+    np.testing.assert_array_equal(curve.x_adv, alone.x_adv)
+    np.testing.assert_array_equal(curve.correct[-1:], alone.correct)
+    assert curve.correct.shape == (3, 30) and curve.accuracy.shape == (3,)
+    # Rounding differs from Keras' own pass by less than this.
+    sure = np.abs(margins(cnn, curve.x_adv, y)) > 1e-4
+    np.testing.assert_array_equal(curve.correct[-1][sure], (margins(cnn, curve.x_adv, y) > 0)[sure])
+
+
+@pytest.mark.parametrize("name", ["pgd", "tpgd"])
+def test_intermediate_points_are_those_of_shorter_runs(cnn, name):
+    x, y = digits(1200, 1230)
+    attack = getattr(attacks, name)
+    curve = attack(cnn, x, y, iterations=[1, 3, 8])
+    for row, steps in enumerate([1, 3, 8]):
+        np.testing.assert_array_equal(
+            curve.correct[row], attack(cnn, x, y, iterations=steps).correct[0]
+        )
+
+
+@each_attack
+def test_progress_adds_up(cnn, attack):
+    x, y = digits(1200, 1230)
+    done = []
+    result = attack(cnn, x, y, batch_size=8, progress=done.append)
+    assert sum(done) == len(x) * result.iterations[-1]
+
+
+@each_attack
+def test_running_statistics_stay(attack):
+    model = keras.Sequential(
+        [keras.Input((5, 5, 1)), layers.BatchNormalization(), layers.Flatten(), layers.Dense(3)]
+    )
+    before = [w.numpy() for w in model.weights]
+    attack(model, random_images((5, 5, 1)), np.zeros(6, int))
+    for old, new in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(old, new.numpy())
+
+
+# --- bad input ---
+
+
+def softmax_classifier():
+    return keras.Sequential(
+        [keras.Input((6, 5, 2)), layers.Flatten(), layers.Dense(3, activation="softmax")]
+    )
+
+
+class Random(keras.Model):
+    def call(self, x):
+        return tf.random.normal([tf.shape(x)[0], 3])
+
+
+class NotFinite(keras.Model):
+    def call(self, x):
+        return tf.fill([tf.shape(x)[0], 3], np.nan)
+
+
+BAD = {
+    "no model": (dict(classifier=lambda x: x), TypeError, "keras.Model"),
+    "8-bit": (dict(x=np.zeros((2, 6, 5, 2), "uint8")), TypeError, "Divide 8-bit pixels by 255"),
+    "shape": (dict(x=np.zeros((2, 6, 5, 1))), ValueError, r"\(None, 6, 5, 2\)"),
+    "rank": (dict(x=np.zeros((2, 6, 5))), ValueError, r"\(None, 6, 5, 2\)"),
+    "empty": (dict(x=np.zeros((0, 6, 5, 2)), y=np.zeros(0, int)), ValueError, "non-empty"),
+    "range": (dict(x=np.full((2, 6, 5, 2), 1.5)), ValueError, "from 1.5 to 1.5"),
+    "nan": (dict(x=np.full((2, 6, 5, 2), np.nan)), ValueError, "nan"),
+    "one-hot": (dict(y=np.eye(2, dtype=int)), ValueError, "argmax"),
+    "float labels": (dict(y=np.zeros(2)), TypeError, "integer labels"),
+    "label count": (dict(y=np.zeros(3, int)), ValueError, r"\(2,\)"),
+    "label range": (dict(y=np.array([0, 2])), ValueError, "from 0 to 1"),
+    "negative label": (dict(y=np.array([0, -1])), ValueError, "from 0 to 1"),
+    "softmax": (dict(classifier=softmax_classifier), ValueError, "probabilities"),
+    "random": (dict(classifier=Random), ValueError, "same logits"),
+    "nan logits": (dict(classifier=NotFinite), ValueError, "finite logits"),
+    "eps": (dict(eps=0), ValueError, "eps must be a positive number. Received: 0"),
+    "iterations": (dict(iterations=0), ValueError, "at least 1"),
+    "no iterations": (dict(iterations=[]), ValueError, "rising"),
+    "falling": (dict(iterations=[4, 2]), ValueError, "rising"),
+    "fraction": (dict(iterations=2.5), TypeError, "integer"),
+    "batch size": (dict(batch_size=0), ValueError, "batch_size"),
+    "seed": (dict(seed=-1), ValueError, "seed"),
+}
+
+
+@each_attack
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(attack, case):
+    change, error, message = BAD[case]
+    arguments = dict(classifier=linear()[0], x=np.full((2, 6, 5, 2), 0.5), y=np.array([0, 1]))
+    arguments |= change
+    made = arguments["classifier"]
+    if case in ("softmax", "random", "nan logits"):
+        arguments["classifier"] = made()
+    with pytest.raises(error, match=message):
+        attack(**arguments)
+
+
+@pytest.mark.parametrize("name", ["pgd", "tpgd"])
+def test_bad_step_size(name):
+    with pytest.raises(ValueError, match="step_size must be a positive number. Received: -1"):
+        getattr(attacks, name)(
+            linear()[0], np.full((2, 6, 5, 2), 0.5), np.array([0, 1]), step_size=-1
+        )
+
+
+def test_square_wants_images():
+    with pytest.raises(ValueError, match=r"\[N, H, W, C\]"):
+        attacks.square(linear((7,))[0], np.full((2, 7), 0.5), np.array([0, 1]))
