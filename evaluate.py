@@ -1,0 +1,100 @@
+"""Judges trained classifiers against noise, attacks and the distance to the decision boundary.
+
+python evaluate.py runs/none runs/spectral --boundary --limit 1000 --out out
+python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+from tfjacreg import datasets, evaluation, figures  # noqa: E402
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or .keras file")
+    parser.add_argument(
+        "--attacks",
+        nargs="*",
+        choices=evaluation.PERTURBATIONS,
+        default=list(evaluation.PERTURBATIONS),
+        help="perturbations to try (default: all)",
+    )
+    parser.add_argument("--boundary", action="store_true", help="measure the boundary distance too")
+    parser.add_argument("--limit", type=_count, help="judge on the first LIMIT test images only")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and attacks (0)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the figures (out)")
+    parser.add_argument("--dataset", help="data set of bare .keras files")
+    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument(
+        "--adversarial-examples",
+        type=_count,
+        metavar="N",
+        help="draw N images before and after PGD, beside each evaluation.json",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start afresh where there is an evaluation.json"
+    )
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {value}.")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Judges every run given, then prints the tables and draws the figures."""
+    args = parse(arguments)
+    targets = evaluation.find_targets(
+        args.runs, dataset=args.dataset, data_dir=args.data_dir, out=args.out
+    )
+    tests = {
+        key: datasets.load(*key).test
+        for key in dict.fromkeys((t.dataset, t.data_dir) for t in targets)
+    }
+    judged = []
+    for target in targets:
+        test = tests[target.dataset, target.data_dir]
+        x, y = test.x[: args.limit], test.y[: args.limit]
+        result = evaluation.evaluate(
+            target,
+            x,
+            y,
+            perturbations=args.attacks,
+            boundary=args.boundary,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
+        judged.append(figures.Evaluation(target.dataset, target.method, result))
+        if args.adversarial_examples:
+            examples = evaluation.adversarial_examples(
+                target, x, y, args.adversarial_examples, seed=args.seed
+            )
+            title = f"{target.method}, {target.dataset}: PGD"
+            path = target.folder / "adversarial_examples.png"
+            figures.adversarial_figure(*examples, title, path)
+    if args.attacks:
+        print(figures.robustness_table(judged, args.attacks), end="\n\n")
+        figures.robustness_figure(judged, args.attacks, args.out / "robustness.png")
+    if args.boundary:
+        print(figures.boundary_table(judged))
+        figures.boundary_figure(judged, args.out / "boundary.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")

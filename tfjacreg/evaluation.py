@@ -1,0 +1,314 @@
+"""Judges trained classifiers: run folder or `.keras` file in, `evaluation.json` out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from tfjacreg import attacks, robustness
+from tfjacreg.classifiers import check, predict
+
+PERTURBATIONS = ("noise", "pgd", "tpgd", "square")
+# What each perturbation calls its strength in evaluation.json.
+STRENGTHS = {"noise": "variance", "pgd": "iterations", "tpgd": "iterations", "square": "iterations"}
+
+_STEPS = [1, 2, 4, 8, 16, 32]
+_GRADIENT: dict[str, Any] = {
+    "iterations": _STEPS,
+    "eps": attacks.EPS,
+    "step_size": attacks.STEP_SIZE,
+}
+_PLAN: dict[str, dict[str, Any]] = {
+    "noise": {"variance": [0.01, 0.02, 0.05, 0.1, 0.2], "draws": 5},
+    "pgd": _GRADIENT,
+    "tpgd": _GRADIENT,
+    "square": {"iterations": [1, 10, 30, 100, 300, 1000], "eps": attacks.EPS},
+    "boundary": {"samples": 100, "spheres": 64, "resolution": 0.01},
+}
+_FILE = "evaluation.json"
+
+
+class Target(NamedTuple):
+    """A classifier to judge.
+
+    Attributes:
+        classifier: The `.keras` file.
+        folder: Where `evaluation.json` goes.
+        dataset: Name of the data set.
+        data_dir: Folder of the data set, or None for the default.
+        method: Name of the training method; runs that differ in the seed alone share it.
+        seed: Seed of the training run, or None if not known.
+    """
+
+    classifier: Path
+    folder: Path
+    dataset: str
+    data_dir: str | None
+    method: str
+    seed: int | None
+
+
+def find_targets(
+    paths: Sequence[str | Path],
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    out: str | Path = "out",
+) -> list[Target]:
+    """Finds the classifiers behind run folders and `.keras` files.
+
+    Args:
+        paths: Finished run folders and bare `.keras` files.
+        dataset: Data set of the bare files; run folders know theirs.
+        data_dir: Folder of the data sets, instead of the one in a run's configuration.
+        out: Folder under which bare files get a folder of their name for `evaluation.json`.
+
+    Returns:
+        One target per path, in the same order.
+
+    Raises:
+        ValueError: If a path is neither, a run is broken or has not finished, a bare file comes
+            without data set, or two runs are the same.
+    """
+    files = [Path(path) for path in paths if Path(path).suffix == ".keras"]
+    if dataset is None and files:
+        raise ValueError(f"A bare classifier needs --dataset. Received: {files[0]}.")
+    if dataset is not None and len(files) < len(paths):
+        raise ValueError("Run folders name their own data set: give --dataset for bare files only.")
+    configs = {Path(path): _read_run(Path(path)) for path in paths if Path(path) not in files}
+    targets = []
+    for path in map(Path, paths):
+        if path in configs:
+            config = configs[path]
+            method, seed, name = (
+                _method(config, configs.values()),
+                config["seed"],
+                config["dataset"],
+            )
+            place = data_dir or config["data_dir"]
+            targets.append(Target(path / "classifier.keras", path, name, place, method, seed))
+        else:
+            if not path.is_file():
+                raise ValueError(f"There is no classifier at {path}.")
+            targets.append(
+                Target(path, Path(out) / path.stem, str(dataset), data_dir, path.stem, None)
+            )
+    seen: dict[tuple[str, str, int | None], Path] = {}
+    for target in targets:
+        key = (target.dataset, target.method, target.seed)
+        if key in seen:
+            raise ValueError(
+                f"Every classifier needs its own name or its own settings and seed. Received: "
+                f"{seen[key]} and {target.classifier}, both {target.method}, seed {target.seed}."
+            )
+        seen[key] = target.classifier
+    return targets
+
+
+def evaluate(
+    target: Target,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    perturbations: Sequence[str] = PERTURBATIONS,
+    boundary: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measures what is asked for and not yet there, writing the file after each measurement.
+
+    Args:
+        target: The classifier.
+        x: Test images in [0, 1], `[N, *in]`.
+        y: Their labels `[N]`.
+        perturbations: Some of `PERTURBATIONS`.
+        boundary: Whether to measure the distance to the decision boundary.
+        seed: Seed of everything random.
+        overwrite: Start afresh instead of going on with the file that is there.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        ValueError: If the file that is there was made with other settings, or the classifier
+            cannot be loaded or judged.
+    """
+    path = target.folder / _FILE
+    wanted = [*perturbations, *(["boundary"] if boundary else [])]
+    header = {
+        "settings": {
+            "dataset": target.dataset,
+            "images": len(x),
+            "seed": seed,
+            "classifier_sha256": hashlib.sha256(target.classifier.read_bytes()).hexdigest(),
+            **_PLAN,
+        },
+        "environment": _environment(),
+    }
+    result = _read_json(path) if path.exists() and not overwrite else None
+    if result is not None:
+        _refuse_other_settings(path, result, header)
+    classifier = _load(target.classifier)
+    try:
+        if result is None:
+            subject = check(classifier, x, y)
+            clean = float((predict(subject).argmax(axis=1) == subject.y).mean())
+            result = {**header, "clean_accuracy": clean}
+        for name in wanted:
+            if name not in result:
+                result |= _measure(name, classifier, x, y, seed, f"{target.method} {name}")
+                _write_json(path, result)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{target.classifier}: {error}") from error
+    _write_json(path, result)
+    return result
+
+
+def _measure(
+    name: str, classifier: keras.Model, x: np.ndarray, y: np.ndarray, seed: int, title: str
+) -> dict[str, Any]:
+    plan = dict(_PLAN[name])
+    if name == "boundary":
+        with tqdm(total=len(x), desc=title, unit="image") as bar:
+            distance = robustness.boundary_distance(
+                classifier, x, y, seed=seed, progress=bar.update, **plan
+            )
+        return {
+            "boundary_distance": [round(d, 6) if math.isfinite(d) else None for d in distance],
+            "boundary": {
+                "misclassified": np.flatnonzero(np.isnan(distance)).tolist(),
+                "beyond_max_radius": np.flatnonzero(np.isinf(distance)).tolist(),
+            },
+        }
+    strength = STRENGTHS[name]
+    values = plan.pop(strength)
+    if name == "noise":
+        total = len(x) * len(values) * plan["draws"]
+        with tqdm(total=total, desc=title, unit="image", unit_scale=True) as bar:
+            accuracy = robustness.noise_accuracy(
+                classifier, x, y, values, seed, progress=bar.update, **plan
+            )
+    else:
+        attack = {"pgd": attacks.pgd, "tpgd": attacks.tpgd, "square": attacks.square}[name]
+        with tqdm(total=len(x) * values[-1], desc=title, unit="step", unit_scale=True) as bar:
+            accuracy = attack(
+                classifier, x, y, iterations=values, seed=seed, progress=bar.update, **plan
+            ).accuracy
+    return {name: {strength: values, "accuracy": accuracy.tolist()}}
+
+
+def adversarial_examples(
+    target: Target, x: np.ndarray, y: np.ndarray, count: int, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Attacks the first `count` correctly classified images with PGD at full strength.
+
+    Args:
+        target: The classifier.
+        x: Test images in [0, 1], `[N, *in]`.
+        y: Their labels `[N]`.
+        count: How many images.
+        seed: Seed of the attack.
+
+    Returns:
+        The clean images, the perturbed ones, and the classes predicted for each.
+
+    Raises:
+        ValueError: If the classifier cannot be loaded or judged, or gets no image right.
+    """
+    classifier = _load(target.classifier)
+    correct = np.flatnonzero(predict(check(classifier, x, y)).argmax(axis=1) == y)[:count]
+    if not len(correct):
+        raise ValueError(f"{target.classifier}: there is no correctly classified image to attack.")
+    clean, labels = x[correct], y[correct]
+    x_adv = attacks.pgd(classifier, clean, labels, iterations=_STEPS[-1], seed=seed).x_adv
+    fooled = predict(check(classifier, x_adv, labels)).argmax(axis=1)
+    return clean, x_adv, labels, fooled
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is neither a run folder nor a .keras file.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no run folder: it has no config.json.")
+    if not (folder / "metrics.json").is_file():
+        raise ValueError(f"{folder} has not finished (no metrics.json): run train.py to its end.")
+    if not (folder / "classifier.keras").is_file():
+        raise ValueError(f"{folder} is broken: it has no classifier.keras. Train it again.")
+    config = _read_json(folder / "config.json")
+    needed = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
+    if needed - config.keys():
+        raise ValueError(f"{folder}/config.json lacks {sorted(needed - config.keys())}.")
+    return config
+
+
+def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
+    """Names the regularizer, its factor and any other setting that sets runs apart."""
+    name = str(config["regularizer"])
+    if name != "none":
+        name += f" {config['factor']:g}"
+    told = {"dataset", "regularizer", "factor", "seed", "data_dir", "environment"}
+    rivals = [c for c in configs if c["dataset"] == config["dataset"]]
+    others = [
+        f"{key}={value}"
+        for key, value in config.items()
+        if key not in told and any(rival.get(key) != value for rival in rivals)
+    ]
+    return " ".join([name, *others])
+
+
+def _refuse_other_settings(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    for part, values in asked.items():
+        for key, value in values.items():
+            before = found.get(part, {}).get(key)
+            if before != value:
+                raise ValueError(
+                    f"{path} was made with {key}={before}, now it is {value}. "
+                    "Ask for the same, or start afresh with --overwrite."
+                )
+
+
+def _load(path: Path) -> keras.Model:
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:
+        # Keras answers a broken file with errors of many kinds.
+        raise ValueError(f"{path} cannot be loaded as a Keras model: {error}") from error
+
+
+def _environment() -> dict[str, str]:
+    gpus = tf.config.list_physical_devices("GPU")
+    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tensorflow", "keras", "numpy", "cleverhans")},
+        "device": details.get("device_name", "GPU") if gpus else "CPU",
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
