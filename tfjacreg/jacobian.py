@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -18,9 +19,15 @@ import tensorflow as tf
 
 FORWARD_MODES = ("accumulator", "transpose")
 
-# The forward passes now being recorded, innermost last. Replicas of a distribution strategy trace
-# one at a time, so one stack serves them all.
-_recording: list[_Recorders] = []
+
+class _Recording(threading.local):
+    """The forward passes now recorded, innermost last. A thread traces each replica."""
+
+    def __init__(self) -> None:
+        self.passes: list[_Recorders] = []
+
+
+_recording = _Recording()
 
 
 class _Recorders:
@@ -31,10 +38,16 @@ class _Recorders:
     ) -> None:
         self.tape = tape
         self.accumulator = accumulator
+        self._is_paused = False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        if self._is_paused:
+            yield
+            return
         with contextlib.ExitStack() as stack:
+            self._is_paused = True
+            stack.callback(setattr, self, "_is_paused", False)
             if self.tape is not None:
                 stack.enter_context(self.tape.stop_recording())
             if self.accumulator is not None:
@@ -64,10 +77,10 @@ def hold_constant() -> Iterator[None]:
     The gradient of the loss still flows through the statistics. Outside a Jacobian's forward pass
     the context does nothing.
     """
-    if not _recording:
+    if not _recording.passes:
         yield
         return
-    with _recording[-1].paused():
+    with _recording.passes[-1].paused():
         yield
 
 
@@ -75,27 +88,51 @@ def hold_constant() -> Iterator[None]:
 def _held_batch_statistics(network: keras.Layer) -> Iterator[None]:
     """Makes every BatchNorm in `network` compute its batch's moments under `hold_constant`."""
     layers = [
-        layer
-        for layer in network._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization)
+        layer for layer in _layers(network) if isinstance(layer, keras.layers.BatchNormalization)
     ]
 
-    def held(moments: Any) -> Any:
-        @functools.wraps(moments)
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            with hold_constant():
-                return moments(*args, **kwargs)
-
-        return compute
-
-    # Set beside Keras' attribute tracking: a model's structure must not change under its feet.
     for layer in layers:
-        layer.__dict__["_moments"] = held(layer._moments)
+        # Set beside Keras' attribute tracking: a model's structure must not change under its feet.
+        # Replicas trace the same layer in turns, so the last user takes it away.
+        held = layer.__dict__.setdefault("_moments", _HeldMoments(layer._moments))
+        held.users += 1
     try:
         yield
     finally:
         for layer in layers:
-            del layer.__dict__["_moments"]
+            held = layer.__dict__["_moments"]
+            held.users -= 1
+            if not held.users:
+                del layer.__dict__["_moments"]
+
+
+def _layers(network: keras.Layer) -> list[keras.Layer]:
+    """The network and all layers in it, at any depth."""
+    return network._flatten_layers()
+
+
+class _HeldMoments:
+    """Stands in for a BatchNorm's `_moments`."""
+
+    def __init__(self, moments: Callable[..., Any]) -> None:
+        self.moments = moments
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with hold_constant():
+            return self.moments(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _kept_losses(network: keras.Layer) -> Iterator[None]:
+    """Keeps the losses that layers added in the recorded pass: Keras clears them in each call."""
+    kept = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in _layers(network)]
+    try:
+        yield
+    finally:
+        for layer, losses, loss_ids in kept:
+            layer._losses[:] = losses
+            layer._loss_ids |= loss_ids
 
 
 class JacobianOperator:
@@ -221,7 +258,7 @@ class JacobianOperator:
     def _replay(self, v: tf.Tensor) -> tf.Tensor:
         """Runs the network again from the recorded state, changing nothing, for another J v."""
         accumulator = tf.autodiff.ForwardAccumulator(self.x, v)
-        with keras.StatelessScope(state_mapping=self._state):
+        with keras.StatelessScope(state_mapping=self._state), _kept_losses(self.network):
             return _product_of(accumulator, self._call(None, accumulator))
 
     def _call(
@@ -229,7 +266,7 @@ class JacobianOperator:
         tape: tf.GradientTape | None,
         accumulator: tf.autodiff.ForwardAccumulator | None,
     ) -> tf.Tensor:
-        _recording.append(_Recorders(tape, accumulator))
+        _recording.passes.append(_Recorders(tape, accumulator))
         try:
             with (
                 _held_batch_statistics(self.network),
@@ -237,7 +274,7 @@ class JacobianOperator:
             ):
                 primal = self.network(self.x, training=self.training)
         finally:
-            _recording.pop()
+            _recording.passes.pop()
         if not isinstance(primal, tf.Tensor):
             raise TypeError(
                 "`network` must return one dense tensor. To differentiate one of several outputs, "

@@ -59,7 +59,8 @@ class RegularizedModel(keras.Model):
     def build(self, input_shape: Any) -> None:
         """Builds the network and makes the variables that the penalty remembers things in."""
         if not self.network.built:
-            self.network.build(input_shape)
+            # A symbolic call, which also builds what a subclassed network holds.
+            self.network(keras.KerasTensor(input_shape, dtype=self.network.input_dtype))
         if self.regularizer is not None:
             if not self.network.trainable_variables:
                 raise ValueError(
@@ -89,6 +90,8 @@ class RegularizedModel(keras.Model):
         if self.regularizer is None:
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not self.built:
+            self.build(x.shape)
         with tf.GradientTape() as tape:
             operator = JacobianOperator(
                 self, x, training=True, forward_mode=self.regularizer.forward_mode

@@ -300,7 +300,8 @@ def _anything_where(condition: tf.Tensor, a: tf.Tensor) -> tf.Tensor:
 def random_unit(like: tf.Tensor, key: Any) -> tf.Tensor:
     """Vectors uniform on the unit sphere, one for each example of `like`, `[B, ...]`.
 
-    The draw depends only on `key` and the shape, so that training goes on from a saved counter.
+    The draw depends only on `key` and the shape, so that training goes on from a saved counter; XLA
+    draws other numbers from the same key than eager and graph execution do.
 
     Args:
         like: Gives shape and dtype.

@@ -1,0 +1,427 @@
+"""RegularizedModel as a Keras user meets it."""
+
+import csv
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfjacreg
+from tfjacreg import RegularizedModel, regularizers
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(48, 6, 6, 1)).astype("float32")
+Y = RNG.integers(0, 3, 48)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def small_network(**extra):
+    keras.utils.set_random_seed(7)
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            layers.Conv2D(4, 3, activation="relu", **extra),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+def compiled(model, optimizer=None, **kwargs):
+    model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.8), LOSS, **kwargs)
+    return model
+
+
+def fit(model, **kwargs):
+    arguments = {"epochs": 2, "batch_size": 16, "shuffle": False, "verbose": 0, **kwargs}
+    return model.fit(X, Y, **arguments).history
+
+
+OPTIMIZERS = {
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.8),
+    "nesterov": lambda: keras.optimizers.SGD(0.05, momentum=0.8, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw_decay": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "clipnorm": lambda: keras.optimizers.SGD(0.05, clipnorm=0.1),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.05, global_clipnorm=0.1),
+    "ema": lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_overwrite_frequency=4),
+    "accumulation": lambda: keras.optimizers.SGD(0.05, gradient_accumulation_steps=2),
+    "loss_scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05)),
+    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.05, 20)),
+}
+
+
+@pytest.mark.parametrize("regularizer", [None, regularizers.SpectralNorm(0.0, seed=0)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_without_a_penalty_training_is_plain_keras(regularizer, optimizer):
+    """No regularizer, or factor 0: the weights of the network trained alone, after 21 steps."""
+    plain = compiled(small_network(), OPTIMIZERS[optimizer]())
+    wrapped = compiled(RegularizedModel(small_network(), regularizer), OPTIMIZERS[optimizer]())
+    expected, got = fit(plain, epochs=7), fit(wrapped, epochs=7)
+    np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-6)
+    for a, b in zip(plain.get_weights(), wrapped.network.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-6)
+    assert any(np.any(a != b) for a, b in zip(small_network().weights, plain.weights, strict=True))
+
+
+def test_one_step_on_a_linear_network_is_known_by_hand():
+    """f(x) = W^T x: sigma is ||W||_2 for every x, and its gradient v u^T (eq. 8)."""
+    keras.utils.set_random_seed(1)
+    network = keras.Sequential([keras.Input((5,)), layers.Dense(3, use_bias=False)])
+    kernel = network.get_weights()[0].astype("float64")
+    x, y = RNG.normal(size=(8, 5)).astype("float32"), RNG.normal(size=(8, 3)).astype("float32")
+    model = RegularizedModel(network, regularizers.SpectralNorm(0.3, method="exact"))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    history = model.fit(x, y, batch_size=8, verbose=0).history
+    left, s, right = np.linalg.svd(kernel)
+    error = x @ kernel - y
+    gradient = 2 * x.T @ error / error.size + 0.3 * np.outer(left[:, 0], right[0])
+    np.testing.assert_allclose(network.get_weights()[0], kernel - 0.1 * gradient, atol=1e-6)
+    np.testing.assert_allclose(history["penalty"], [s[0]], rtol=1e-5)
+    np.testing.assert_allclose(history["loss"], [np.mean(error**2) + 0.3 * s[0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", regularizers.NAMES)
+def test_logs(name):
+    """loss = data loss + factor * penalty; val_loss has no penalty; nor has evaluate."""
+    factor = 0.5
+    model = compiled(RegularizedModel(small_network(), regularizers.NAMES[name](factor)))
+    model.optimizer.learning_rate = 0.0
+    history = fit(model, epochs=1, validation_data=(X, Y))
+    assert set(history) == {"loss", "penalty", "val_loss"}
+    np.testing.assert_allclose(
+        history["loss"][0], history["val_loss"][0] + factor * history["penalty"][0], rtol=1e-5
+    )
+    assert history["penalty"][0] > 0
+    np.testing.assert_allclose(model.evaluate(X, Y, verbose=0), history["val_loss"][0], rtol=1e-5)
+    assert set(model.evaluate(X, Y, verbose=0, return_dict=True)) == {"loss"}
+
+
+def test_penalty_is_the_mean_exact_sigma():
+    model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(1, "exact")))
+    model.optimizer.learning_rate = 0.0
+    history = fit(model, epochs=1)
+    sigma = tfjacreg.spectral_norm(model.network, X, method="exact").sigma
+    np.testing.assert_allclose(history["penalty"][0], np.mean(sigma), rtol=1e-5)
+
+
+def test_the_penalty_lowers_the_norm():
+    sigmas = {}
+    for factor in (0.0, 0.5):
+        model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(factor)))
+        fit(model, epochs=30)
+        sigma = tfjacreg.spectral_norm(model.network, X, method="exact").sigma
+        sigmas[factor] = float(np.mean(sigma))
+    assert sigmas[0.5] < 0.5 * sigmas[0.0]
+
+
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+@pytest.mark.parametrize("forward_mode", ["accumulator", "transpose"])
+def test_execution_modes_agree(mode, forward_mode):
+    """XLA draws other random numbers, so there the comparison is of the method without any."""
+    method = "exact" if mode == "xla" else "power"
+    penalty = regularizers.SpectralNorm(0.1, method, 2, seed=3, forward_mode=forward_mode)
+    reference = compiled(RegularizedModel(small_network(), penalty), jit_compile=False)
+    model = compiled(
+        RegularizedModel(small_network(), penalty),
+        jit_compile=mode == "xla",
+        run_eagerly=mode == "eager",
+    )
+    expected, got = fit(reference), fit(model)
+    np.testing.assert_allclose(got["penalty"], expected["penalty"], rtol=1e-5)
+    for a, b in zip(reference.get_weights()[:4], model.get_weights()[:4], strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def test_steps_per_execution_and_tf_data_change_nothing():
+    penalty = regularizers.SpectralNorm(0.1, seed=3)
+    one = compiled(RegularizedModel(small_network(), penalty))
+    fit(one)
+    many = compiled(RegularizedModel(small_network(), penalty), steps_per_execution=2)
+    many.fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(16), epochs=2, verbose=0)
+    for a, b in zip(one.get_weights(), many.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+def test_sample_and_class_weights_weigh_the_loss_but_not_the_penalty():
+    def start():
+        model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0.5, seed=3)))
+        model.optimizer.learning_rate = 0.0
+        return model
+
+    plain = fit(start(), epochs=1)
+    data_loss = plain["loss"][0] - 0.5 * plain["penalty"][0]
+    doubled = fit(start(), epochs=1, sample_weight=np.full(len(X), 2.0))
+    np.testing.assert_allclose(
+        doubled["loss"][0], 2 * data_loss + 0.5 * plain["penalty"][0], rtol=1e-5
+    )
+    doubled = fit(start(), epochs=1, class_weight={0: 2.0, 1: 2.0, 2: 2.0})
+    np.testing.assert_allclose(
+        doubled["loss"][0], 2 * data_loss + 0.5 * plain["penalty"][0], rtol=1e-5
+    )
+
+
+def test_losses_that_layers_add_count_once():
+    network = small_network(activity_regularizer="l2", kernel_regularizer="l2")
+    alone = compiled(network)
+    model = compiled(
+        RegularizedModel(network, regularizers.SpectralNorm(0.0, iterations=3, seed=0))
+    )
+    model.optimizer.learning_rate = alone.optimizer.learning_rate = 0.0
+    np.testing.assert_allclose(
+        fit(model, epochs=1)["loss"], fit(alone, epochs=1)["loss"], rtol=1e-6
+    )
+    assert len(model.losses) == 2
+
+
+def test_callbacks(tmp_path):
+    model = compiled(
+        RegularizedModel(small_network(), regularizers.SpectralNorm(0.1, seed=3)),
+        metrics=["accuracy"],
+    )
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
+        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.TensorBoard(tmp_path / "board", write_graph=False),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.EarlyStopping(monitor="penalty", mode="min", patience=9),
+    ]
+    fit(model, validation_data=(X, Y), callbacks=callbacks)
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"epoch", "loss", "accuracy", "penalty", "val_loss", "val_accuracy"}
+    assert list((tmp_path / "board").rglob("events*"))
+    keras.models.load_model(tmp_path / "best.keras")
+
+
+class _Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_backup_and_restore_goes_on_where_it_stopped(tmp_path):
+    penalty = regularizers.SpectralNorm(0.1, seed=3)
+    whole = compiled(RegularizedModel(small_network(), penalty))
+    fit(whole, epochs=4)
+    stopped = compiled(RegularizedModel(small_network(), penalty))
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            stopped,
+            epochs=4,
+            callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "b"), _Interrupt()],
+        )
+    resumed = compiled(RegularizedModel(small_network(), penalty))
+    fit(resumed, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "b")])
+    for a, b in zip(whole.get_weights(), resumed.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+def test_terminate_on_nan_stops_on_nan_pixels():
+    model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0.1)))
+    poisoned = X.copy()
+    poisoned[20] = np.nan
+    history = model.fit(
+        poisoned,
+        Y,
+        batch_size=16,
+        epochs=5,
+        verbose=0,
+        callbacks=[keras.callbacks.TerminateOnNaN()],
+    )
+    assert len(history.history["loss"]) == 1 and np.isnan(history.history["loss"][0])
+
+
+RELOAD = """
+import sys
+import keras, numpy as np
+import tfjacreg
+folder = sys.argv[1]
+data = np.load(folder + "/data.npz")
+model = keras.models.load_model(folder + "/run.keras")
+print(type(model).__name__, model.regularizer.get_config())
+model.fit(data["x"], data["y"], epochs=2, batch_size=16, shuffle=False, verbose=0)
+np.savez(folder + "/weights.npz", *model.get_weights())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        regularizers.SpectralNorm(0.1, method="lanczos", iterations=2),
+        regularizers.FrobeniusNorm(0.1),
+        regularizers.SpectralBound(0.01),
+        regularizers.WeightDecay(0.01),
+    ],
+    ids=lambda penalty: type(penalty).__name__,
+)
+def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path, penalty):
+    """Optimizer state, random stream and iteration vectors come along: the same weights follow."""
+    model = compiled(RegularizedModel(small_network(), penalty))
+    fit(model)
+    model.save(tmp_path / "run.keras")
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("RegularizedModel")
+    fit(model)
+    with np.load(tmp_path / "weights.npz") as other:
+        for a, name in zip(model.get_weights(), other.files, strict=True):
+            np.testing.assert_allclose(other[name], a, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_network_loads_where_tfjacreg_is_not_installed(tmp_path):
+    model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0.1)))
+    fit(model)
+    model.network.save(tmp_path / "network.keras")
+    model.export(tmp_path / "saved_model", verbose=False)
+    np.save(tmp_path / "x.npy", X)
+    script = textwrap.dedent("""
+        import sys
+        sys.modules["tfjacreg"] = None
+        import keras, numpy as np, tensorflow as tf
+        folder = sys.argv[1]
+        x = np.load(folder + "/x.npy")
+        network = keras.models.load_model(folder + "/network.keras")
+        served = tf.saved_model.load(folder + "/saved_model")
+        np.save(folder + "/logits.npy", network.predict(x, verbose=0))
+        np.save(folder + "/served.npy", served.serve(x))
+        """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = model.predict(X, verbose=0)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "served.npy"), expected, atol=1e-6)
+
+
+def test_summary_names_the_network():
+    lines = []
+    RegularizedModel(small_network(), "spectral").summary(print_fn=lines.append)
+    assert "sequential" in "\n".join(lines)
+
+
+def test_a_subclassed_network_is_built_by_its_first_batch():
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.body = small_network()
+
+        def call(self, inputs):
+            return self.body(inputs)
+
+    model = compiled(RegularizedModel(Subclassed(), regularizers.SpectralNorm(0.1)))
+    assert fit(model)["penalty"][0] > 0
+
+
+@pytest.mark.parametrize("batch_norm", ["no", "per replica", "synchronized"])
+def test_one_device_and_two_give_the_same_weights(batch_norm):
+    """MirroredStrategy: the factor means the same on every number of devices.
+
+    With the exact method no random vector differs between replicas. BatchNorm takes the statistics
+    of its own replica's part of a batch, in Keras as here: there, equality is to be had only where
+    the parts have the same statistics, so every batch is made of two equal halves. Synchronized
+    BatchNorm takes those of the whole batch, and the penalty holds them constant all the same.
+    """
+
+    def network():
+        keras.utils.set_random_seed(7)
+        norm = [layers.BatchNormalization(synchronized=batch_norm == "synchronized")]
+        return keras.Sequential(
+            [
+                keras.Input((6, 6, 1)),
+                layers.Conv2D(4, 3),
+                *(norm if batch_norm != "no" else []),
+                layers.ReLU(),
+                layers.Flatten(),
+                layers.Dense(3),
+            ]
+        )
+
+    def trained(strategy):
+        with strategy.scope():
+            model = compiled(RegularizedModel(network(), regularizers.SpectralNorm(0.5, "exact")))
+        x, y = X, Y
+        if batch_norm == "per replica":
+            x = np.concatenate([np.tile(X[i : i + 8], (2, 1, 1, 1)) for i in range(0, 48, 8)])
+            y = np.concatenate([np.tile(Y[i : i + 8], 2) for i in range(0, 48, 8)])
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+        history = model.fit(data.repeat(), epochs=1, steps_per_epoch=10, verbose=0).history
+        return history, model.network.get_weights()
+
+    one, weights = trained(tf.distribute.get_strategy())
+    # Not by collective operations, whose keys several strategies in one process would share.
+    reduction = tf.distribute.ReductionToOneDevice()
+    two, mirrored = trained(
+        tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=reduction)
+    )
+    for a, b in zip(weights, mirrored, strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
+    np.testing.assert_allclose(two["penalty"], one["penalty"], rtol=1e-5)
+
+
+def test_mixed_precision_trains_without_nan():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0.1, seed=0)))
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    history = fit(model, epochs=17)
+    assert np.all(np.isfinite(history["loss"])) and np.all(np.isfinite(history["penalty"]))
+    assert history["loss"][-1] < history["loss"][0]
+
+
+BAD = {
+    "network_type": (
+        lambda: RegularizedModel(lambda x: x, None),
+        TypeError,
+        "must be a keras.Layer.*Received",
+    ),
+    "regularizer": (
+        lambda: RegularizedModel(small_network(), "ridge"),
+        ValueError,
+        "spectral_bound.*Received: 'ridge'",
+    ),
+    "no_weights": (
+        lambda: RegularizedModel(
+            keras.Sequential([keras.Input((6, 6, 1)), layers.Flatten()]), "spectral"
+        ),
+        ValueError,
+        "no trainable weights",
+    ),
+    "integer_images": (
+        lambda: compiled(
+            RegularizedModel(
+                keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(9, 2)]),
+                "spectral",
+            )
+        ).fit(np.zeros((4, 4), "int32"), np.zeros((4, 4), "int32"), verbose=0),
+        TypeError,
+        "floating input.*int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    make, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_frozen_network_is_refused():
+    network = small_network()
+    network.trainable = False
+    with pytest.raises(ValueError, match="no trainable weights"):
+        RegularizedModel(network, "spectral")
