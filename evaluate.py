@@ -13,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from tfjacreg import datasets, evaluation, figures  # noqa: E402
+from tfjacreg import attacks, datasets, evaluation, figures  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
             examples = evaluation.adversarial_examples(
                 target, x, y, args.adversarial_examples, seed=args.seed
             )
-            title = f"{target.method}, {target.dataset}: PGD"
+            title = f"{target.method}, {target.dataset}: PGD, eps {attacks.EPS * 255:g}/255"
             path = target.folder / "adversarial_examples.png"
             figures.adversarial_figure(*examples, title, path)
     if args.attacks:

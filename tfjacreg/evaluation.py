@@ -155,12 +155,12 @@ def evaluate(
             "classifier_sha256": hashlib.sha256(target.classifier.read_bytes()).hexdigest(),
             **_PLAN,
         },
-        "environment": _environment(),
+        "environment": environment(),
     }
     result = _read_json(path) if path.exists() and not overwrite else None
     if result is not None:
         _refuse_other_settings(path, result, header)
-    classifier = _load(target.classifier)
+    classifier = load(target.classifier)
     try:
         if result is None:
             subject = check(classifier, x, y)
@@ -169,10 +169,10 @@ def evaluate(
         for name in wanted:
             if name not in result:
                 result |= _measure(name, classifier, x, y, seed, f"{target.method} {name}")
-                _write_json(path, result)
+                write_json(path, result)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{target.classifier}: {error}") from error
-    _write_json(path, result)
+    write_json(path, result)
     return result
 
 
@@ -227,7 +227,7 @@ def adversarial_examples(
     Raises:
         ValueError: If the classifier cannot be loaded or judged, or gets no image right.
     """
-    classifier = _load(target.classifier)
+    classifier = load(target.classifier)
     correct = np.flatnonzero(predict(check(classifier, x, y)).argmax(axis=1) == y)[:count]
     if not len(correct):
         raise ValueError(f"{target.classifier}: there is no correctly classified image to attack.")
@@ -235,6 +235,34 @@ def adversarial_examples(
     x_adv = attacks.pgd(classifier, clean, labels, iterations=_STEPS[-1], seed=seed).x_adv
     fooled = predict(check(classifier, x_adv, labels)).argmax(axis=1)
     return clean, x_adv, labels, fooled
+
+
+def load(path: Path) -> keras.Model:
+    """Loads a classifier without its training state; raises ValueError where that fails."""
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as error:
+        # Keras answers a broken file with errors of many kinds.
+        raise ValueError(f"{path} cannot be loaded as a Keras model: {error}") from error
+
+
+def environment() -> dict[str, str]:
+    """Returns the versions and the device that numbers depend on."""
+    gpus = tf.config.list_physical_devices("GPU")
+    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tensorflow", "keras", "numpy", "cleverhans")},
+        "device": details.get("device_name", "GPU") if gpus else "CPU",
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file whole or not at all, and its folder if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -279,24 +307,6 @@ def _refuse_other_settings(path: Path, found: dict[str, Any], asked: dict[str, A
                 )
 
 
-def _load(path: Path) -> keras.Model:
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:
-        # Keras answers a broken file with errors of many kinds.
-        raise ValueError(f"{path} cannot be loaded as a Keras model: {error}") from error
-
-
-def _environment() -> dict[str, str]:
-    gpus = tf.config.list_physical_devices("GPU")
-    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("tensorflow", "keras", "numpy", "cleverhans")},
-        "device": details.get("device_name", "GPU") if gpus else "CPU",
-    }
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -305,10 +315,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
     return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

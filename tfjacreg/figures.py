@@ -209,6 +209,7 @@ def robustness_figure(
                 ax.xaxis.set_major_locator(FixedLocator(curve.strength.tolist()))
                 ax.xaxis.set_minor_locator(NullLocator())
                 ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
             ax.grid(alpha=0.3)
             ax.set_xlabel(_axis(name))
             if row == 0:
