@@ -276,6 +276,14 @@ def test_square_lowers_margins_and_spares_the_misclassified(cnn):
     assert (before > 0).mean() - found.accuracy[-1] > 0.2
 
 
+def test_square_prefers_the_clean_image_to_worse_stripes(cnn):
+    x, y = digits(1200, 1300)
+    found = attacks.square(cnn, x, y, eps=0.01, iterations=1)
+    assert (margins(cnn, found.x_adv, y) <= margins(cnn, x, y) + 1e-5).all()
+    kept = (found.x_adv == x).all(axis=(1, 2, 3))
+    assert 0.1 < kept.mean() < 0.9
+
+
 def test_square_needs_no_gradient():
     class Rounded(keras.Model):
         def __init__(self):
@@ -379,6 +387,25 @@ def test_batch_size_changes_nothing(cnn, attack, batch_size):
     found, other = (attack(cnn, x, y, seed=2, batch_size=size) for size in (batch_size, 256))
     np.testing.assert_array_equal(found.x_adv, other.x_adv)
     np.testing.assert_array_equal(found.correct, other.correct)
+
+
+@pytest.mark.parametrize("name", ["pgd", "tpgd"])
+def test_single_images_round_like_batches(name):
+    # With layers as wide as LeNet's, one-row products round differently from many-row ones, and
+    # signs of small gradients flip.
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((20, 20, 1)),
+            layers.Flatten(),
+            layers.Dense(120, activation="relu"),
+            layers.Dense(84, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+    x = random_images((20, 20, 1), count=60)
+    attack = functools.partial(getattr(attacks, name), model, x, np.zeros(60, int), iterations=8)
+    np.testing.assert_array_equal(attack(batch_size=1).x_adv, attack(batch_size=60).x_adv)
 
 
 @each_attack
