@@ -16,7 +16,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 from tfjacreg import attacks, datasets, evaluation, figures  # noqa: E402
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="start afresh where there is an evaluation.json"
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def _count(text: str) -> int:
@@ -54,9 +54,8 @@ def _count(text: str) -> int:
     return value
 
 
-def main(arguments: list[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Judges every run given, then prints the tables and draws the figures."""
-    args = parse(arguments)
     targets = evaluation.find_targets(
         args.runs, dataset=args.dataset, data_dir=args.data_dir, out=args.out
     )
@@ -93,8 +92,19 @@ def main(arguments: list[str] | None = None) -> None:
         figures.boundary_figure(judged, args.out / "boundary.png")
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    args = parse(argv)
     try:
-        main()
+        run(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on after the last finished measurement.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -59,7 +59,7 @@ def classifiers(tmp_path_factory):
             ]
         )
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(0.01), loss)
+        model.compile(keras.optimizers.Adam(0.001), loss)
         model.fit(train.x, train.y, epochs=4, verbose=0)
         paths.append(tmp_path_factory.mktemp("classifiers") / "classifier.keras")
         model.save(paths[-1])
@@ -80,7 +80,7 @@ def make_run(tmp_path, classifiers):
 
 
 def call(*arguments, limit=40):
-    script().main([str(a) for a in (*arguments, "--limit", limit)])
+    script().run(script().parse([str(a) for a in ("--limit", limit, *arguments)]))
 
 
 def read(folder):
@@ -169,11 +169,11 @@ def test_other_settings_are_refused_unless_overwritten(make_run, tmp_path, chang
     run = make_run()
     call(run, "--attacks", "noise", "--out", tmp_path / "out")
     before = (run / "evaluation.json").read_bytes()
-    again = [run, "--attacks", "pgd", "--out", tmp_path / "out", "--limit", "40", *change]
+    again = [run, "--attacks", "pgd", "--out", tmp_path / "out", *change]
     with pytest.raises(ValueError, match=message):
-        script().main([str(a) for a in again])
+        call(*again)
     assert (run / "evaluation.json").read_bytes() == before
-    script().main([str(a) for a in (*again, "--overwrite")])
+    call(*again, "--overwrite")
     assert "pgd" in read(run) and "noise" not in read(run)
 
 
@@ -302,7 +302,7 @@ def test_bare_classifiers_need_a_data_set(classifiers, make_run):
 )
 def test_bad_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        script().main(["run", *arguments])
+        script().parse(["run", *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -310,8 +310,18 @@ def test_errors_end_the_script_with_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "missing"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        f"evaluate.py: {tmp_path / 'missing'} is neither a run folder nor a .keras file."
+        f"evaluate.py: error: {tmp_path / 'missing'} is neither a run folder nor a .keras file."
     )
     assert "Traceback" not in done.stderr
+
+
+def test_stopping_by_hand_says_how_to_go_on(make_run, tmp_path, monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attacks, "pgd", stopped)
+    arguments = [str(make_run()), "--attacks", "pgd", "--limit", "5", "--out", str(tmp_path)]
+    assert script().main(arguments) == 130
+    assert "The same command goes on" in capsys.readouterr().out
