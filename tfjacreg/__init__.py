@@ -4,7 +4,7 @@ After "Exact Spectral Norm Regularization for Neural Networks" (Johansson, Engsn
 Mostad 2022).
 """
 
-from tfjacreg import norms, regularizers
+from tfjacreg import attacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.jacobian import JacobianOperator, hold_constant
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
@@ -15,10 +15,14 @@ __all__ = [
     "JacobianOperator",
     "RegularizedModel",
     "SingularTriplet",
+    "attacks",
+    "datasets",
     "frobenius_norm",
     "hold_constant",
+    "networks",
     "norms",
     "regularizers",
+    "robustness",
     "spectral_bound",
     "spectral_norm",
 ]

@@ -8,7 +8,7 @@ for random starts, iteration vectors) in variables, so that it is saved with the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -275,7 +275,7 @@ class WeightDecay(Regularizer):
         return tf.add_n(squares), []
 
 
-NAMES: dict[str, type[Regularizer]] = {
+NAMES: dict[str, Callable[..., Regularizer]] = {
     "spectral": SpectralNorm,
     "frobenius": FrobeniusNorm,
     "spectral_bound": SpectralBound,

@@ -1,0 +1,83 @@
+"""What `fit` adds to the training steps themselves, over whole epochs of `train.py`'s pipeline.
+
+    python benchmarks/fit_overhead.py [--batch-size 32] [--regularizer spectral]
+
+Compares `fit` on `experiment.training_batches` with the same number of the same compiled steps on
+one batch, in a TensorFlow loop, interleaved; prints the ratio of the medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from tfjacreg import experiment  # noqa: E402
+from tfjacreg.experiment import RunConfig  # noqa: E402
+
+
+def measure(config: RunConfig, examples: int, repeats: int) -> dict[str, float]:
+    """Times epochs of `fit` and of bare steps, in seconds, one after the other."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(examples, 28, 28, 1)).astype("float32")
+    y = rng.integers(0, 10, examples).astype("int32")
+    epoch = tf.Variable(0, dtype=tf.int64)
+    model = experiment.compiled_model(config, (28, 28, 1), 10, examples)
+    batches = experiment.training_batches(x, y, config.batch_size, 0, epoch, augment=False)
+    steps = examples // config.batch_size
+    one = (tf.constant(x[: config.batch_size]), tf.constant(y[: config.batch_size]))
+    train_step = tf.function(model.train_step)
+
+    @tf.function
+    def bare() -> None:
+        for _ in tf.range(steps):
+            train_step(one)
+
+    def fit() -> None:
+        epoch.assign_add(1)
+        model.fit(batches, verbose=0)
+
+    times: dict[str, list[float]] = {"fit": [], "bare": []}
+    for repeat in range(repeats + 1):
+        for name, run in (("fit", fit), ("bare", bare)):
+            start = time.perf_counter()
+            run()
+            if repeat:  # The first round compiles.
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()} | {"steps": steps}
+
+
+def main() -> None:
+    """Prints a line and, if asked, writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--regularizer", default="spectral")
+    parser.add_argument("--examples", type=int, default=12800)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    config = RunConfig(regularizer=arguments.regularizer, batch_size=arguments.batch_size)
+    keras.utils.set_random_seed(0)
+    seconds = measure(config, arguments.examples, arguments.repeats)
+    ratio = seconds["fit"] / seconds["bare"]
+    print(
+        f"{arguments.regularizer}, batch {arguments.batch_size}: "
+        f"fit {1e3 * seconds['fit'] / seconds['steps']:.2f} ms/step, "
+        f"bare {1e3 * seconds['bare'] / seconds['steps']:.2f} ms/step, ratio {ratio:.2f}"
+    )
+    if arguments.json:
+        result = {**vars(arguments), "json": str(arguments.json), **seconds, "ratio": ratio}
+        result["environment"] = experiment.environment()
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

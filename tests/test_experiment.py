@@ -1,0 +1,365 @@
+"""One run: what the folder holds, how it is interrupted and continued, what it refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfjacreg
+from tfjacreg import datasets, experiment
+from tfjacreg.experiment import RunConfig, RunError, run
+
+ROOT = Path(__file__).parent.parent
+SHORT = {"epochs": 2, "batch_size": 128}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "spectral"
+    config = RunConfig(**SHORT)
+    return config, out, run(config, out, verbose=0)
+
+
+def test_folder(finished):
+    config, out, metrics = finished
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "history.csv",
+        "metrics.json",
+        "classifier.keras",
+        "saved_model",
+    }
+    held = json.loads((out / "config.json").read_text())
+    assert held["dataset"] == "digits" and held["epochs"] == 2 and held["learning_rate"] == 0.01
+    assert {"tensorflow", "keras", "device"} <= set(held["environment"])
+    with (out / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"loss", "penalty", "accuracy", "val_loss", "val_accuracy", "step_seconds"} <= set(
+        rows[0]
+    )
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+
+
+def test_metrics_are_those_of_the_exported_classifier(finished):
+    """Accuracy, loss and mean sigma again, in NumPy, from the classifier that pixels go into."""
+    _, out, metrics = finished
+    test = datasets.load("digits").test
+    classifier = keras.models.load_model(out / "classifier.keras")
+    logits = classifier.predict(test.x, verbose=0).astype("float64")
+    accuracy = np.mean(np.argmax(logits, axis=1) == test.y)
+    log_sum = np.log(np.sum(np.exp(logits), axis=1))
+    loss = np.mean(log_sum - logits[np.arange(len(test.y)), test.y])
+    assert metrics["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
+    # In pixels the Jacobian is that of the network divided by the standard deviation.
+    x = tf.constant(test.x[:50])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = classifier(x)
+    jacobians = tape.batch_jacobian(y, x).numpy().reshape(50, 10, -1)
+    std = datasets.load("digits").std[0]
+    sigma = np.linalg.svd(jacobians, compute_uv=False)[:, 0] * std
+    network = classifier.layers[-1]
+    mean = experiment.mean_spectral_norm(network, classifier.layers[1](x).numpy())
+    assert mean == pytest.approx(np.mean(sigma), rel=1e-4)
+
+
+def test_a_finished_run_is_not_repeated(finished):
+    config, out, metrics = finished
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert run(config, out, verbose=0) == metrics
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+
+def test_overwrite_repeats_the_same_run(finished, tmp_path):
+    config, _, metrics = finished
+    (tmp_path / "mine.txt").write_text("keep me")
+    first = run(config, tmp_path, verbose=0)
+    again = run(config, tmp_path, verbose=0, overwrite=True)
+    for name in ("test_accuracy", "test_loss", "test_spectral_norm", "val_loss"):
+        assert first[name] == pytest.approx(metrics[name], rel=1e-5)
+        assert again[name] == pytest.approx(metrics[name], rel=1e-5)
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["between epochs", "between history and checkpoint"])
+def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, where):
+    config, _, metrics = finished
+    original = experiment._Keeper.on_epoch_end
+    replace = os.replace
+
+    def stop(self, epoch, logs=None):
+        if where == "between epochs":
+            original(self, epoch, logs)
+            raise _Stop
+        if epoch == 1:
+            monkeypatch.setattr(os, "replace", stop_at_checkpoint)
+        original(self, epoch, logs)
+
+    def stop_at_checkpoint(source, target):
+        if str(target).endswith("checkpoint.keras"):
+            raise _Stop
+        replace(source, target)
+
+    monkeypatch.setattr(experiment._Keeper, "on_epoch_end", stop)
+    with pytest.raises(_Stop):
+        run(config, tmp_path, verbose=0)
+    monkeypatch.undo()
+    assert not (tmp_path / "metrics.json").exists()
+    resumed = run(config, tmp_path, verbose=0)
+    for name in ("test_accuracy", "test_loss", "test_spectral_norm", "val_loss"):
+        assert resumed[name] == pytest.approx(metrics[name], rel=1e-5)
+    with (tmp_path / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tmp_path):
+    """kill -9 in the middle; the same command ends with the weights of an undisturbed run."""
+    command = [sys.executable, "train.py", "--epochs", "6", "--out"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "killed")], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint.keras").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    for name in ("killed", "whole"):
+        subprocess.run(
+            [*command, str(tmp_path / name)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
+    killed, whole = (
+        keras.models.load_model(tmp_path / name / "classifier.keras").get_weights()
+        for name in ("killed", "whole")
+    )
+    for a, b in zip(whole, killed, strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--epochs", "500", "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.keras").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from the last finished epoch" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_saved_model_cli_gives_the_logits_of_keras(finished, tmp_path):
+    _, out, _ = finished
+    x = datasets.load("digits").test.x[:16]
+    np.save(tmp_path / "x.npy", x)
+    cli = Path(sys.executable).with_name("saved_model_cli")
+    subprocess.run(
+        [cli, "run", "--dir", out / "saved_model", "--tag_set", "serve"]
+        + ["--signature_def", "serve", "--inputs", f"pixels={tmp_path / 'x.npy'}"]
+        + ["--outdir", tmp_path / "served"],
+        check=True,
+        capture_output=True,
+    )
+    (served,) = (tmp_path / "served").glob("*.npy")
+    expected = keras.models.load_model(out / "classifier.keras").predict(x, verbose=0)
+    np.testing.assert_allclose(np.load(served), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_classifier_loads_where_tfjacreg_cannot_be_imported(finished):
+    _, out, _ = finished
+    script = (
+        "import sys; sys.modules['tfjacreg'] = None; import keras, numpy; "
+        f"m = keras.models.load_model(r'{out / 'classifier.keras'}'); "
+        "print(m(numpy.zeros((2, 28, 28, 1), 'float32')).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "(2, 10)" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """A fresh run, a repeated one, one with other settings in the same folder."""
+
+    def train(*arguments):
+        return subprocess.run(
+            [sys.executable, "train.py", "--out", str(tmp_path / "run"), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    first = train("--epochs", "1", "--regularizer", "none")
+    assert first.returncode == 0, first.stderr
+    for words in ("Epoch 1/1", "test accuracy", "test loss", "mean exact sigma"):
+        assert words in first.stdout
+    again = train("--epochs", "1", "--regularizer", "none")
+    assert again.returncode == 0 and "--overwrite repeats it" in again.stdout
+    other = train("--epochs", "1", "--factor", "0.5")
+    assert other.returncode == 2 and "another configuration" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert train("--dataset", "mnist").returncode == 2
+    assert "fashion_mnist" in train("--dataset", "mnist").stderr
+
+
+def test_every_epoch_has_its_own_order_and_all_examples():
+    x = np.arange(50, dtype="float32").reshape(50, 1, 1, 1)
+    y = np.arange(50, dtype="int32")
+    epoch = tf.Variable(0, dtype=tf.int64)
+    batches = experiment.training_batches(x, y, 16, 3, epoch, augment=False)
+    orders = []
+    for number in (0, 1, 0):
+        epoch.assign(number)
+        seen = list(batches.as_numpy_iterator())
+        assert [len(labels) for _, labels in seen] == [16, 16, 16, 2]
+        orders.append(np.concatenate([labels for _, labels in seen]))
+        np.testing.assert_array_equal(
+            np.concatenate([images.ravel() for images, _ in seen]), orders[-1]
+        )
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
+    assert np.any(orders[0] != orders[1]) and np.all(orders[0] == orders[2])
+
+
+def test_augmentation_crops_and_flips():
+    """Every augmented image is one of the 81 crops of the padded image, mirrored or not."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 6, 5, 2)).astype("float32")
+    padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    epoch = tf.Variable(0, dtype=tf.int64)
+    batches = experiment.training_batches(x, np.arange(64), 64, 3, epoch, augment=True)
+    images, labels = next(batches.as_numpy_iterator())
+    found = set()
+    for image, label in zip(images, labels, strict=True):
+        matches = [
+            (top, left, flip)
+            for top in range(9)
+            for left in range(9)
+            for flip in (1, -1)
+            if np.array_equal(padded[label, top : top + 6, left : left + 5][:, ::flip], image)
+        ]
+        assert matches
+        found.add(matches[0])
+    assert len({t for t, _, _ in found}) > 5 and len({left for _, left, _ in found}) > 5
+    assert {flip for _, _, flip in found} == {1, -1}
+    epoch.assign(1)
+    assert np.any(next(batches.as_numpy_iterator())[0] != images)
+
+
+BAD_SETTINGS = {
+    "dataset": ({"dataset": "mnist"}, "digits.*fashion_mnist.*Received: dataset='mnist'"),
+    "network": ({"network": "alexnet"}, "lenet.*vgg16.*Received"),
+    "regularizer": ({"regularizer": "l1"}, "spectral_bound.*Received"),
+    "factor": ({"factor": -1.0}, "`factor`.*Received: factor=-1.0"),
+    "epochs": ({"epochs": 0}, "`epochs` must be an integer >= 1"),
+    "batch_size": ({"batch_size": -3}, "`batch_size` must be an integer >= 1"),
+    "learning_rate": ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
+    "schedule": ({"schedule": "step"}, "constant.*cosine.*Received"),
+    "seed": ({"seed": -1}, "`seed`.*Received"),
+    "width": ({"width": 0.5}, "`width` is for vgg16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings(case):
+    settings, message = BAD_SETTINGS[case]
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**settings)
+
+
+def test_defaults_follow_the_network():
+    lenet, vgg = RunConfig(), RunConfig(network="vgg16", dataset="cifar10")
+    assert (lenet.epochs, lenet.batch_size, lenet.learning_rate) == (50, 32, 0.01)
+    assert (lenet.schedule, lenet.augment) == ("constant", False)
+    assert (vgg.epochs, vgg.batch_size, vgg.learning_rate) == (100, 128, 0.1)
+    assert (vgg.schedule, vgg.augment) == ("cosine", True)
+    assert RunConfig(epochs=3).epochs == 3
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(finished):
+    _, out, _ = finished
+    before = (out / "config.json").read_text()
+    with pytest.raises(RunError, match="factor is 0.01 there, 0.5 here.*--overwrite"):
+        run(RunConfig(factor=0.5, **SHORT), out)
+    assert (out / "config.json").read_text() == before
+
+
+def test_broken_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="not JSON"):
+        run(RunConfig(**SHORT), tmp_path)
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="Cannot write.*Choose a writable --out"):
+        run(RunConfig(**SHORT), tmp_path / "file" / "run")
+
+
+def _spoiled(monkeypatch, value):
+    data = datasets.load("digits")
+    x = data.train.x.copy()
+    x[3, 4, 5, 0] = value
+    spoiled = experiment.dataclasses.replace(data, train=data.train._replace(x=x))
+    monkeypatch.setattr(datasets, "load", lambda *_: spoiled)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers_are_refused(tmp_path, monkeypatch, value):
+    _spoiled(monkeypatch, value)
+    with pytest.raises(RunError, match="1 that are not in the train split"):
+        run(RunConfig(**SHORT), tmp_path, verbose=0)
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = RunConfig(**SHORT)
+    original = experiment._Keeper.on_epoch_begin
+
+    def poison(self, epoch, logs=None):
+        original(self, epoch, logs)
+        if epoch == 1:
+            self.model.optimizer.learning_rate.assign(np.inf)
+
+    monkeypatch.setattr(experiment._Keeper, "on_epoch_begin", poison)
+    with pytest.raises(RunError, match="diverged in epoch 2.*state after epoch 1 is in"):
+        run(config, tmp_path, verbose=0)
+    model = keras.models.load_model(tmp_path / "checkpoint.keras")
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+    assert isinstance(model, tfjacreg.RegularizedModel)
+    with (tmp_path / "history.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 1
+
+
+def test_missing_data_names_both_ways_out(tmp_path, monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError("no data; download or prepare")
+
+    monkeypatch.setattr(datasets, "load", missing)
+    with pytest.raises(RunError, match="download or prepare"):
+        run(RunConfig(dataset="kmnist"), tmp_path)

@@ -1,0 +1,180 @@
+"""The networks of the paper's experiments, as plain `keras.Model`s that give logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import layers
+
+# Channels of the 13 convolutions; "pool" halves both sides of the image (appendix A.1).
+_VGG16: tuple[int | str, ...] = (
+    *(64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"),
+    *(512, 512, 512, "pool", 512, 512, 512, "pool"),
+)
+
+
+def lenet(input_shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10) -> keras.Model:
+    """The paper's variant of LeNet (appendix A.1): 61,706 parameters for 28x28x1 and 10 classes.
+
+    Two 5x5 convolutions (6 channels with padding 2, 16 without), each followed by ReLU and a 2x2
+    max-pooling, then dense layers of 120, 84 and `num_classes` units.
+
+    Args:
+        input_shape: `(H, W, C)`, at least 12x12.
+        num_classes: The number of logits.
+
+    Returns:
+        A model from standardized images `[B, H, W, C]` to logits `[B, num_classes]`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _validate(input_shape, num_classes, smallest=12)
+    inputs = keras.Input(input_shape)
+    x = layers.Conv2D(6, 5, padding="same", activation="relu", name="conv1")(inputs)
+    x = layers.MaxPooling2D(2, name="pool1")(x)
+    x = layers.Conv2D(16, 5, activation="relu", name="conv2")(x)
+    x = layers.MaxPooling2D(2, name="pool2")(x)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.Dense(120, activation="relu", name="dense1")(x)
+    x = layers.Dense(84, activation="relu", name="dense2")(x)
+    return keras.Model(inputs, layers.Dense(num_classes, name="logits")(x), name="lenet")
+
+
+def vgg16(
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    num_classes: int = 10,
+    *,
+    width: float = 1.0,
+) -> keras.Model:
+    """VGG16 with BatchNorm after each of its 13 convolutions (appendix A.1).
+
+    The text of the appendix breaks off before the dense layers. This is the usual head for 32x32
+    images: one dense layer on what the fifth pooling leaves (512 numbers at 32x32). torchvision's
+    head, two dense layers of 4,096 units with dropout behind a pooling to 7x7, was made for 224x224
+    images: here it would copy one position 49 times and spend 120 of 134 million weights on it.
+
+    Kernels start as in He et al. (2015).
+
+    Args:
+        input_shape: `(H, W, C)`, at least 32x32.
+        num_classes: The number of logits.
+        width: Multiplies the channels of every convolution (at least one is kept).
+
+    Returns:
+        A model from standardized images `[B, H, W, C]` to logits `[B, num_classes]`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _validate(input_shape, num_classes, smallest=32)
+    x = inputs = keras.Input(input_shape)
+    for stage in _VGG16:
+        if isinstance(stage, str):
+            x = layers.MaxPooling2D(2)(x)
+        else:
+            x = layers.ReLU()(_conv_norm(x, _scaled(stage, width)))
+    x = layers.Flatten()(x)
+    return keras.Model(inputs, layers.Dense(num_classes, name="logits")(x), name="vgg16")
+
+
+def resnet20(
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    num_classes: int = 10,
+    *,
+    width: float = 1.0,
+) -> keras.Model:
+    """The 20-layer residual network for 32x32 images of He et al. (2016), with skip connections.
+
+    Three groups of three blocks with 16, 32 and 64 channels; between groups the shortcut is a
+    strided 1x1 convolution with BatchNorm (their option B). Kernels start as in He et al. (2015).
+
+    Args:
+        input_shape: `(H, W, C)`, at least 4x4.
+        num_classes: The number of logits.
+        width: Multiplies the channels of every convolution (at least one is kept).
+
+    Returns:
+        A model from standardized images `[B, H, W, C]` to logits `[B, num_classes]`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _validate(input_shape, num_classes, smallest=4)
+    inputs = keras.Input(input_shape)
+    x = layers.ReLU()(_conv_norm(inputs, _scaled(16, width)))
+    for group, channels in enumerate((16, 32, 64)):
+        for block in range(3):
+            strides = 2 if group and not block else 1
+            filters = _scaled(channels, width)
+            y = layers.ReLU()(_conv_norm(x, filters, strides=strides))
+            y = _conv_norm(y, filters)
+            if strides == 2:
+                x = _conv_norm(x, filters, kernel_size=1, strides=2)
+            x = layers.ReLU()(layers.Add()([x, y]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(num_classes, name="logits")(x), name="resnet20")
+
+
+def _conv_norm(x: Any, filters: int, *, kernel_size: int = 3, strides: int = 1) -> Any:
+    x = layers.Conv2D(
+        filters,
+        kernel_size,
+        strides=strides,
+        padding="same",
+        use_bias=False,  # BatchNorm's offset is one.
+        kernel_initializer="he_normal",
+    )(x)
+    return layers.BatchNormalization()(x)
+
+
+def _scaled(channels: int, width: float) -> int:
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1e3:
+        raise ValueError(f"`width` must be a positive number. Received: width={width!r}")
+    return max(1, round(channels * width))
+
+
+def _validate(input_shape: Any, num_classes: Any, smallest: int) -> None:
+    if (
+        not isinstance(input_shape, (tuple, list))
+        or len(input_shape) != 3
+        or not all(isinstance(n, int) and n >= 1 for n in input_shape)
+        or min(input_shape[:2]) < smallest
+    ):
+        raise ValueError(
+            f"`input_shape` must be (height, width, channels), at least {smallest}x{smallest}. "
+            f"Received: input_shape={input_shape!r}"
+        )
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(
+            f"`num_classes` must be an integer >= 1. Received: num_classes={num_classes!r}"
+        )
+
+
+_BY_NAME: dict[str, Callable[..., keras.Model]] = {
+    "lenet": lenet,
+    "vgg16": vgg16,
+    "resnet20": resnet20,
+}
+NAMES = tuple(_BY_NAME)
+
+
+def get(
+    name: str, input_shape: tuple[int, int, int], num_classes: int, **sizes: Any
+) -> keras.Model:
+    """Makes a network by name.
+
+    Args:
+        name: A name in `NAMES`.
+        input_shape: `(H, W, C)`.
+        num_classes: The number of logits.
+        **sizes: `width`, for vgg16 and resnet20.
+
+    Raises:
+        ValueError: If nothing is known by that name, or an argument is out of range.
+    """
+    if name not in _BY_NAME:
+        raise ValueError(f"A network's name must be one of {NAMES}. Received: {name!r}")
+    return _BY_NAME[name](input_shape, num_classes, **sizes)
