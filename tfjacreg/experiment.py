@@ -272,6 +272,7 @@ def _fit(
             initial_epoch=len(history),
             epochs=config.epochs,
             callbacks=[keeper],
+            shuffle=False,  # The batches are already.
             verbose=verbose,
         )
     return keeper.history
