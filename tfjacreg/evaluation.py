@@ -168,7 +168,8 @@ def evaluate(
             result = {**header, "clean_accuracy": clean}
         for name in wanted:
             if name not in result:
-                result |= _measure(name, classifier, x, y, seed, f"{target.method} {name}")
+                run = target.method if target.seed is None else f"{target.method} #{target.seed}"
+                result |= _measure(name, classifier, x, y, seed, f"{run} {name}")
                 write_json(path, result)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{target.classifier}: {error}") from error

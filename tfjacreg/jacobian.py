@@ -17,6 +17,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfjacreg import max_pool
+
 FORWARD_MODES = ("accumulator", "transpose")
 
 
@@ -85,42 +87,49 @@ def hold_constant() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_batch_statistics(network: keras.Layer) -> Iterator[None]:
-    """Makes every BatchNorm in `network` compute its batch's moments under `hold_constant`."""
-    layers = [
-        layer for layer in _layers(network) if isinstance(layer, keras.layers.BatchNormalization)
-    ]
-
-    for layer in layers:
+def _held_layers(network: keras.Layer) -> Iterator[None]:
+    """Makes BatchNorm hold its batch's moments, and max-pooling the places of its maxima."""
+    held: list[tuple[keras.Layer, str]] = []
+    for layer in _layers(network):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            held.append((layer, "_moments"))
+            substitute = functools.partial(_held_moments, layer._moments)
+        elif isinstance(layer, max_pool.LAYERS):
+            held.append((layer, "call"))
+            substitute = max_pool.held_max_pool(layer, layer.call)
+        else:
+            continue
         # Set beside Keras' attribute tracking: a model's structure must not change under its feet.
         # Replicas trace the same layer in turns, so the last user takes it away.
-        held = layer.__dict__.setdefault("_moments", _HeldMoments(layer._moments))
-        held.users += 1
+        layer.__dict__.setdefault(held[-1][1], _Substitute(substitute)).users += 1
     try:
         yield
     finally:
-        for layer in layers:
-            held = layer.__dict__["_moments"]
-            held.users -= 1
-            if not held.users:
-                del layer.__dict__["_moments"]
+        for layer, name in held:
+            layer.__dict__[name].users -= 1
+            if not layer.__dict__[name].users:
+                del layer.__dict__[name]
+
+
+def _held_moments(moments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with hold_constant():
+        return moments(*args, **kwargs)
+
+
+class _Substitute:
+    """Stands in for a layer's method while passes are being recorded."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
 
 def _layers(network: keras.Layer) -> list[keras.Layer]:
     """The network and all layers in it, at any depth."""
     return network._flatten_layers()
-
-
-class _HeldMoments:
-    """Stands in for a BatchNorm's `_moments`."""
-
-    def __init__(self, moments: Callable[..., Any]) -> None:
-        self.moments = moments
-        self.users = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with hold_constant():
-            return self.moments(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -187,6 +196,11 @@ class JacobianOperator:
         self._tape: Any = None
         self._primal: tf.Tensor | None = None
         self._state: list[tuple[keras.Variable, tf.Tensor]] = []
+
+    @property
+    def has_run(self) -> bool:
+        """Whether anything has needed the forward pass yet."""
+        return self._primal is not None
 
     @property
     def primal(self) -> tf.Tensor:
@@ -269,7 +283,7 @@ class JacobianOperator:
         _recording.passes.append(_Recorders(tape, accumulator))
         try:
             with (
-                _held_batch_statistics(self.network),
+                _held_layers(self.network),
                 accumulator if accumulator is not None else contextlib.nullcontext(),
             ):
                 primal = self.network(self.x, training=self.training)

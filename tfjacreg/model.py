@@ -98,7 +98,7 @@ class RegularizedModel(keras.Model):
             )
             # The penalty comes first: its first product can then share the one forward pass.
             penalty, state = self.regularizer(operator, self._penalty_state)
-            y_pred = operator.primal
+            y_pred = operator.primal if operator.has_run else self(x, training=True)
             loss = self._compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )

@@ -1,0 +1,99 @@
+"""Independent oracles: dense Jacobians by finite differences or reverse mode, and NumPy's SVD."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+
+def finite_difference_jacobian(function, x, step=1e-6):
+    """`d function(x_i) / d x_i` for every example, `[B, n_out, n_in]`, by central differences.
+
+    All examples are moved at once: right only for functions that do not mix them.
+    """
+    x = np.asarray(x, "float64")
+    columns = []
+    for k in range(x[0].size):
+        move = np.zeros(x[0].size)
+        move[k] = step
+        move = move.reshape(x[0].shape)
+        difference = np.asarray(function(x + move)) - np.asarray(function(x - move))
+        columns.append(difference.reshape(len(x), -1) / (2 * step))
+    return np.stack(columns, axis=-1)
+
+
+def dense_jacobian(network, x, training=False):
+    """The same by `GradientTape.batch_jacobian`: exact to rounding."""
+    x = tf.convert_to_tensor(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = network(x, training=training)
+    batch = x.shape[0]
+    y_size = int(np.prod(y.shape[1:]))
+    if y.shape.rank == 1:
+        return tape.gradient(y, x).numpy().reshape(batch, 1, -1)
+    return tape.batch_jacobian(y, x).numpy().reshape(batch, y_size, -1)
+
+
+def singular_values(jacobians):
+    return np.linalg.svd(np.asarray(jacobians, "float64"), compute_uv=False)
+
+
+def seeded_input(shape, batch=3, dtype=None):
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(batch, *shape)).astype(dtype or keras.config.floatx())
+
+
+def conv_network(activation="relu", outputs=5, pooling=layers.MaxPooling2D):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            layers.Conv2D(4, 3, padding="same", activation=activation),
+            pooling(2),
+            layers.Conv2D(3, 3, activation=activation),
+            layers.Flatten(),
+            layers.Dense(7, activation=activation),
+            layers.Dense(outputs),
+        ]
+    )
+
+
+class Scalar(layers.Layer):
+    """Drops the last axis, of size 1: outputs of shape `[B]`."""
+
+    def call(self, x):
+        return keras.ops.squeeze(x, -1)
+
+
+NETWORKS = {
+    "conv_relu": lambda: conv_network("relu"),
+    "conv_tanh": lambda: conv_network("tanh"),
+    "conv_average_pool": lambda: conv_network("relu", pooling=layers.AveragePooling2D),
+    "one_output": lambda: conv_network("relu", outputs=1),
+    "scalar": lambda: keras.Sequential(
+        [keras.Input((8, 8, 2)), *conv_network("tanh", outputs=1).layers, Scalar()]
+    ),
+    "many_outputs": lambda: keras.Sequential(
+        [keras.Input((3,)), layers.Dense(6, activation="tanh"), layers.Dense(11)]
+    ),
+    "sequence": lambda: keras.Sequential(
+        [keras.Input((6, 2)), layers.Conv1D(3, 3, activation="relu"), layers.Dense(2)]
+    ),
+    "image_to_image": lambda: keras.Sequential(
+        [
+            keras.Input((5, 5, 2)),
+            layers.Conv2D(3, 3, padding="same", activation="relu"),
+            layers.Conv2DTranspose(2, 3, strides=2, padding="same"),
+        ]
+    ),
+}
+
+
+def build(name):
+    keras.utils.set_random_seed(11)
+    network = NETWORKS[name]()
+    # Biases too must not be 0: a ReLU at exactly 0 has no derivative to compare.
+    for weight in network.weights:
+        if weight.name == "bias":
+            weight.assign(np.random.default_rng(1).normal(size=weight.shape) * 0.1)
+    return network

@@ -1,0 +1,466 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from reference import (
+    NETWORKS,
+    build,
+    conv_network,
+    dense_jacobian,
+    finite_difference_jacobian,
+    seeded_input,
+)
+
+import tfjacreg
+from tfjacreg import JacobianOperator, hold_constant
+from tfjacreg.jacobian import FORWARD_MODES
+
+
+def random_like(tensor, seed=0):
+    values = np.random.default_rng(seed).normal(size=tensor.shape)
+    return tf.constant(values.astype(tensor.dtype.as_numpy_dtype))
+
+
+def flat(a):
+    return np.reshape(a, (len(a), -1))
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+class TestAgainstDense:
+    def products(self, name, batch, forward_mode):
+        network = build(name)
+        x = seeded_input(network.input_shape[1:], batch)
+        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        v, u = random_like(op.x, 1), random_like(op.primal, 2)
+        jacobians = dense_jacobian(network, x)
+        np.testing.assert_array_equal(op.primal, network(x))
+        # Twice: the second product of each kind comes from a replay or from the same tape.
+        for _ in range(2):
+            expected = np.einsum("bij,bj->bi", jacobians, flat(v))
+            yield flat(op.matvec(v)), expected
+            expected = np.einsum("bij,bi->bj", jacobians, flat(u))
+            yield flat(op.rmatvec(u)), expected
+        yield (
+            np.sum(flat(op.matvec(v)) * flat(u), axis=1),
+            np.sum(flat(op.rmatvec(u)) * flat(v), axis=1),
+        )
+
+    def test_float64(self, float64, name, batch, forward_mode):
+        for got, expected in self.products(name, batch, forward_mode):
+            scale = np.max(np.abs(expected))
+            np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10 * scale)
+
+    def test_float32(self, name, batch, forward_mode):
+        for got, expected in self.products(name, batch, forward_mode):
+            scale = np.max(np.abs(expected))
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "conv_tanh", "image_to_image"])
+def test_against_finite_differences(float64, name):
+    network = build(name)
+    x = seeded_input(network.input_shape[1:])
+    op = JacobianOperator(network, x)
+    v = random_like(op.x)
+    expected = finite_difference_jacobian(lambda x: network(x).numpy(), x)
+    np.testing.assert_allclose(
+        flat(op.matvec(v)), np.einsum("bij,bj->bi", expected, flat(v)), atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("name", ["conv_relu", "conv_tanh", "sequence", "image_to_image"])
+def test_eager_graph_and_xla_agree(name, forward_mode):
+    network = build(name)
+    x = tf.constant(seeded_input(network.input_shape[1:]))
+    v, u = random_like(x, 1), random_like(network(x), 2)
+
+    def products(x):
+        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        return op.matvec(v), op.rmatvec(u), op.matvec(2 * v)
+
+    eager = products(x)
+    dynamic = tf.function(products, input_signature=[tf.TensorSpec((None, *x.shape[1:]))])
+    for compiled in (tf.function(products), dynamic, tf.function(products, jit_compile=True)):
+        for a, b in zip(eager, compiled(x), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.max(np.abs(a)))
+
+
+class Counter(layers.Layer):
+    """Counts how often it is called."""
+
+    calls = 0
+
+    def call(self, x):
+        Counter.calls += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("forward_mode", "order", "passes"),
+    [
+        ("accumulator", "r", 1),
+        ("accumulator", "rrr", 1),
+        ("accumulator", "m", 1),
+        ("accumulator", "mr", 1),
+        ("accumulator", "mrrmr", 2),
+        ("accumulator", "rm", 2),
+        ("transpose", "mrmrmm", 1),
+        ("transpose", "rm", 1),
+    ],
+)
+def test_forward_passes(forward_mode, order, passes):
+    network = keras.Sequential([keras.Input((3,)), Counter(), layers.Dense(2, activation="tanh")])
+    op = JacobianOperator(network, np.ones((2, 3), "float32"), forward_mode=forward_mode)
+    Counter.calls = 0
+    for product in order:
+        if product == "m":
+            op.matvec(np.ones((2, 3)))
+        else:
+            op.rmatvec(np.ones((2, 2)))
+    assert op.primal.shape == (2, 2)
+    assert Counter.calls == passes
+
+
+@pytest.mark.parametrize("product", ["matvec", "rmatvec"])
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_weight_gradient_in_an_outer_tape(float64, forward_mode, product):
+    """d <u, J v> / d theta, against central differences in every weight."""
+    keras.utils.set_random_seed(3)
+    network = keras.Sequential(
+        [
+            keras.Input((4, 4, 1)),
+            layers.Conv2D(2, 3, activation="tanh"),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    x = seeded_input((4, 4, 1), 2)
+    v, u = random_like(tf.constant(x), 1), random_like(network(x), 2)
+
+    def value():
+        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        if product == "matvec":
+            return tf.reduce_sum(op.matvec(v) * u)
+        return tf.reduce_sum(op.rmatvec(u) * v)
+
+    with tf.GradientTape() as tape:
+        result = value()
+    gradients = tape.gradient(
+        result,
+        [v.value for v in network.trainable_variables],
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    for variable, gradient in zip(network.trainable_variables, gradients, strict=True):
+        start = variable.numpy()
+        for index in np.ndindex(*start.shape):
+            moved = [start.copy(), start.copy()]
+            moved[0][index] += 1e-6
+            moved[1][index] -= 1e-6
+            values = []
+            for weights in moved:
+                variable.assign(weights)
+                values.append(float(value()))
+            variable.assign(start)
+            expected = (values[0] - values[1]) / 2e-6
+            np.testing.assert_allclose(gradient.numpy()[index], expected, atol=1e-7)
+
+
+def batch_norm_network(**kwargs):
+    keras.utils.set_random_seed(4)
+    network = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(6),
+            layers.BatchNormalization(name="norm", **kwargs),
+            layers.Activation("tanh"),
+            layers.Dense(4),
+        ]
+    )
+    norm = network.get_layer("norm")
+    norm.gamma.assign([0.5, -1.0, 2.0, 1.0, 3.0, 0.1])
+    norm.beta.assign([0.5, 0.1, 0.2, -1.0, 0.3, 0.1])
+    return network
+
+
+def by_hand(network, x, mean, variance):
+    """The network of `batch_norm_network` with given statistics, in NumPy."""
+    k1, b1, gamma, beta, _, _, k2, b2 = (np.asarray(w) for w in network.get_weights())
+    z = (x @ k1 + b1 - mean) / np.sqrt(variance + network.get_layer("norm").epsilon)
+    return np.tanh(z * gamma + beta) @ k2 + b2
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+class TestBatchNorm:
+    def test_statistics_of_the_batch_held_constant(self, float64, forward_mode):
+        """The paper's pseudo-inference mode (Section 3.2), written out by hand in NumPy."""
+        network = batch_norm_network()
+        x = seeded_input((5,), 6)
+        k1, b1 = network.get_weights()[:2]
+        hidden = x @ k1 + b1
+        mean, variance = hidden.mean(axis=0), hidden.var(axis=0)
+        expected = finite_difference_jacobian(lambda x: by_hand(network, x, mean, variance), x)
+        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        for seed in range(2):
+            v, u = random_like(op.x, seed), random_like(op.primal, seed)
+            np.testing.assert_allclose(
+                op.matvec(v), np.einsum("bij,bj->bi", expected, v), atol=1e-7
+            )
+            np.testing.assert_allclose(
+                op.rmatvec(u), np.einsum("bij,bi->bj", expected, u), atol=1e-7
+            )
+        # Not that of the training pass, which mixes examples.
+        with tf.GradientTape() as tape:
+            tape.watch(op.x)
+            y = network(op.x, training=True)
+        assert np.max(np.abs(tape.gradient(y, op.x, u) - op.rmatvec(u))) > 1e-2
+
+    def test_other_examples_do_not_matter_while_the_statistics_hold(self, float64, forward_mode):
+        """Reflecting another example's hidden values about the mean keeps mean and variance."""
+        network = batch_norm_network()
+        x = seeded_input((5,), 6)
+        # Examples 2..5 in two mirrored pairs; swapping within a pair keeps the statistics.
+        other = x.copy()
+        other[[2, 3]] = x[[3, 2]]
+        results = []
+        for inputs in (x, other):
+            op = JacobianOperator(network, inputs, training=True, forward_mode=forward_mode)
+            results.append(op.rmatvec(random_like(op.primal)).numpy())
+        np.testing.assert_allclose(results[0][[0, 1, 4, 5]], results[1][[0, 1, 4, 5]], atol=1e-12)
+        assert np.max(np.abs(results[0][2] - results[1][2])) > 1e-3
+
+    def test_moving_statistics_move_once(self, forward_mode):
+        x = seeded_input((5,), 6)
+        plain, network = batch_norm_network(), batch_norm_network()
+        expected = plain(x, training=True)
+        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        for _ in range(3):
+            op.matvec(random_like(op.x))
+            op.rmatvec(random_like(op.primal))
+        np.testing.assert_array_equal(op.primal, expected)
+        for a, b in zip(plain.get_weights(), network.get_weights(), strict=True):
+            np.testing.assert_array_equal(b, a)
+
+    def test_the_loss_gradient_flows_through_the_statistics(self, forward_mode):
+        x = tf.constant(seeded_input((5,), 6))
+        network = batch_norm_network()
+        weights = network.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.sin(network(x, training=True)))
+        expected = tape.gradient(loss, weights)
+        with tf.GradientTape() as tape:
+            op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+            op.matvec(random_like(x))
+            loss = tf.reduce_sum(tf.sin(op.primal))
+        for a, b in zip(expected, tape.gradient(loss, weights), strict=True):
+            np.testing.assert_array_equal(b, a)
+
+    def test_nothing_is_left_on_the_layer(self, forward_mode):
+        network = batch_norm_network()
+        before = dict(network.get_layer("norm").__dict__)
+        op = JacobianOperator(
+            network, seeded_input((5,), 6), training=True, forward_mode=forward_mode
+        )
+        op.matvec(random_like(op.x))
+        op.matvec(random_like(op.x))
+        assert set(network.get_layer("norm").__dict__) == set(before)
+
+    def test_nested_shared_and_time_distributed(self, float64, forward_mode):
+        """One normalization inside a nested model, used twice, and under TimeDistributed."""
+        keras.utils.set_random_seed(4)
+        inner = keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.BatchNormalization()])
+        inputs = keras.Input((3, 4))
+        distributed = layers.TimeDistributed(inner)
+        y = distributed(layers.Activation("tanh")(distributed(inputs)))
+        network = keras.Model(inputs, layers.Flatten()(y))
+        x = seeded_input((3, 4), 5)
+        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        u = random_like(op.primal)
+        # Alone in the sum: with statistics held, the cotangent of one example reaches no other.
+        alone = np.zeros(u.shape)
+        alone[2] = u[2]
+        pulled = op.rmatvec(alone).numpy()
+        assert np.all(np.delete(pulled, 2, axis=0) == 0)
+        np.testing.assert_allclose(pulled[2], op.rmatvec(u).numpy()[2], atol=1e-12)
+        v = random_like(op.x)
+        np.testing.assert_allclose(np.sum(op.matvec(v) * u), np.sum(op.rmatvec(u) * v))
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("order", ["m", "rm", "mm"])
+def test_dropout_keeps_the_mask_of_the_pass(forward_mode, order):
+    """Without biases f(x) = J x exactly when the mask of J is the mask of f."""
+    keras.utils.set_random_seed(5)
+    network = keras.Sequential(
+        [
+            keras.Input((40,)),
+            layers.Dropout(0.5),
+            layers.Dense(30, use_bias=False),
+            layers.Dropout(0.3),
+            layers.Dense(20, use_bias=False),
+        ]
+    )
+    x = seeded_input((40,), 4)
+    op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+    for product in order[:-1]:
+        op.matvec(x) if product == "m" else op.rmatvec(np.ones((4, 20)))
+    np.testing.assert_allclose(op.matvec(x), op.primal, rtol=1e-4, atol=1e-5)
+    u = random_like(op.primal)
+    np.testing.assert_allclose(
+        np.sum(op.rmatvec(u) * x), np.sum(u * op.primal), rtol=1e-4, atol=1e-4
+    )
+    assert np.max(np.abs(network(x, training=True) - op.primal)) > 0.1
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_dropout_draws_no_more_masks_than_training(forward_mode):
+    """The next training pass draws the mask it would have drawn without a Jacobian."""
+
+    def network():
+        keras.utils.set_random_seed(5)
+        return keras.Sequential([keras.Input((40,)), layers.Dropout(0.5, seed=3)])
+
+    x = seeded_input((40,), 4)
+    plain, measured = network(), network()
+    plain(x, training=True)
+    op = JacobianOperator(measured, x, training=True, forward_mode=forward_mode)
+    for _ in range(3):
+        op.matvec(x)
+    np.testing.assert_array_equal(measured(x, training=True), plain(x, training=True))
+
+
+class CentredInTraining(layers.Layer):
+    """Subtracts the mean of the batch: a custom layer that mixes examples."""
+
+    def call(self, x, training=None):
+        with hold_constant():
+            mean = ops.mean(x, axis=0)
+        return ops.tanh(x - mean)
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_hold_constant_in_a_layer_of_ones_own(float64, forward_mode):
+    network = keras.Sequential([keras.Input((4,)), CentredInTraining()])
+    x = seeded_input((4,), 3)
+    op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+    slope = 1 - np.tanh(x - x.mean(axis=0)) ** 2
+    v = random_like(op.x)
+    for _ in range(2):
+        np.testing.assert_allclose(op.matvec(v), slope * v, atol=1e-12)
+    np.testing.assert_allclose(op.rmatvec(v), slope * v, atol=1e-12)
+
+
+def test_hold_constant_does_nothing_outside():
+    x = tf.constant([[1.0], [3.0]])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        with hold_constant():
+            y = x * x
+    np.testing.assert_array_equal(tape.gradient(y, x), 2 * x)
+
+
+def test_examples_do_not_mix(float64):
+    network = build("conv_relu")
+    x = seeded_input(network.input_shape[1:], 4)
+    moved = x.copy()
+    moved[1] += 1
+    a, b = (JacobianOperator(network, inputs) for inputs in (x, moved))
+    v = random_like(a.x)
+    difference = np.abs(flat(a.matvec(v)) - flat(b.matvec(v))).max(axis=1)
+    assert difference[1] > 1e-3 and np.all(np.delete(difference, 1) == 0)
+
+
+def test_a_hidden_layer_as_the_output(float64):
+    network = build("conv_tanh")
+    hidden = keras.Model(network.inputs, network.layers[2].output)
+    x = seeded_input(network.input_shape[1:], 2)
+    op = JacobianOperator(hidden, x)
+    v = random_like(op.x)
+    expected = finite_difference_jacobian(lambda x: hidden(x).numpy(), x)
+    np.testing.assert_allclose(
+        flat(op.matvec(v)), np.einsum("bij,bj->bi", expected, flat(v)), atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_input_is_measured_in_float32(dtype):
+    network = build("conv_relu")
+    x = tf.cast(seeded_input(network.input_shape[1:]), dtype)
+    op = JacobianOperator(network, x)
+    assert op.x.dtype == tf.float32 and op.matvec(tf.ones_like(op.x)).dtype == tf.float32
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_mixed_precision(forward_mode):
+    x = seeded_input((8, 8, 2), 8)
+    network = build("conv_relu")
+    expected = tfjacreg.spectral_norm(network, x, method="exact").sigma
+    keras.config.set_dtype_policy("mixed_float16")
+    half = conv_network("relu")
+    half.set_weights(network.get_weights())
+    got = tfjacreg.spectral_norm(half, x, method="exact", forward_mode=forward_mode)
+    assert got.sigma.dtype == tf.float32
+    # A unit within rounding of a kink may change sides, so the mean is compared, not the maximum.
+    assert np.mean(np.abs(got.sigma / expected - 1)) < 0.01
+
+
+NETWORK = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+TWO_OUTPUTS = keras.Model(NETWORK.inputs, [NETWORK.outputs[0], NETWORK.outputs[0]])
+X = np.ones((2, 3), "float32")
+BAD = {
+    "integer": (lambda: JacobianOperator(NETWORK, X.astype("int32")), TypeError, "floating.*int32"),
+    "string": (lambda: JacobianOperator(NETWORK, ["a"]), TypeError, "one floating tensor.*list"),
+    "string_array": (
+        lambda: JacobianOperator(NETWORK, np.array([["a"]])),
+        TypeError,
+        "floating input.*string",
+    ),
+    "dict": (lambda: JacobianOperator(NETWORK, {"x": X}), TypeError, "Received: a dict"),
+    "empty": (
+        lambda: JacobianOperator(NETWORK, X[:0]),
+        ValueError,
+        r"at least one example.*\(0, 3\)",
+    ),
+    "rank_0": (lambda: JacobianOperator(NETWORK, np.float32(1)), ValueError, r"shape \(\)"),
+    "not_a_layer": (lambda: JacobianOperator(np.tanh, X), TypeError, "must be a keras.Layer"),
+    "forward_mode": (
+        lambda: JacobianOperator(NETWORK, X, forward_mode="fast"),
+        ValueError,
+        "accumulator.*transpose.*Received: forward_mode=fast",
+    ),
+    "tangent": (
+        lambda: JacobianOperator(NETWORK, X).matvec(np.ones((2, 2))),
+        ValueError,
+        r"`v` must have the shape of the input x, \(2, 3\). Received: v of shape \(2, 2\)",
+    ),
+    "tangent_that_broadcasts": (
+        lambda: JacobianOperator(NETWORK, X).matvec(np.ones((1, 3))),
+        ValueError,
+        r"`v` must have the shape",
+    ),
+    "cotangent": (
+        lambda: JacobianOperator(NETWORK, X).rmatvec(np.ones((2, 3))),
+        ValueError,
+        r"`u` must have the shape of the network's output, \(2, 2\)",
+    ),
+    "cotangent_rank": (
+        lambda: JacobianOperator(NETWORK, X).rmatvec(np.ones((2,))),
+        ValueError,
+        r"`u` must have the shape",
+    ),
+    "several_outputs": (
+        lambda: JacobianOperator(TWO_OUTPUTS, X).primal,
+        TypeError,
+        "one dense tensor.*get_layer.*list",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    make, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        make()
