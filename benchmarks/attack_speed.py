@@ -61,9 +61,9 @@ def main() -> None:
     timed(
         "boundary distance, 100 directions", few, lambda: robustness.boundary_distance(model, x, y)
     )
-    evaluation.write_json(
-        args.out, {"rows": rows, "hardware": hardware()} | evaluation.environment()
-    )
+    machine = {"hardware": hardware()} | evaluation.environment()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    evaluation.write_json(args.out, {"rows": rows} | machine)
 
 
 if __name__ == "__main__":
