@@ -29,8 +29,8 @@ with warnings.catch_warnings():
     from art.estimators.classification import TensorFlowV2Classifier
 
 EPS, STEP, ITERATIONS, BATCH = 32 / 255, 2 / 255, 16, 250
-# Single runs differ by more than the implementations do: the accuracy of 1,000 images after TPGD, or
-# after ART's Square with its one window for all images, varies by 1 to 2 points with the seed.
+# Single runs differ by more than the implementations do: the accuracy of 1,000 images after TPGD,
+# or after ART's Square with its one window for all images, varies by 1 to 2 points with the seed.
 GRADIENT_SEEDS, SQUARE_SEEDS = range(20), range(5)
 
 

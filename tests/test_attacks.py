@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cleverhans.tf2.attacks import projected_gradient_descent as cleverhans_pgd
+from cleverhans.tf2.utils import compute_gradient
 from keras import layers
 from sklearn.datasets import load_digits
 
@@ -409,6 +410,21 @@ def test_single_images_round_like_batches(name):
 
 
 @each_attack
+def test_further_images_change_nothing(cnn, attack):
+    x, y = digits(1200, 1224)
+    few, many = attack(cnn, x[:10], y[:10]), attack(cnn, x, y)
+    np.testing.assert_array_equal(few.x_adv, many.x_adv[:10])
+
+
+@pytest.mark.parametrize("name", ["pgd", "tpgd"])
+def test_cleverhans_keeps_no_trace(cnn, name):
+    # Its own tf.function would keep the weights of every classifier ever attacked.
+    before = compute_gradient.experimental_get_tracing_count()
+    getattr(attacks, name)(cnn, *digits(1200, 1210), iterations=2)
+    assert compute_gradient.experimental_get_tracing_count() == before
+
+
+@each_attack
 def test_seeds_repeat(cnn, attack):
     x, y = digits(1200, 1230)
     first, again, other = (attack(cnn, x, y, seed=seed).x_adv for seed in (0, 0, 1))
@@ -505,17 +521,16 @@ BAD = {
 }
 
 
-@each_attack
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(attack, case):
+def test_bad_input(case):
     change, error, message = BAD[case]
     arguments = dict(classifier=linear()[0], x=np.full((2, 6, 5, 2), 0.5), y=np.array([0, 1]))
     arguments |= change
-    made = arguments["classifier"]
     if case in ("softmax", "random", "nan logits"):
-        arguments["classifier"] = made()
-    with pytest.raises(error, match=message):
-        attack(**arguments)
+        arguments["classifier"] = arguments["classifier"]()
+    for attack in ATTACKS.values():
+        with pytest.raises(error, match=message):
+            attack(**arguments)
 
 
 @pytest.mark.parametrize("name", ["pgd", "tpgd"])
