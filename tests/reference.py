@@ -52,7 +52,7 @@ def conv_network(activation="relu", outputs=5, pooling=layers.MaxPooling2D):
             pooling(2),
             layers.Conv2D(3, 3, activation=activation),
             layers.Flatten(),
-            layers.Dense(7, activation=activation),
+            layers.Dense(16, activation=activation),  # Enough that ReLU leaves some alive.
             layers.Dense(outputs),
         ]
     )

@@ -106,7 +106,6 @@ def _linear_map(layer: keras.Layer) -> LinearMap | None:
     if isinstance(layer, layers.EinsumDense):
         return LinearMap(layer, lambda x: ops.einsum(layer.equation, x, layer.kernel))
     if isinstance(layer, _CONVOLUTIONS):
-        # `convolution_op` is the layer without its bias and activation, causal padding included.
         return LinearMap(layer, lambda x: _convolve(layer, x))
     if isinstance(layer, _DEPTHWISE):
         return LinearMap(
@@ -143,7 +142,20 @@ def _linear_map(layer: keras.Layer) -> LinearMap | None:
 
 
 def _convolve(layer: keras.Layer, x: Any) -> Any:
-    return layer.convolution_op(x, layer.kernel)
+    padding = layer.padding
+    if padding == "causal":
+        before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        time = 2 if layer.data_format == "channels_first" else 1
+        x = ops.pad(x, [(before, 0) if axis == time else (0, 0) for axis in range(3)])
+        padding = "valid"
+    return ops.conv(
+        x,
+        layer.kernel,
+        strides=list(layer.strides),
+        padding=padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
 
 
 def _batch_norm_map(layer: keras.Layer) -> LinearMap:

@@ -1,0 +1,328 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from reference import NETWORKS, build, dense_jacobian, seeded_input, singular_values
+
+import tfjacreg
+from tfjacreg import JacobianOperator, networks, norms, spectral_norm
+from tfjacreg.jacobian import FORWARD_MODES
+
+
+def linear(matrix):
+    """`f(x) = A x` with the matrix given."""
+    matrix = np.asarray(matrix, keras.config.floatx())
+    network = keras.Sequential(
+        [keras.Input((matrix.shape[1],)), layers.Dense(matrix.shape[0], use_bias=False)]
+    )
+    network.set_weights([matrix.T])
+    return network
+
+
+def with_spectrum(values, n_out, n_in, seed=0):
+    """A matrix with the singular values given."""
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.normal(size=(n_out, n_out)))[0][:, : len(values)]
+    v = np.linalg.qr(rng.normal(size=(n_in, n_in)))[0][:, : len(values)]
+    return u @ np.diag(values) @ v.T
+
+
+def flat(a):
+    return np.reshape(a, (len(a), -1))
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exact_and_complete_lanczos_against_svd(float64, name, batch, forward_mode):
+    network = build(name)
+    x = seeded_input(network.input_shape[1:], batch)
+    jacobians = dense_jacobian(network, x)
+    u, s, vt = np.linalg.svd(jacobians, full_matrices=False)
+    n = min(jacobians.shape[1:])
+    for method, iterations in (("exact", 1), ("lanczos", n)):
+        t = spectral_norm(
+            network, x, method=method, iterations=iterations, forward_mode=forward_mode
+        )
+        np.testing.assert_allclose(t.sigma, s[:, 0], rtol=1e-10)
+        assert np.all(t.residual < 1e-9 * s[:, 0])
+        sign = np.sign(np.sum(flat(t.u) * u[:, :, 0], axis=1))[:, None]
+        np.testing.assert_allclose(flat(t.u), sign * u[:, :, 0], atol=1e-7)
+        np.testing.assert_allclose(flat(t.v), sign * vt[:, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float32(name):
+    network = build(name)
+    x = seeded_input(network.input_shape[1:])
+    s = singular_values(dense_jacobian(network, x))[:, 0]
+    n = min(network(x)[0].shape.num_elements(), x[0].size)
+    exact = spectral_norm(network, x, method="exact").sigma
+    np.testing.assert_allclose(exact, s, rtol=1e-4)
+    lanczos = spectral_norm(network, x, method="lanczos", iterations=n).sigma
+    np.testing.assert_allclose(lanczos, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conv_relu", "conv_tanh", "many_outputs", "one_output"])
+def test_power_rises_to_the_exact_value_and_never_exceeds_it(float64, name):
+    network = build(name)
+    x = seeded_input(network.input_shape[1:])
+    s = singular_values(dense_jacobian(network, x))[:, 0]
+    last = 0
+    for iterations in (1, 2, 4, 8, 100):
+        sigma = spectral_norm(network, x, method="power", iterations=iterations).sigma.numpy()
+        assert np.all(sigma <= s * (1 + 1e-12)) and np.all(sigma >= last * (1 - 1e-12))
+        last = sigma
+    np.testing.assert_allclose(last, s, rtol=1e-4)
+
+
+def test_algorithm_1_in_numpy(float64):
+    """The left vector after N iterations from the same start, from the dense Jacobian."""
+    network = build("conv_relu")
+    x = seeded_input(network.input_shape[1:])
+    jacobians = dense_jacobian(network, x)
+    op = JacobianOperator(network, x)
+    start = norms.random_unit(op.x, (3, 7))
+    for iterations in (1, 2, 5):
+        for number, jacobian in enumerate(jacobians):
+            v = flat(start)[number]
+            for _ in range(iterations):
+                u = jacobian @ v
+                u /= np.linalg.norm(u)
+                v = jacobian.T @ u
+                v /= np.linalg.norm(v)
+            got = norms.left_vector(op, "power", iterations, start)[number]
+            np.testing.assert_allclose(got, u, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_lanczos_is_optimal_in_its_krylov_space(float64, steps):
+    """With its last product: the largest ||J^T u|| over the span of J v, (J J^T) J v, ..."""
+    network = build("conv_relu")
+    x = seeded_input(network.input_shape[1:])
+    op = JacobianOperator(network, x)
+    start = norms.random_unit(op.x, (3, 7))
+    complete = norms.left_vector(op, "lanczos", steps, start, last_product=True)
+    cheaper = norms.left_vector(op, "lanczos", steps, start)
+    power = norms.left_vector(op, "power", steps, start)
+    for number, jacobian in enumerate(dense_jacobian(network, x)):
+        krylov = [jacobian @ flat(start)[number]]
+        for _ in range(steps - 1):
+            krylov.append(jacobian @ (jacobian.T @ krylov[-1]))
+            krylov[-1] /= np.linalg.norm(krylov[-1])
+        basis = np.linalg.qr(np.stack(krylov, axis=1))[0]
+        best = np.linalg.norm(basis.T @ jacobian, 2)
+        reached, nearly, plain = (
+            np.linalg.norm(jacobian.T @ flat(u)[number]) for u in (complete, cheaper, power)
+        )
+        assert reached == pytest.approx(best, rel=1e-8)
+        assert plain * (1 - 1e-12) <= nearly <= best * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("method", norms.METHODS)
+@pytest.mark.parametrize(
+    "spectrum",
+    [[3.0, 2.0, 1.0, 0.5], [2.0, 2.0, 2.0, 1.0], [5.0], [1.0, 1e-9], [4.0, 4.0 - 1e-9, 1.0]],
+    ids=["separate", "repeated", "rank one", "tiny second", "nearly repeated"],
+)
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_prescribed_spectrum(float64, method, spectrum, shape):
+    matrix = with_spectrum(spectrum, *shape)
+    x = np.zeros((2, shape[1]))
+    t = spectral_norm(linear(matrix), x, method=method, iterations=60 if method == "power" else 6)
+    np.testing.assert_allclose(t.sigma, spectrum[0], rtol=1e-7)
+    for u, v, sigma, residual in zip(
+        *(a.numpy() for a in (t.u, t.v, t.sigma, t.residual)), strict=True
+    ):
+        assert np.linalg.norm(u) == pytest.approx(1) and np.linalg.norm(v) == pytest.approx(1)
+        np.testing.assert_allclose(matrix @ v, sigma * u, atol=1e-9)
+        expected = np.linalg.norm(matrix.T @ u - sigma * v)
+        assert float(residual) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["power", "lanczos"])
+def test_some_singular_value_is_within_the_residual(float64, method):
+    network = build("many_outputs")
+    x = seeded_input((3,), 20)
+    values = singular_values(dense_jacobian(network, x))
+    for iterations in (1, 2):
+        t = spectral_norm(network, x, method=method, iterations=iterations, seed=iterations)
+        nearest = np.min(np.abs(values - t.sigma[:, None]), axis=1)
+        assert np.all(nearest <= t.residual.numpy() + 1e-12)
+        if iterations == 1:
+            assert np.max(t.residual) > 1e-3
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("method", norms.METHODS)
+def test_zero_network(method, forward_mode):
+    network = keras.Sequential(
+        [keras.Input((4, 4, 1)), layers.Conv2D(2, 2, activation="relu"), layers.Flatten()]
+    )
+    network.set_weights([np.zeros(w.shape) for w in network.get_weights()])
+    x = seeded_input((4, 4, 1))
+    t = spectral_norm(network, x, method=method, forward_mode=forward_mode)
+    assert np.all(t.sigma.numpy() == 0) and np.all(t.residual.numpy() == 0)
+    for vectors in (t.u, t.v):
+        np.testing.assert_allclose(np.linalg.norm(flat(vectors), axis=1), 1, rtol=1e-6)
+
+
+def test_zero_and_other_examples_side_by_side():
+    network = keras.Sequential([keras.Input((3,)), layers.Dense(2, use_bias=False), layers.ReLU()])
+    network.set_weights([np.float32([[1, 1], [1, 2], [1, 3]])])
+    x = np.float32([[1, 1, 1], [-1, -1, -1]])
+    for method in norms.METHODS:
+        sigma = spectral_norm(network, x, method=method, iterations=8).sigma
+        np.testing.assert_allclose(
+            sigma, [np.linalg.norm([[1, 1], [1, 2], [1, 3]], 2), 0], rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("method", norms.METHODS)
+def test_scale(method, scale):
+    matrix = with_spectrum([3.0, 1.0], 5, 8)
+    t = spectral_norm(linear(scale * matrix), np.zeros((1, 8), "float32"), method=method)
+    np.testing.assert_allclose(t.sigma, 3 * scale, rtol=1e-3)
+
+
+def test_seeds():
+    network = build("conv_relu")
+    x = seeded_input(network.input_shape[1:])
+
+    def sigma(seed):
+        return spectral_norm(network, x, method="power", iterations=1, seed=seed).sigma.numpy()
+
+    np.testing.assert_array_equal(sigma(3), sigma(3))
+    assert np.all(sigma(3) != sigma(4)) and np.all(sigma(None) != sigma(None))
+
+
+def test_random_unit_is_uniform_on_the_sphere():
+    vectors = norms.random_unit(tf.zeros((20000, 3)), (1, 2)).numpy()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    # Each coordinate of a uniform point on the sphere in three dimensions is uniform in [-1, 1].
+    for k in range(3):
+        histogram = np.histogram(vectors[:, k], bins=10, range=(-1, 1))[0]
+        assert np.all(np.abs(histogram - 2000) < 5 * np.sqrt(1800))
+    np.testing.assert_allclose(vectors.T @ vectors / 20000, np.eye(3) / 3, atol=0.015)
+    same, other = (norms.random_unit(tf.zeros((20000, 3)), (1, d)).numpy() for d in (2, 3))
+    np.testing.assert_array_equal(same, vectors)
+    assert abs(np.mean(np.sum(other * vectors, axis=1))) < 0.02
+
+
+def test_frobenius_norm(float64):
+    network = build("conv_tanh")
+    x = seeded_input(network.input_shape[1:])
+    expected = np.linalg.norm(dense_jacobian(network, x), axis=(1, 2))
+    np.testing.assert_allclose(tfjacreg.frobenius_norm(network, x), expected, rtol=1e-10)
+    squares = np.stack(
+        [
+            tfjacreg.frobenius_norm(network, x, num_projections=3, seed=seed).numpy() ** 2
+            for seed in range(60)
+        ]
+    )
+    error = squares.std(axis=0) / np.sqrt(len(squares))
+    assert np.all(np.abs(squares.mean(axis=0) - expected**2) < 4 * error)
+    assert np.all(error < 0.1 * expected**2)
+    a, b = (tfjacreg.frobenius_norm(network, x, num_projections=1, seed=5) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+
+
+MAPS = {
+    "dense": ((7,), lambda: layers.Dense(4)),
+    "einsum": ((3, 5), lambda: layers.EinsumDense("abc,cd->abd", (None, 4))),
+    "conv": ((6, 5, 2), lambda: layers.Conv2D(3, 3)),
+    "conv_same": ((6, 5, 2), lambda: layers.Conv2D(3, 3, padding="same")),
+    "conv_stride": ((7, 6, 2), lambda: layers.Conv2D(3, 3, strides=2, padding="same")),
+    "conv_dilated": ((7, 7, 1), lambda: layers.Conv2D(2, 2, dilation_rate=2)),
+    "conv_grouped": ((5, 5, 4), lambda: layers.Conv2D(4, 3, groups=2)),
+    "conv1d_causal": ((8, 2), lambda: layers.Conv1D(3, 3, padding="causal")),
+    "conv3d": ((4, 4, 3, 1), lambda: layers.Conv3D(2, 2)),
+    "depthwise": ((5, 5, 2), lambda: layers.DepthwiseConv2D(3, depth_multiplier=2)),
+    "transposed": ((4, 4, 2), lambda: layers.Conv2DTranspose(2, 3, strides=2, padding="same")),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_layer_norms_are_those_of_the_true_linear_map(float64, name):
+    """Against the SVD of the layer's matrix, column by column; the reshaped kernel's is another."""
+    shape, make = MAPS[name]
+    layer = make()
+    network = keras.Sequential([keras.Input(shape), layer])
+    n_in = int(np.prod(shape))
+    basis = np.eye(n_in).reshape(n_in, *shape)
+    matrix = (network(basis) - network(0 * basis)).numpy().reshape(n_in, -1)
+    assert tfjacreg.spectral_bound(network) == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-8)
+
+
+def test_bound_of_a_chain(float64):
+    network = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(4, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Dense(3),
+        ]
+    )
+    norm = network.layers[1]
+    norm.gamma.assign([1.0, -2.0, 0.5, 1.5])
+    norm.moving_variance.assign([1.0, 4.0, 0.25, 0.01])
+    scale = np.abs([1.0, -2.0, 0.5, 1.5] / np.sqrt(np.array([1.0, 4.0, 0.25, 0.01]) + norm.epsilon))
+    first, second = network.layers[0].get_weights()[0], network.layers[2].get_weights()[0]
+    expected = np.linalg.norm(first, 2) * scale.max() * np.linalg.norm(second, 2)
+    assert tfjacreg.spectral_bound(network) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_bound_bounds():
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        network = networks.lenet()
+        x = seeded_input((28, 28, 1), 8)
+        sigma = spectral_norm(network, x, method="exact").sigma
+        assert np.max(sigma) < tfjacreg.spectral_bound(network, iterations=15)
+
+
+def branching():
+    inputs = keras.Input((4,))
+    x = layers.Dense(4)(inputs)
+    return keras.Model(inputs, layers.Add(name="skip")([inputs, x]))
+
+
+SMALL = linear(np.eye(2))
+X = np.zeros((1, 2), "float32")
+BAD = {
+    "method": (lambda: spectral_norm(SMALL, X, method="svd"), "power.*lanczos.*exact.*'svd'"),
+    "iterations": (lambda: spectral_norm(SMALL, X, iterations=0), "`iterations` must be .*=0"),
+    "iterations_type": (lambda: spectral_norm(SMALL, X, iterations=2.0), "`iterations` .*=2.0"),
+    "seed": (lambda: spectral_norm(SMALL, X, seed=-1), "`seed` must be None or .*=-1"),
+    "projections": (
+        lambda: tfjacreg.frobenius_norm(SMALL, X, num_projections=-1),
+        "`num_projections` must be an integer >= 1. Received: num_projections=-1",
+    ),
+    "bound_iterations": (lambda: tfjacreg.spectral_bound(SMALL, iterations=0), "`iterations`"),
+    "branches": (lambda: tfjacreg.spectral_bound(branching()), "branches.*'skip'.*2 inputs"),
+    "unknown_layer": (
+        lambda: tfjacreg.spectral_bound(
+            keras.Sequential([keras.Input((3, 2)), layers.GRU(2, name="recurrent")])
+        ),
+        "linear map of this layer is not known.*'recurrent' .GRU.",
+    ),
+    "unbuilt": (
+        lambda: tfjacreg.spectral_bound(keras.Sequential([layers.Dense(2)])),
+        "keras.Input.*no known input",
+    ),
+    "unknown_size": (
+        lambda: tfjacreg.spectral_bound(
+            keras.Sequential([keras.Input((None, None, 1)), layers.Conv2D(1, 3)])
+        ),
+        "size of its input",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    make, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        make()
