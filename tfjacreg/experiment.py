@@ -295,13 +295,18 @@ def training_batches(
         augment: Whether to crop and flip at random.
     """
     images, labels = tf.constant(x), tf.constant(y)
-    steps = math.ceil(len(x) / batch_size)
+    whole, rest = divmod(len(x), batch_size)
+    steps = whole + (rest > 0)
 
     def order(_: tf.Tensor) -> tf.data.Dataset:
         shuffled = tf.random.experimental.stateless_shuffle(
             tf.range(len(x)), seed=tf.stack([tf.cast(seed, tf.int64), epoch])
         )
-        return tf.data.Dataset.from_tensor_slices(shuffled).batch(batch_size)
+        rows = tf.reshape(shuffled[: whole * batch_size], (whole, batch_size))
+        indices = tf.data.Dataset.from_tensor_slices(rows)
+        if rest:
+            indices = indices.concatenate(tf.data.Dataset.from_tensors(shuffled[-rest:]))
+        return indices
 
     def batch(number: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         chosen = tf.gather(images, index)
@@ -310,9 +315,13 @@ def training_batches(
             chosen = _cropped_and_flipped(chosen, key)
         return chosen, tf.gather(labels, index)
 
-    batches = tf.data.Dataset.from_tensors(0).flat_map(order).enumerate()
-    batches = batches.map(batch, num_parallel_calls=2, deterministic=True).prefetch(8)
-    return batches.apply(tf.data.experimental.assert_cardinality(steps))
+    # One thread of its own is enough to gather, and does not compete with the steps.
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.autotune.enabled = False
+    batches = tf.data.Dataset.from_tensors(0).flat_map(order).enumerate().map(batch).prefetch(8)
+    batches = batches.apply(tf.data.experimental.assert_cardinality(steps))
+    return batches.with_options(options)
 
 
 def _cropped_and_flipped(x: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
