@@ -38,6 +38,6 @@ def test_options_in_the_readme_are_options_of_the_script(script):
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     options = re.findall(r"--[\w-]+", synopsis)
-    assert len(options) >= 6
+    assert len(options) >= 5
     for option in options:
         assert option in done.stdout
