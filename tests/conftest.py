@@ -13,10 +13,15 @@ _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_session():
+    """Not for every test: it collects garbage, which takes longer than most tests."""
+    keras.utils.clear_session()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_keras():
-    """Every test starts from the same seeds, no names of other tests, and float32."""
-    keras.utils.clear_session()
+    """Every test starts from the same seeds and in float32."""
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_floatx("float32")
