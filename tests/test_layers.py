@@ -1,0 +1,207 @@
+"""The layers of which the Jacobian is known to be right: docs/layers.md names these tests."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from reference import dense_jacobian, seeded_input, singular_values
+
+from tfjacreg import JacobianOperator, networks, spectral_norm
+from tfjacreg.jacobian import FORWARD_MODES
+
+
+def chain(shape, *rest):
+    return lambda: keras.Sequential([keras.Input(shape), *(make() for make in rest)])
+
+
+def attention():
+    inputs = keras.Input((4, 6))
+    attended = layers.MultiHeadAttention(2, 3)(inputs, inputs)
+    x = layers.LayerNormalization()(layers.Add()([inputs, attended]))
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+
+def skip():
+    inputs = keras.Input((5,))
+    x = layers.Dense(5, activation="relu")(inputs)
+    x = layers.Add()([x, inputs])
+    return keras.Model(inputs, layers.Dense(3)(layers.Concatenate()([x, inputs])))
+
+
+def shared():
+    layer = layers.Dense(4, activation="tanh")
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, layer(layer(inputs)))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(6, activation="gelu")
+        self.out = layers.Dense(3)
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+
+IMAGE = (6, 6, 2)
+NETWORKS = {
+    "tanh": chain((4,), lambda: layers.Dense(5, "tanh"), lambda: layers.Dense(3)),
+    "sigmoid": chain((4,), lambda: layers.Dense(5, "sigmoid"), lambda: layers.Dense(3)),
+    "softmax": chain((4,), lambda: layers.Dense(5, "softmax")),
+    "gelu": chain((4,), lambda: layers.Dense(5, "gelu"), lambda: layers.Dense(3)),
+    "silu": chain((4,), lambda: layers.Dense(5, "silu"), lambda: layers.Dense(3)),
+    "leaky_relu": chain((4,), lambda: layers.Dense(5), layers.LeakyReLU),
+    "layer_normalization": chain((5,), layers.LayerNormalization, lambda: layers.Dense(3)),
+    "group_normalization": chain((4, 4, 4), lambda: layers.GroupNormalization(2)),
+    "batch_normalization": chain((5,), layers.BatchNormalization, lambda: layers.Dense(3)),
+    "dropout": chain((5,), lambda: layers.Dropout(0.5), lambda: layers.Dense(3)),
+    "attention": attention,
+    "conv1d": chain((7, 2), lambda: layers.Conv1D(3, 3, strides=2, activation="relu")),
+    "conv2d": chain(IMAGE, lambda: layers.Conv2D(3, 3, strides=2, padding="same")),
+    "conv2d_grouped": chain(IMAGE, lambda: layers.Conv2D(4, 3, groups=2, activation="relu")),
+    "conv3d": chain((4, 4, 3, 1), lambda: layers.Conv3D(2, 2, activation="tanh")),
+    "depthwise_conv": chain(IMAGE, lambda: layers.DepthwiseConv2D(3, activation="relu")),
+    "separable_conv": chain(IMAGE, lambda: layers.SeparableConv2D(3, 3, activation="relu")),
+    "transposed_conv": chain(IMAGE, lambda: layers.Conv2DTranspose(2, 3, strides=2)),
+    "average_pooling": chain(IMAGE, lambda: layers.AveragePooling2D(2)),
+    "global_average_pooling": chain(IMAGE, layers.GlobalAveragePooling2D),
+    "global_max_pooling": chain(IMAGE, layers.GlobalMaxPooling2D),
+    "max_pooling": chain(IMAGE, lambda: layers.MaxPooling2D(2)),
+    "gru_unrolled": chain((3, 2), lambda: layers.GRU(3, use_cudnn=False, unroll=True)),
+    "lstm_unrolled": chain((3, 2), lambda: layers.LSTM(3, use_cudnn=False, unroll=True)),
+    "skip_connection": skip,
+    "shared_layer": shared,
+    "nested_model": chain((4,), chain((4,), lambda: layers.Dense(4, "tanh")), layers.ReLU),
+    "time_distributed": chain((3, 4), lambda: layers.TimeDistributed(layers.Dense(2, "tanh"))),
+    "subclassed_model": chain((4,), Subclassed),
+    "segmentation": chain(IMAGE, lambda: layers.Conv2D(2, 3, padding="same", activation="silu")),
+}
+
+
+def build(name):
+    keras.utils.set_random_seed(3)
+    return NETWORKS[name]()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+class TestLayer:
+    def test_sigma_against_the_svd(self, float64, name):
+        """The dot test in both forward modes, and the exact sigma against NumPy, in float64."""
+        network = build(name)
+        x = seeded_input(network.input_shape[1:], 2)
+        jacobians = dense_jacobian(network, x)
+        rng = np.random.default_rng(0)
+        v, u = rng.normal(size=x.shape), rng.normal(size=network(x).shape)
+        expected = np.einsum("bi,bij,bj->b", u.reshape(2, -1), jacobians, v.reshape(2, -1))
+        for forward_mode in FORWARD_MODES:
+            op = JacobianOperator(network, x, forward_mode=forward_mode)
+            for product in (op.matvec(v) * u, op.rmatvec(u) * v):
+                np.testing.assert_allclose(
+                    np.sum(np.reshape(product, (2, -1)), axis=1), expected, rtol=1e-8, atol=1e-10
+                )
+        sigma = spectral_norm(network, x, method="exact", forward_mode="transpose").sigma
+        np.testing.assert_allclose(sigma, singular_values(jacobians)[:, 0], rtol=1e-8)
+
+    def test_eager_graph_and_xla(self, name):
+        network = build(name)
+        x = tf.constant(seeded_input(network.input_shape[1:], 2))
+        rng = np.random.default_rng(0)
+        v = tf.constant(rng.normal(size=x.shape).astype("float32"))
+        u = tf.constant(rng.normal(size=network(x).shape).astype("float32"))
+        for forward_mode in FORWARD_MODES:
+
+            def products(x, mode=forward_mode):
+                op = JacobianOperator(network, x, training=True, forward_mode=mode)
+                return op.matvec(v), op.rmatvec(u)
+
+            if name == "dropout":  # XLA draws another mask from the same seed.
+                network.layers[0].rate = 0.0
+            eager = products(x)
+            for compiled in (tf.function(products), tf.function(products, jit_compile=True)):
+                for a, b in zip(eager, compiled(x), strict=True):
+                    scale = np.max(np.abs(a))
+                    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("vgg16", (32, 32, 3), {"width": 0.0625}),
+        ("resnet20", (16, 16, 3), {"width": 0.25}),
+    ],
+)
+def test_networks_of_the_paper_and_beyond(float64, name, shape, options):
+    network = networks.get(name, shape, 4, **options)
+    # Statistics that are not those of a fresh layer.
+    network(seeded_input(shape, 8), training=True)
+    x = seeded_input(shape, 2)
+    sigma = spectral_norm(network, x, method="exact", forward_mode="transpose").sigma
+    np.testing.assert_allclose(sigma, singular_values(dense_jacobian(network, x))[:, 0], rtol=1e-8)
+
+
+def test_the_output_of_an_embedding_as_the_input(float64):
+    tokens = keras.Input((4,), dtype="int32")
+    embedded = layers.Embedding(10, 3)(tokens)
+    scores = layers.Dense(2, "tanh")(layers.Flatten()(embedded))
+    whole = keras.Model(tokens, scores)
+    behind = keras.Model(embedded, scores)
+    ids = np.array([[1, 2, 3, 4], [5, 5, 0, 9]])
+    x = whole.layers[1](ids)
+    op = JacobianOperator(behind, x)
+    np.testing.assert_array_equal(op.primal, whole(ids))
+    jacobians = dense_jacobian(behind, x)
+    v = np.random.default_rng(0).normal(size=x.shape)
+    np.testing.assert_allclose(
+        op.matvec(v), np.einsum("bij,bj->bi", jacobians, v.reshape(2, -1)), atol=1e-12
+    )
+
+
+def test_one_of_several_outputs_by_name(float64):
+    inputs = keras.Input((4,))
+    hidden = layers.Dense(5, "tanh")(inputs)
+    several = keras.Model(
+        inputs, {"a": layers.Dense(2, name="a")(hidden), "b": layers.Dense(3, name="b")(hidden)}
+    )
+    x = seeded_input((4,), 2)
+    chosen = keras.Model(several.input, several.get_layer("b").output)
+    sigma = spectral_norm(chosen, x, method="exact").sigma
+    np.testing.assert_allclose(sigma, singular_values(dense_jacobian(chosen, x))[:, 0], rtol=1e-8)
+
+
+def test_one_of_several_inputs_by_name(float64):
+    first, second = keras.Input((3,), name="first"), keras.Input((2,), name="second")
+    joined = layers.Dense(4, "tanh")(layers.Concatenate()([first, second]))
+    network = keras.Model([first, second], joined)
+    x, held = seeded_input((3,), 2), tf.constant(seeded_input((2,), 2))
+
+    class OfFirst(layers.Layer):
+        def call(self, x):
+            return network([x, held])
+
+    jacobians = dense_jacobian(OfFirst(), x)
+    sigma = spectral_norm(OfFirst(), x, method="exact").sigma
+    np.testing.assert_allclose(sigma, singular_values(jacobians)[:, 0], rtol=1e-8)
+
+
+def test_many_networks_in_one_process_then_xla():
+    """More shapes than TensorFlow traces forward mode for exactly: no dependence on the order."""
+    x = seeded_input((5,), 2)
+
+    def sigma(width, compile_=False):
+        keras.utils.set_random_seed(width)
+        network = keras.Sequential(
+            [keras.Input((5,)), layers.Dense(width, "tanh"), layers.Dense(3)]
+        )
+
+        def measure(x):
+            return spectral_norm(network, x, method="exact").sigma
+
+        return (tf.function(measure, jit_compile=True) if compile_ else measure)(tf.constant(x))
+
+    before = sigma(4).numpy()
+    for width in range(5, 45):
+        sigma(width)
+    np.testing.assert_allclose(sigma(4), before, rtol=1e-6)
+    np.testing.assert_allclose(sigma(4, compile_=True), before, rtol=1e-5)
