@@ -5,6 +5,7 @@ Mostad 2022).
 """
 
 from tfjacreg import attacks, datasets, networks, norms, regularizers, robustness
+from tfjacreg.checks import check_network
 from tfjacreg.jacobian import JacobianOperator, hold_constant
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
@@ -16,6 +17,7 @@ __all__ = [
     "RegularizedModel",
     "SingularTriplet",
     "attacks",
+    "check_network",
     "datasets",
     "frobenius_norm",
     "hold_constant",

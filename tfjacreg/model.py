@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfjacreg import regularizers
+from tfjacreg.checks import check_network
 from tfjacreg.jacobian import JacobianOperator
 
 
@@ -32,7 +33,9 @@ class RegularizedModel(keras.Model):
 
     Raises:
         TypeError: If `network` is not a Keras layer.
-        ValueError: When built, if there is a regularizer and the network has no trainable weights.
+        ValueError: When built, if there is a regularizer and the network has no trainable weights;
+            before the first training step, if `check_network` refuses the network; under
+            `tf.distribute.MultiWorkerMirroredStrategy`.
     """
 
     def __init__(
@@ -47,7 +50,15 @@ class RegularizedModel(keras.Model):
                 "`network` must be a keras.Layer, for example a keras.Model. "
                 f"Received: network={network!r} (of type {type(network).__name__})"
             )
+        if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+            raise ValueError(
+                "MultiWorkerMirroredStrategy is not supported: Keras 3 itself cannot train under "
+                "it. Use MirroredStrategy on one machine. Received: RegularizedModel made in the "
+                "scope of a MultiWorkerMirroredStrategy"
+            )
         self.network = network
+        self._is_checked = False
+        self._example_shape: tuple[int | None, ...] = ()
         self.regularizer = regularizers.get(regularizer)
         self._penalty_state: list[keras.Variable] = []
         if self.regularizer is not None:
@@ -58,6 +69,7 @@ class RegularizedModel(keras.Model):
 
     def build(self, input_shape: Any) -> None:
         """Builds the network and makes the variables that the penalty remembers things in."""
+        self._example_shape = tuple(input_shape[1:])
         if not self.network.built:
             # A symbolic call, which also builds what a subclassed network holds.
             self.network(keras.KerasTensor(input_shape, dtype=self.network.input_dtype))
@@ -84,6 +96,24 @@ class RegularizedModel(keras.Model):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Runs the network."""
         return self.network(inputs, training=training)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
+        if self.built:  # A network that its first batch builds is checked by the next `fit`.
+            self._check()
+        return super().make_train_function(force)
+
+    def _check(self) -> None:
+        """Checks the network once, if the penalty is one of its Jacobian."""
+        regularizer = self.regularizer
+        bounded = (regularizers.SpectralBound, regularizers.WeightDecay)
+        if self._is_checked or regularizer is None or isinstance(regularizer, bounded):
+            return
+        if None in self._example_shape:
+            return  # The norms themselves refuse axes of unknown size.
+        x = tf.random.stateless_normal((2, *self._example_shape), (0, 0), alg="philox")
+        check_network(self.network, x, forward_mode=regularizer.forward_mode)
+        self._is_checked = True
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step on the loss plus the penalty: forward mode, backward mode, then the gradient."""

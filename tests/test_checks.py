@@ -1,0 +1,189 @@
+"""check_network: what it passes, what it refuses, and whom it names."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from reference import seeded_input
+
+import tfjacreg
+from tfjacreg import RegularizedModel, check_network, regularizers
+from tfjacreg.jacobian import FORWARD_MODES
+
+
+class Centred(layers.Layer):
+    """Takes the batch's mean away; holds it only if asked to."""
+
+    def __init__(self, held, **kwargs):
+        super().__init__(**kwargs)
+        self.held = held
+
+    def call(self, x):
+        if not self.held:
+            return x - keras.ops.mean(x, axis=0)
+        with tfjacreg.hold_constant():
+            mean = keras.ops.mean(x, axis=0)
+        return x - mean
+
+
+class OnlyOnce(layers.Layer):
+    """Has a first derivative, and none of that: the derivative is constant to TensorFlow."""
+
+    def call(self, x):
+        @tf.custom_gradient
+        def square(x):
+            return x * x, lambda upstream: tf.stop_gradient(2 * x * upstream)
+
+        return square(x)
+
+
+def images(*rest):
+    return keras.Sequential(
+        [keras.Input((4, 4, 2)), layers.Conv2D(3, 3, padding="same"), *rest, layers.Flatten()]
+    )
+
+
+def inside(culprit):
+    """Two models deep, and under a subclass."""
+
+    class Around(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.block = keras.Sequential([layers.Dense(4), culprit])
+
+        def call(self, x):
+            return self.block(x) + x
+
+    return keras.Sequential([keras.Input((4,)), layers.Dense(4, "tanh"), Around()])
+
+
+def by_operation():
+    inputs = keras.Input((4, 4, 2))
+    resized = keras.ops.image.resize(inputs, (8, 8), interpolation="bilinear")
+    return keras.Model(inputs, layers.Flatten()(resized))
+
+
+REFUSED = {
+    "bilinear": (
+        lambda: images(layers.UpSampling2D(2, interpolation="bilinear", name="culprit")),
+        "'culprit' (UpSampling2D)",
+    ),
+    "bicubic": (
+        lambda: images(layers.UpSampling2D(2, interpolation="bicubic", name="culprit")),
+        "'culprit' (UpSampling2D)",
+    ),
+    "resizing": (lambda: images(layers.Resizing(6, 6, name="culprit")), "'culprit' (Resizing)"),
+    "operation": (by_operation, "(Resize)"),
+    "mixing": (lambda: inside(Centred(False, name="culprit")), "'culprit' (Centred) mixes"),
+}
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_the_layer_that_breaks_the_jacobian(name, forward_mode):
+    make, expected = REFUSED[name]
+    network = make()
+    with pytest.raises(ValueError) as error:
+        check_network(network, seeded_input(network.input_shape[1:], 3), forward_mode=forward_mode)
+    assert expected in str(error.value)
+
+
+def test_transposition_needs_a_second_derivative():
+    """Forward mode pushes tangents through the operations themselves: there it passes."""
+    network, x = inside(OnlyOnce(name="culprit")), seeded_input((4,), 3)
+    check_network(network, x, forward_mode="accumulator")
+    with pytest.raises(ValueError, match=r"'culprit' \(OnlyOnce\) has a derivative"):
+        check_network(network, x, forward_mode="transpose")
+
+
+def good():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Dropout(0.4),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(3, activity_regularizer="l2"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_leaves_no_trace(forward_mode, training):
+    network = good()
+    x = seeded_input((6, 6, 2), 4)
+    network(x, training=True)
+    before = [np.array(v) for v in network.variables]
+    losses = [float(loss) for loss in network.losses]
+    check_network(network, x, training=training, forward_mode=forward_mode)
+    for a, b in zip(before, network.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [float(loss) for loss in network.losses] == losses
+    assert not any("call" in layer.__dict__ for layer in network.layers)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_precision_does_not_fail_it(policy):
+    keras.config.set_dtype_policy(policy)
+    check_network(good(), seeded_input((6, 6, 2), 4))
+
+
+def test_held_statistics_pass():
+    check_network(inside(Centred(True)), seeded_input((4,), 3))
+
+
+def test_a_failed_check_leaves_no_trace():
+    network = inside(Centred(False))
+    x = seeded_input((4,), 3)
+    before = network(x).numpy()
+    with pytest.raises(ValueError, match="mixes"):
+        check_network(network, x)
+    assert not any("call" in layer.__dict__ for layer in network._flatten_layers())
+    np.testing.assert_array_equal(network(x), before)
+
+
+def test_one_example_cannot_show_mixing():
+    with pytest.raises(ValueError, match="at least two.*Received"):
+        check_network(good(), seeded_input((6, 6, 2), 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_fit_checks_before_the_first_step(options):
+    network = inside(Centred(False, name="culprit"))
+    model = RegularizedModel(network, regularizers.SpectralNorm(0.1))
+    model.compile("sgd", "mse", **options)
+    before = network.get_weights()
+    with pytest.raises(ValueError, match="culprit.*mixes"):
+        model.fit(np.ones((6, 4)), np.ones((6, 4)), verbose=0)
+    for a, b in zip(before, network.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", [None, "weight_decay", "spectral_bound"])
+def test_a_penalty_without_jacobian_takes_any_network(name):
+    model = RegularizedModel(inside(Centred(False)), name)
+    model.compile("sgd", "mse")
+    model.fit(np.ones((6, 4)), np.ones((6, 4)), verbose=0)
+
+
+def test_fit_checks_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("tfjacreg.model.check_network", lambda *_, **__: calls.append(1))
+    model = RegularizedModel(good(), "spectral")
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for _ in range(2):
+        model.fit(seeded_input((6, 6, 2), 6), np.zeros(6), epochs=2, verbose=0)
+    model.evaluate(seeded_input((6, 6, 2), 6), np.zeros(6), verbose=0)
+    assert calls == [1]
+
+
+def test_multi_worker_strategy_is_refused(monkeypatch):
+    strategy = object.__new__(tf.distribute.MultiWorkerMirroredStrategy)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    with pytest.raises(ValueError, match="MultiWorkerMirroredStrategy is not supported"):
+        RegularizedModel(good(), "spectral")
