@@ -187,6 +187,26 @@ def test_scale(method, scale):
     np.testing.assert_allclose(t.sigma, 3 * scale, rtol=1e-3)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("method", norms.METHODS)
+@pytest.mark.parametrize("entry", [np.nan, np.inf, 1e20])
+def test_what_cannot_be_measured_is_not_zero(method, entry, jit_compile):
+    """NaN, infinite and too large for a square in float32, beside an example that is well."""
+    kernel = np.float32([[1, 2, 3], [4, 5, 6], [0, 0, 0]])
+    network = keras.Sequential([keras.Input((3,)), layers.Dense(3, use_bias=False), layers.ReLU()])
+    kernel[2, 0] = entry
+    network.set_weights([kernel])
+    x = tf.constant([[1.0, 1, 1], [-1, -1, -1]])  # The second has all its units off.
+
+    @tf.function(jit_compile=jit_compile)
+    def measure(x):
+        return spectral_norm(network, x, method=method).sigma
+
+    sigma = measure(x).numpy()
+    assert not np.isfinite(sigma[0])
+    assert sigma[1] == 0 or not np.isfinite(entry)  # 0 times NaN or infinity is NaN.
+
+
 def test_seeds():
     network = build("conv_relu")
     x = seeded_input(network.input_shape[1:])
@@ -229,6 +249,13 @@ def test_frobenius_norm(float64):
     np.testing.assert_array_equal(a, b)
 
 
+class VariedBatchNorm(layers.BatchNormalization):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.gamma.assign(np.linspace(-0.5, 0.4, input_shape[self.axis]))
+        self.moving_variance.assign(np.geomspace(1e-3, 4, input_shape[self.axis]))
+
+
 MAPS = {
     "dense": ((7,), lambda: layers.Dense(4)),
     "einsum": ((3, 5), lambda: layers.EinsumDense("abc,cd->abd", (None, 4))),
@@ -239,8 +266,32 @@ MAPS = {
     "conv_grouped": ((5, 5, 4), lambda: layers.Conv2D(4, 3, groups=2)),
     "conv1d_causal": ((8, 2), lambda: layers.Conv1D(3, 3, padding="causal")),
     "conv3d": ((4, 4, 3, 1), lambda: layers.Conv3D(2, 2)),
+    "conv_dilated_same": ((6, 5, 2), lambda: layers.Conv2D(2, 3, dilation_rate=2, padding="same")),
+    "conv1d": ((9, 2), lambda: layers.Conv1D(3, 3, strides=2)),
+    "conv1d_causal_dilated": (
+        (8, 2),
+        lambda: layers.Conv1D(3, 2, padding="causal", dilation_rate=3),
+    ),
     "depthwise": ((5, 5, 2), lambda: layers.DepthwiseConv2D(3, depth_multiplier=2)),
+    "depthwise_stride": (
+        (6, 6, 2),
+        lambda: layers.DepthwiseConv2D(3, strides=2, padding="same"),
+    ),
+    "depthwise_dilated": ((6, 6, 1), lambda: layers.DepthwiseConv2D(2, dilation_rate=3)),
+    "depthwise1d": ((7, 3), lambda: layers.DepthwiseConv1D(3, padding="same")),
     "transposed": ((4, 4, 2), lambda: layers.Conv2DTranspose(2, 3, strides=2, padding="same")),
+    "transposed_valid": (
+        (3, 4, 2),
+        lambda: layers.Conv2DTranspose(3, 2, strides=3, output_padding=1),
+    ),
+    "transposed1d": ((5, 2), lambda: layers.Conv1DTranspose(3, 3, strides=2)),
+    "transposed3d": ((2, 3, 2, 1), lambda: layers.Conv3DTranspose(2, 2, strides=2)),
+    "normalization": (
+        (3, 2),
+        lambda: layers.Normalization(mean=[1.0, 5.0], variance=[1e-2, 4.0]),
+    ),
+    "rescaling": ((4,), lambda: layers.Rescaling(-3.0, offset=7.0)),
+    "batch_norm_axis": ((2, 3), lambda: VariedBatchNorm(axis=1)),
 }
 
 
@@ -283,10 +334,55 @@ def test_the_bound_bounds():
         assert np.max(sigma) < tfjacreg.spectral_bound(network, iterations=15)
 
 
-def branching():
+def test_bound_counts_a_layer_as_often_as_it_runs(float64):
+    """Also inside a nested network, but not for what other networks do with the same layer."""
+    inputs = keras.Input((4,))
+    shared, last = layers.Dense(4), layers.Dense(3)
+    inner = keras.Model(inputs, shared(layers.ReLU()(shared(inputs))))
+    outer = keras.Sequential([keras.Input((4,)), inner, layers.Activation("tanh"), last])
+    first, second = (np.linalg.norm(layer.get_weights()[0], 2) for layer in (shared, last))
+    assert tfjacreg.spectral_bound(inner) == pytest.approx(first**2, rel=1e-8)
+    assert tfjacreg.spectral_bound(outer) == pytest.approx(first**2 * second, rel=1e-8)
+    once = keras.Sequential([keras.Input((4,)), shared])
+    assert tfjacreg.spectral_bound(once) == pytest.approx(first, rel=1e-8)
+
+
+def test_bound_of_a_classifier_counts_its_normalization():
+    keras.utils.set_random_seed(1)
+    network = keras.Sequential([keras.Input((6,)), layers.Dense(5, "relu"), layers.Dense(3)])
+    classifier = keras.Sequential(
+        [keras.Input((6,)), layers.Normalization(mean=0.3, variance=0.01), network]
+    )
+    bounds = tfjacreg.spectral_bound(classifier), tfjacreg.spectral_bound(network)
+    assert bounds[0] == pytest.approx(10 * bounds[1], rel=1e-4)
+    sigma = spectral_norm(classifier, seeded_input((6,), 20), method="exact").sigma
+    assert np.max(sigma) < bounds[0]
+
+
+def branching(merge):
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, merge(inputs, layers.Dense(4)(inputs)))
+
+
+def two_outputs():
     inputs = keras.Input((4,))
     x = layers.Dense(4)(inputs)
-    return keras.Model(inputs, layers.Add(name="skip")([inputs, x]))
+    return keras.Model(inputs, [x, layers.Dense(2)(x)])
+
+
+def frozen_gru():
+    network = keras.Sequential([keras.Input((3, 2)), layers.GRU(2, name="frozen", use_cudnn=False)])
+    network.trainable = False
+    return network
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="own")
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        return x + self.dense(x)
 
 
 SMALL = linear(np.eye(2))
@@ -301,7 +397,26 @@ BAD = {
         "`num_projections` must be an integer >= 1. Received: num_projections=-1",
     ),
     "bound_iterations": (lambda: tfjacreg.spectral_bound(SMALL, iterations=0), "`iterations`"),
-    "branches": (lambda: tfjacreg.spectral_bound(branching()), "branches.*'skip'.*2 inputs"),
+    "branches": (
+        lambda: tfjacreg.spectral_bound(
+            branching(lambda a, b: layers.Add(name="skip")([a, b])),
+        ),
+        "branches.*'skip'.*2 inputs",
+    ),
+    "branches_by_an_operator": (
+        lambda: tfjacreg.spectral_bound(branching(lambda a, b: a + b)),
+        "branches.*'add.*' .Add. with 2 inputs",
+    ),
+    "branches_to_two_outputs": (lambda: tfjacreg.spectral_bound(two_outputs()), "2 outputs"),
+    "operation": (
+        lambda: tfjacreg.spectral_bound(branching(lambda _, b: 3.0 * b)),
+        "not a Keras layer.*'multiply.*' .Multiply.",
+    ),
+    "frozen_unknown_layer": (
+        lambda: tfjacreg.spectral_bound(frozen_gru()),
+        "linear map of this layer is not known.*'frozen' .GRU.",
+    ),
+    "subclassed": (lambda: tfjacreg.spectral_bound(Subclassed()), "keras.Input.*'own'"),
     "unknown_layer": (
         lambda: tfjacreg.spectral_bound(
             keras.Sequential([keras.Input((3, 2)), layers.GRU(2, name="recurrent")])

@@ -48,36 +48,64 @@ def weighted(network: keras.Layer) -> list[LinearMap]:
     Raises:
         ValueError: If there is none, or a layer with weights has no known linear map.
     """
-    maps = [m for m in map(_linear_map, _leaves(network)) if m is not None]
+    maps = []
+    for layer in _leaves(network):
+        is_norm = isinstance(layer, layers.BatchNormalization)
+        maps += _known_maps(layer, [] if is_norm else layer.trainable_variables)
     if not maps:
         raise ValueError(f"`network` has no layer with a kernel. Received: {network.name}")
     return maps
 
 
 def chain(network: keras.Layer) -> list[LinearMap]:
-    """The maps, BatchNorm's among them, of a network that is one chain of layers.
+    """The maps, those of normalizations among them, of a network that is one chain of layers.
 
     Raises:
-        ValueError: If it branches, or a layer with weights has no known linear map.
+        ValueError: If it branches, runs an operation that is no layer, has no known order, or a
+            layer with weights has no known linear map.
     """
-    leaves = _leaves(network)
-    for layer in leaves:
-        for node in layer._inbound_nodes:
-            if len(node.input_tensors) > 1:
-                raise ValueError(
-                    "The product of the layers' norms bounds the Jacobian of a chain of layers, "
-                    f"not of a network that branches. Received: layer {layer.name!r} "
-                    f"({type(layer).__name__}) with {len(node.input_tensors)} inputs"
-                )
     maps = []
-    for layer in leaves:
+    for layer in _steps(network):
         if isinstance(layer, layers.BatchNormalization):
             maps.append(_batch_norm_map(layer))
+        elif isinstance(layer, (layers.Normalization, layers.Rescaling)):
+            maps.append(_slope_map(layer))
         else:
-            linear_map = _linear_map(layer)
-            if linear_map is not None:
-                maps.append(linear_map)
+            maps += _known_maps(layer, layer.weights)
     return maps
+
+
+def _steps(network: keras.Layer) -> list[keras.Layer]:
+    """The layers of a chain in order, each as often as it runs, nested networks opened."""
+    if not hasattr(network, "layers"):
+        return [network]
+    # A Sequential keeps its graph in an attribute; a functional model is one.
+    graph = getattr(network, "_functional", None) or network
+    if not hasattr(graph, "_nodes_by_depth"):
+        raise ValueError(
+            "The order of the layers must be known: build the network from keras.Input, as a "
+            f"Sequential or functional model. Received: {network.name!r}, which has no known input"
+        )
+    branches = (
+        "The product of the layers' norms bounds the Jacobian of a chain of layers, not of a "
+        "network that branches. Received: "
+    )
+    if len(graph.outputs) > 1:
+        raise ValueError(f"{branches}{network.name!r} with {len(graph.outputs)} outputs")
+    steps = []
+    for _, nodes in sorted(graph._nodes_by_depth.items(), reverse=True):
+        for node in nodes:
+            step, inputs = node.operation, len(node.input_tensors)
+            what = f"{step.name!r} ({type(step).__name__})"
+            if inputs > 1:
+                raise ValueError(f"{branches}{what} with {inputs} inputs")
+            if not isinstance(step, keras.Layer):
+                raise ValueError(
+                    "The norm of an operation that is not a Keras layer is not known: use a layer, "
+                    f"such as keras.layers.ReLU for keras.ops.relu. Received: {what}"
+                )
+            steps += _steps(step)
+    return steps
 
 
 def kernels(network: keras.Layer) -> list[keras.Variable]:
@@ -98,6 +126,20 @@ def _leaves(network: keras.Layer) -> list[keras.Layer]:
     if not inner:
         return [network]
     return [leaf for layer in inner for leaf in _leaves(layer)]
+
+
+def _known_maps(layer: keras.Layer, weights: list[keras.Variable]) -> list[LinearMap]:
+    """The map of `layer`, none if it is no linear map; then it must not have `weights`."""
+    linear_map = _linear_map(layer)
+    if linear_map is not None:
+        return [linear_map]
+    if weights:
+        raise ValueError(
+            "The linear map of this layer is not known; known are Dense, EinsumDense, Conv1D to "
+            "3D, their transposes, and depthwise convolutions. "
+            f"Received: layer {layer.name!r} ({type(layer).__name__}) with weights"
+        )
+    return []
 
 
 def _linear_map(layer: keras.Layer) -> LinearMap | None:
@@ -132,13 +174,7 @@ def _linear_map(layer: keras.Layer) -> LinearMap | None:
                 dilation_rate=layer.dilation_rate,
             ),
         )
-    if isinstance(layer, layers.BatchNormalization) or not layer.trainable_variables:
-        return None
-    raise ValueError(
-        "The linear map of this layer is not known; known are Dense, EinsumDense, Conv1D to 3D, "
-        "their transposes, and depthwise convolutions. "
-        f"Received: layer {layer.name!r} ({type(layer).__name__}) with trainable weights"
-    )
+    return None
 
 
 def _convolve(layer: keras.Layer, x: Any) -> Any:
@@ -165,6 +201,13 @@ def _batch_norm_map(layer: keras.Layer) -> LinearMap:
     shape = [1] * (len(_input_shape(layer)) + 1)
     shape[layer.axis] = -1
     return LinearMap(layer, lambda x: x * scale.reshape(shape))
+
+
+def _slope_map(layer: keras.Layer) -> LinearMap:
+    """The map of a layer that scales and shifts every element."""
+    ones = tf.ones((1, *_input_shape(layer)), layer.variable_dtype)
+    slope = layer(ones) - layer(tf.zeros_like(ones))
+    return LinearMap(layer, lambda x: x * slope)
 
 
 def _input_shape(layer: keras.Layer) -> tuple[int, ...]:

@@ -83,7 +83,8 @@ def spectral_norm(
         forward_mode: How J v is computed; see `JacobianOperator`.
 
     Returns:
-        A `SingularTriplet`. Where J = 0, sigma and the residual are 0 and u, v are arbitrary.
+        A `SingularTriplet`. Where J = 0, sigma and the residual are 0 and u, v are arbitrary. Where
+        J is not finite, or its square is not (||J|| > 1e19 in float32), sigma is NaN or infinite.
 
     Raises:
         TypeError: If `network` is not a Keras layer, or `x` is not one floating tensor.
@@ -149,9 +150,11 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
     """The product of the layers' norms, `prod_l ||W^l||_2` (Section 2.1), in inference mode.
 
     It bounds `||df/dx||_2` at every x if the activations have slope at most 1 (ReLU, tanh, sigmoid,
-    ...) and the pooling windows do not overlap. Each convolution's norm is that of the linear map
-    it is, with its stride and padding at its input's size; BatchNorm counts with its inference
-    scale. Each factor comes from Lanczos and approaches the layer's norm from below.
+    ...), the pooling windows do not overlap, and no other layer without weights stretches its input
+    (as upsampling does). Each convolution's norm is that of the linear map it is, with its stride
+    and padding at its input's size; BatchNorm counts with its inference scale, Normalization and
+    Rescaling with theirs, and a layer that runs twice counts twice. Each factor comes from Lanczos
+    and approaches the layer's norm from below.
 
     Args:
         network: A built chain of layers (a `Sequential`, or a functional model without branches).
@@ -161,8 +164,8 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
         The bound.
 
     Raises:
-        ValueError: If the network is not a chain, or holds a layer whose linear map is not known:
-            the message names it.
+        ValueError: If the network is not a chain of Keras layers, or holds a layer with weights
+            whose linear map is not known: the message names it.
     """
     validate_positive("iterations", iterations)
     bound = 1.0
@@ -234,7 +237,7 @@ def _lanczos(op: Operator, steps: int, v: tf.Tensor, last_product: bool) -> tf.T
     beside = beta_k[:, :-1] * alpha_k[:, 1:]
     gram = tf.linalg.diag(tf.square(alpha_k) + tf.square(beta_k))
     gram += tf.linalg.diag(beside, k=1) + tf.linalg.diag(beside, k=-1)
-    p = tf.linalg.eigh(gram)[1][:, :, -1]
+    p = _leading_eigenvector(gram)
     basis = tf.stack([_flat(u) for u in us], axis=1)
     return unit(tf.reshape(tf.einsum("bk,bkn->bn", p, basis), tf.shape(us[0])))
 
@@ -252,7 +255,8 @@ def _next_direction(
             a -= _per_example(tf.reduce_sum(_flat(a * b), axis=1), a) * b
     left = length(a)
     rounding = 16 * np.finfo(a.dtype.as_numpy_dtype).eps
-    left = tf.where(left > rounding * largest, left, tf.zeros_like(left))
+    # Not `>`: a length that is infinite must stay so.
+    left = tf.where(left >= rounding * largest, left, tf.zeros_like(left))
     return left, a * _per_example(tf.math.divide_no_nan(tf.ones_like(left), left), a)
 
 
@@ -261,13 +265,20 @@ def _exact(op: Operator) -> tf.Tensor:
     if _size(op.primal) <= _size(op.x):
         rows = _products_with_basis(op.rmatvec, op.primal, op.x.dtype)
         gram = tf.matmul(rows, rows, transpose_b=True)
-        u = tf.linalg.eigh(gram)[1][:, :, -1]
+        u = _leading_eigenvector(gram)
         u *= tf.cast(tf.reduce_any(rows != 0, axis=(1, 2)), u.dtype)[:, None]
         return tf.reshape(u, tf.shape(op.primal))
     columns = _products_with_basis(op.matvec, op.x, op.x.dtype)
     gram = tf.matmul(columns, columns, transpose_b=True)
-    v = tf.linalg.eigh(gram)[1][:, :, -1]
+    v = _leading_eigenvector(gram)
     return unit(tf.reshape(tf.einsum("bk,bkn->bn", v, columns), tf.shape(op.primal)))
+
+
+def _leading_eigenvector(gram: tf.Tensor) -> tf.Tensor:
+    """`[B, n, n]` to `[B, n]`; NaN where the matrix is not finite: `eigh` would fail for all."""
+    is_finite = tf.reduce_all(tf.math.is_finite(gram), axis=(1, 2))
+    finite = tf.where(is_finite[:, None, None], gram, tf.zeros_like(gram))
+    return tf.where(is_finite[:, None], tf.linalg.eigh(finite)[1][:, :, -1], np.nan)
 
 
 def _products_with_basis(
@@ -328,11 +339,16 @@ def fresh_seed(seed: int | None) -> int:
 
 
 def unit(a: tf.Tensor) -> tf.Tensor:
-    """Scales every example of `a`, `[B, ...]`, to length 1; zero stays zero."""
+    """Scales every example of `a`, `[B, ...]`, to length 1; zero stays zero.
+
+    Where the square of the length is beyond the dtype (1e19 in float32) the result is NaN.
+    """
     flat = _flat(a)
     squared = tf.reduce_sum(tf.square(flat), axis=1, keepdims=True)
     # Below `tiny` the square has lost its digits: such a vector counts as zero.
     scale = tf.math.rsqrt(tf.maximum(squared, np.finfo(a.dtype.as_numpy_dtype).tiny))
+    # The square of a long vector is infinite: it must not count as zero.
+    scale = tf.where(tf.math.is_finite(squared), scale, np.nan)
     return tf.reshape(flat * scale, tf.shape(a))
 
 
