@@ -89,6 +89,33 @@ def test_eager_graph_and_xla_agree(name, forward_mode):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.max(np.abs(a)))
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_training_mode_compiled(forward_mode, jit_compile):
+    """A traced step with BatchNorm: the eager products, and statistics that move once."""
+    x = tf.constant(seeded_input((5,), 6))
+    v = random_like(x)
+    plain, network = batch_norm_network(), batch_norm_network()
+    expected = plain(x, training=True)
+    op = JacobianOperator(batch_norm_network(), x, training=True)
+
+    @tf.function(jit_compile=jit_compile)
+    def products(x):
+        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        return op.primal, op.matvec(v), op.rmatvec(op.primal), op.matvec(v)
+
+    primal, forward, backward, again = products(x)
+    np.testing.assert_allclose(primal, expected, rtol=1e-5, atol=1e-6)
+    for got, right in (
+        (forward, op.matvec(v)),
+        (again, op.matvec(v)),
+        (backward, op.rmatvec(op.primal)),
+    ):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5 * np.max(np.abs(right)))
+    for a, b in zip(plain.get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7)
+
+
 class Counter(layers.Layer):
     """Counts how often it is called."""
 
@@ -100,29 +127,61 @@ class Counter(layers.Layer):
 
 
 @pytest.mark.parametrize(
-    ("forward_mode", "order", "passes"),
+    ("forward_mode", "order", "traced", "eager"),
     [
-        ("accumulator", "r", 1),
-        ("accumulator", "rrr", 1),
-        ("accumulator", "m", 1),
-        ("accumulator", "mr", 1),
-        ("accumulator", "mrrmr", 2),
-        ("accumulator", "rm", 2),
-        ("transpose", "mrmrmm", 1),
-        ("transpose", "rm", 1),
+        ("accumulator", "r", 1, 1),
+        ("accumulator", "rrr", 1, 1),
+        ("accumulator", "m", 1, 2),
+        ("accumulator", "mr", 1, 2),
+        ("accumulator", "mrrmr", 2, 3),
+        ("accumulator", "rm", 2, 2),
+        ("transpose", "mrmrmm", 1, 1),
+        ("transpose", "rm", 1, 1),
     ],
 )
-def test_forward_passes(forward_mode, order, passes):
+def test_forward_passes(forward_mode, order, traced, eager):
     network = keras.Sequential([keras.Input((3,)), Counter(), layers.Dense(2, activation="tanh")])
-    op = JacobianOperator(network, np.ones((2, 3), "float32"), forward_mode=forward_mode)
-    Counter.calls = 0
-    for product in order:
-        if product == "m":
-            op.matvec(np.ones((2, 3)))
-        else:
-            op.rmatvec(np.ones((2, 2)))
-    assert op.primal.shape == (2, 2)
-    assert Counter.calls == passes
+
+    def products(x):
+        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        for product in order:
+            if product == "m":
+                op.matvec(np.ones((2, 3)))
+            else:
+                op.rmatvec(np.ones((2, 2)))
+        return op.primal
+
+    for run, passes in ((tf.function(products), traced), (products, eager)):
+        Counter.calls = 0
+        assert run(tf.ones((2, 3))).shape == (2, 2)
+        assert Counter.calls == passes
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("product", ["matvec", "rmatvec"])
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_a_product_leaves_the_loss_gradient_alone(forward_mode, product, compiled):
+    """Also once the product, its tangents and the operator itself have been freed."""
+    network = build("conv_tanh")
+    x = tf.constant(seeded_input((8, 8, 2)))
+    weights = network.trainable_variables
+
+    def loss(measured):
+        if not measured:
+            return tf.reduce_sum(tf.sin(network(x)))
+        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        getattr(op, product)(x if product == "matvec" else tf.ones((3, 5)))
+        return tf.reduce_sum(tf.sin(op.primal))
+
+    def gradients(measured):
+        with tf.GradientTape() as tape:
+            value = loss(measured)
+        return tape.gradient(value, weights)
+
+    if compiled:
+        gradients = tf.function(gradients)
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("product", ["matvec", "rmatvec"])
@@ -332,6 +391,50 @@ def test_dropout_draws_no_more_masks_than_training(forward_mode):
     np.testing.assert_array_equal(measured(x, training=True), plain(x, training=True))
 
 
+class AlwaysDropout(layers.Layer):
+    """Monte Carlo dropout: a mask is drawn in inference too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(3)
+
+    def call(self, x):
+        return keras.random.dropout(x, 0.5, seed=self.seed_generator)
+
+
+class Halving(layers.Layer):
+    """Scales by a weight that every call halves."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", trainable=False)
+
+    def call(self, x):
+        y = x * self.scale
+        self.scale.assign(self.scale / 2)
+        return y
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("layer", [AlwaysDropout, Halving])
+def test_state_that_inference_changes(float64, layer, forward_mode):
+    """Replays start from the state of the one pass and leave what that pass left."""
+    x = seeded_input((40,), 4)
+
+    def network():
+        keras.utils.set_random_seed(5)
+        made = keras.Sequential([keras.Input((40,)), layer(), layers.Dense(3)])
+        made(x)  # So that the state is no longer the initial one.
+        return made
+
+    plain, measured = network(), network()
+    op = JacobianOperator(measured, x, forward_mode=forward_mode)
+    u, v = random_like(op.primal, 1), random_like(op.x, 2)
+    for _ in range(2):
+        np.testing.assert_allclose(np.sum(op.matvec(v) * u), np.sum(op.rmatvec(u) * v), rtol=1e-10)
+    np.testing.assert_array_equal(op.primal, plain(x))
+    np.testing.assert_array_equal(measured(x), plain(x))
+
+
 class CentredInTraining(layers.Layer):
     """Subtracts the mean of the batch: a custom layer that mixes examples."""
 
@@ -394,14 +497,32 @@ def test_half_precision_input_is_measured_in_float32(dtype):
 
 
 @pytest.mark.parametrize("forward_mode", FORWARD_MODES)
-def test_mixed_precision(forward_mode):
+def test_double_precision_input_of_a_single_precision_network(forward_mode):
+    """What NumPy gives by default: products in the dtype of x, as exact as the network is."""
+    network = build("conv_relu")
+    x = seeded_input((8, 8, 2), dtype="float64")
+    op = JacobianOperator(network, x, forward_mode=forward_mode)
+    u, v = random_like(op.primal, 1), random_like(op.x, 2)
+    jacobians = dense_jacobian(network, tf.cast(x, tf.float32))
+    for got, expected in (
+        (op.matvec(v), np.einsum("bij,bj->bi", jacobians, flat(v))),
+        (op.rmatvec(u), np.einsum("bij,bi->bj", jacobians, flat(u))),
+    ):
+        assert got.dtype == tf.float64
+        np.testing.assert_allclose(flat(got), expected, atol=1e-4 * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("method", tfjacreg.norms.METHODS)
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_mixed_precision(forward_mode, method):
     x = seeded_input((8, 8, 2), 8)
     network = build("conv_relu")
-    expected = tfjacreg.spectral_norm(network, x, method="exact").sigma
+    settings = {"method": method, "iterations": 5, "forward_mode": forward_mode}
+    expected = tfjacreg.spectral_norm(network, x, **settings).sigma
     keras.config.set_dtype_policy("mixed_float16")
     half = conv_network("relu")
     half.set_weights(network.get_weights())
-    got = tfjacreg.spectral_norm(half, x, method="exact", forward_mode=forward_mode)
+    got = tfjacreg.spectral_norm(half, x, **settings)
     assert got.sigma.dtype == tf.float32
     # A unit within rounding of a kink may change sides, so the mean is compared, not the maximum.
     assert np.mean(np.abs(got.sigma / expected - 1)) < 0.01
@@ -450,6 +571,16 @@ BAD = {
         lambda: JacobianOperator(NETWORK, X).rmatvec(np.ones((2,))),
         ValueError,
         r"`u` must have the shape",
+    ),
+    "complex_tangent": (
+        lambda: JacobianOperator(NETWORK, X).matvec(1j * X),
+        TypeError,
+        "`v` must hold real numbers.*complex64",
+    ),
+    "string_cotangent": (
+        lambda: JacobianOperator(NETWORK, X).rmatvec(np.array([["a", "b"]] * 2)),
+        TypeError,
+        "`u` must hold real numbers.*string",
     ),
     "several_outputs": (
         lambda: JacobianOperator(TWO_OUTPUTS, X).primal,

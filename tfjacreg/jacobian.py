@@ -149,11 +149,12 @@ class JacobianOperator:
 
     The forward pass runs once, when something first needs it, and is recorded on a
     `tf.GradientTape` that serves every `rmatvec`. With `forward_mode="accumulator"` (the default) a
-    `tf.autodiff.ForwardAccumulator` computes J v along a forward pass: the first `matvec` shares
-    the pass of the operator if nothing has run it yet, and each later one replays the network from
-    the same state (weights, statistics, dropout mask). With `forward_mode="transpose"` J v is the
-    derivative of `<J^T u, v>` with respect to `u`: no pass is ever replayed, and kernels do not
-    drag zero tangents along, which is faster wherever it was measured (see `benchmarks/`).
+    `tf.autodiff.ForwardAccumulator` computes J v along a forward pass: in a `tf.function` the first
+    `matvec` shares the pass of the operator if nothing has run it yet; any other one replays the
+    network from the same state (weights, statistics, dropout mask). With
+    `forward_mode="transpose"` J v is the derivative of `<J^T u, v>` with respect to `u`: no pass is
+    ever replayed, and kernels do not drag zero tangents along, which is faster wherever it was
+    measured (see `benchmarks/`).
 
     Works eagerly, in a `tf.function` and inside an outer `tf.GradientTape`, which can differentiate
     `primal` and both products with respect to the weights, provided that they are first used
@@ -219,12 +220,13 @@ class JacobianOperator:
             `[B, *out]`, in the dtype of `x`.
 
         Raises:
+            TypeError: If `v` does not hold real numbers.
             ValueError: If `v` has another shape than `x`.
         """
         v = _like(v, self.x.shape, self.x.dtype, "v", "the input x")
         if self.forward_mode == "transpose":
             product = self._transposed_product(v)
-        elif self._primal is None:
+        elif self._primal is None and not tf.executing_eagerly():
             product = self._record(tangent=v)
         else:
             product = self._replay(v)
@@ -240,6 +242,7 @@ class JacobianOperator:
             `[B, *in]`, in the dtype of `x`.
 
         Raises:
+            TypeError: If `u` does not hold real numbers.
             ValueError: If `u` has another shape than `primal`.
         """
         primal = self.primal
@@ -257,8 +260,9 @@ class JacobianOperator:
 
     def _record(self, tangent: tf.Tensor | None) -> tf.Tensor | None:
         """Runs the forward pass; with a tangent, returns J v computed along it."""
-        if self.training and self.forward_mode == "accumulator":
+        if self.forward_mode == "accumulator":
             # What a replay must start from: read before this pass updates statistics and seeds.
+            # Inference may do so too: dropout that is always on.
             self._state = [(v, tf.convert_to_tensor(v.value)) for v in self.network.variables]
         accumulator = None
         if tangent is not None:
@@ -270,7 +274,13 @@ class JacobianOperator:
         return _product_of(accumulator, self._primal)
 
     def _replay(self, v: tf.Tensor) -> tf.Tensor:
-        """Runs the network again from the recorded state, changing nothing, for another J v."""
+        """Runs the network again from the recorded state, changing nothing, for another J v.
+
+        Eagerly the first J v too: as soon as its tangents are freed, TensorFlow takes the pass that
+        they were computed along off an outer tape, and `primal` would have no gradient.
+        """
+        if self._primal is None:
+            self._record(tangent=None)
         accumulator = tf.autodiff.ForwardAccumulator(self.x, v)
         with keras.StatelessScope(state_mapping=self._state), _kept_losses(self.network):
             return _product_of(accumulator, self._call(None, accumulator))
@@ -361,7 +371,12 @@ def _as_floating_batch(x: Any, network: keras.Layer) -> tf.Tensor:
 
 
 def _like(a: Any, shape: tf.TensorShape, dtype: tf.DType, name: str, what: str) -> tf.Tensor:
-    a = tf.cast(tf.convert_to_tensor(a), dtype)
+    a = tf.convert_to_tensor(a)
+    if not (a.dtype.is_floating or a.dtype.is_integer):
+        raise TypeError(
+            f"`{name}` must hold real numbers. Received: {name} of dtype {a.dtype.name}"
+        )
+    a = tf.cast(a, dtype)
     if a.shape.rank is not None and shape.rank is not None:
         if a.shape.rank != shape.rank or not a.shape.is_compatible_with(shape):
             raise ValueError(
