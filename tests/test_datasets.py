@@ -61,6 +61,14 @@ def cifar_files(folder, archive):
     return images, labels
 
 
+def match(images, originals):
+    """The index of each image among the originals; every original must be there once."""
+    where = {x.astype("uint8").tobytes(): i for i, x in enumerate(originals)}
+    order = [where[x.astype("uint8").tobytes()] for x in images]
+    assert sorted(order) == list(range(len(originals)))
+    return order
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Validation splits that fit data sets of 40 or 50 images."""
@@ -127,13 +135,14 @@ def test_prepare_mnist_family(tmp_path, small, name, compress):
         loaded = tfds.load(
             name, split=split, data_dir=tmp_path / "data", download=False, batch_size=-1
         )
-        np.testing.assert_array_equal(loaded["image"].numpy()[..., 0], arrays[original][0])
-        np.testing.assert_array_equal(loaded["label"].numpy(), arrays[original][1])
+        images, labels = loaded["image"].numpy()[..., 0], loaded["label"].numpy()
+        order = match(images, arrays[original][0])
+        np.testing.assert_array_equal(labels, arrays[original][1][order])
     data = datasets.load(name, tmp_path / "data")
     assert [len(s.y) for s in (data.train, data.validation, data.test)] == [30, 10, 20]
-    np.testing.assert_allclose(
-        data.test.x[..., 0], arrays["t10k"][0].astype("float32") / 255, rtol=1e-6
-    )
+    pixels = np.rint(data.test.x[..., 0] * 255)
+    np.testing.assert_array_equal(data.test.y, arrays["t10k"][1][match(pixels, arrays["t10k"][0])])
+    np.testing.assert_allclose(data.test.x[..., 0], pixels / 255, rtol=1e-6)
 
 
 @pytest.mark.parametrize("archive", [True, False])
@@ -142,8 +151,9 @@ def test_prepare_cifar10(tmp_path, small, archive):
     datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
     data = datasets.load("cifar10", tmp_path / "data")
     assert data.input_shape == (32, 32, 3) and data.mean.shape == (3,)
-    np.testing.assert_allclose(data.test.x, images[50:].astype("float32") / 255, rtol=1e-6)
-    np.testing.assert_array_equal(data.test.y, labels[50:])
+    order = match(np.rint(data.test.x * 255), images[50:])
+    np.testing.assert_allclose(data.test.x, images[50:][order] / 255, rtol=1e-6)
+    np.testing.assert_array_equal(data.test.y, labels[50:][order])
     train = data.train.x.astype("float64")
     np.testing.assert_allclose(data.mean, train.mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(data.std, train.std(axis=(0, 1, 2)), rtol=1e-6)
@@ -160,6 +170,13 @@ def test_prepare_leaves_what_is_there(tmp_path):
 def truncated_gzip(folder):
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-2000])
+
+
+def damaged_stream(folder):
+    """Bad code in the middle of the stream, which zlib reports and not gzip."""
+    path = folder / "train-images-idx3-ubyte.gz"
+    content = gzip.compress(idx(np.zeros((40, 28, 28))))
+    path.write_bytes(content[:12] + bytes([255] * 20) + content[32:])
 
 
 def truncated_idx(folder):
@@ -196,6 +213,7 @@ def wrong_size(folder):
 
 DAMAGE = {
     truncated_gzip: "train-images-idx3-ubyte.gz: expected a whole gzip file. Received",
+    damaged_stream: "train-images-idx3-ubyte.gz: expected a whole gzip file. Received",
     truncated_idx: "t10k-images-idx3-ubyte.gz: expected 15696 bytes.*Received: 15689",
     wrong_magic: "train-labels-idx1-ubyte.gz: expected an idx file.*Received.*00000d01",
     not_gzip: "train-labels-idx1-ubyte.gz: expected a whole gzip file",
@@ -222,7 +240,23 @@ def test_damaged_cifar(tmp_path):
     with pytest.raises(ValueError, match="data_batch_3.bin: expected records of 3073 bytes"):
         datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
     (tmp_path / "source" / "cifar-10-binary.tar.gz").write_bytes(b"not a tar")
+    with pytest.raises(ValueError, match="expected a whole gzip file"):
+        datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
+    (tmp_path / "source" / "cifar-10-binary.tar.gz").write_bytes(gzip.compress(b"not a tar" * 99))
     with pytest.raises(ValueError, match="expected a whole tar archive"):
+        datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*"))
+
+
+def test_cifar_archive_with_changed_pixels(tmp_path):
+    """Only the checksum at the end of the archive can tell."""
+    cifar_files(tmp_path / "source", archive=True)
+    path = tmp_path / "source" / "cifar-10-binary.tar.gz"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20] = bytes(b ^ 1 for b in content[middle : middle + 20])
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="cifar-10-binary.tar.gz: expected a whole"):
         datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*"))
 

@@ -87,6 +87,13 @@ def test_plain_keras(tmp_path, name):
     assert len(batch_norms) == {"lenet": 0, "vgg16": 13, "resnet20": 21}[name]
 
 
+@pytest.mark.parametrize("name", networks.NAMES)
+def test_dtype_policy_alone_gives_double_precision_inputs(name):
+    keras.config.set_dtype_policy("float64")
+    network = networks.get(name, (32, 32, 3), 10)
+    assert network.inputs[0].dtype == "float64"
+
+
 def test_skip_connections_skip():
     """With the second normalization of each block scaled to 0 a block is its shortcut."""
     network = networks.resnet20(width=0.25)

@@ -32,7 +32,7 @@ def lenet(input_shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10
         ValueError: If an argument is out of range.
     """
     _validate(input_shape, num_classes, smallest=12)
-    inputs = keras.Input(input_shape)
+    inputs = _input(input_shape)
     x = layers.Conv2D(6, 5, padding="same", activation="relu", name="conv1")(inputs)
     x = layers.MaxPooling2D(2, name="pool1")(x)
     x = layers.Conv2D(16, 5, activation="relu", name="conv2")(x)
@@ -70,7 +70,7 @@ def vgg16(
         ValueError: If an argument is out of range.
     """
     _validate(input_shape, num_classes, smallest=32)
-    x = inputs = keras.Input(input_shape)
+    x = inputs = _input(input_shape)
     for stage in _VGG16:
         if isinstance(stage, str):
             x = layers.MaxPooling2D(2)(x)
@@ -103,7 +103,7 @@ def resnet20(
         ValueError: If an argument is out of range.
     """
     _validate(input_shape, num_classes, smallest=4)
-    inputs = keras.Input(input_shape)
+    inputs = _input(input_shape)
     x = layers.ReLU()(_conv_norm(inputs, _scaled(16, width)))
     for group, channels in enumerate((16, 32, 64)):
         for block in range(3):
@@ -116,6 +116,11 @@ def resnet20(
             x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(num_classes, name="logits")(x), name="resnet20")
+
+
+def _input(input_shape: tuple[int, int, int]) -> Any:
+    # Input's own default, floatx, would round images to float32 under a float64 dtype policy.
+    return keras.Input(input_shape, dtype=keras.config.dtype_policy().variable_dtype)
 
 
 def _conv_norm(x: Any, filters: int, *, kernel_size: int = 3, strides: int = 1) -> Any:
