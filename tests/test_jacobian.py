@@ -391,6 +391,30 @@ def test_dropout_draws_no_more_masks_than_training(forward_mode):
     np.testing.assert_array_equal(measured(x, training=True), plain(x, training=True))
 
 
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_losses_that_layers_add_are_those_of_the_pass(forward_mode):
+    network = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(3, kernel_regularizer="l2"),
+            layers.Activation("tanh", activity_regularizer="l1"),
+        ]
+    )
+    x = tf.constant(seeded_input((4,), 2))
+    network(x)
+    expected = [float(loss) for loss in network.losses]
+
+    def losses(x):
+        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        op.rmatvec(op.primal)
+        op.matvec(x)
+        return network.losses
+
+    assert len(expected) == 2
+    for run in (losses, tf.function(losses)):
+        np.testing.assert_allclose(run(x), expected, rtol=1e-6)
+
+
 class AlwaysDropout(layers.Layer):
     """Monte Carlo dropout: a mask is drawn in inference too."""
 

@@ -120,6 +120,30 @@ def test_lanczos_is_optimal_in_its_krylov_space(float64, steps):
         assert plain * (1 - 1e-12) <= nearly <= best * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("part", [1e-1, 1e-3, 1e-5])
+def test_what_is_left_is_orthogonal_to_the_basis(part):
+    """In float32, however small the part outside the basis: one pass would leave 1e-7 / part."""
+    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 3)))[0].T
+    basis = [tf.constant(d[None], tf.float32) for d in directions[:2]]
+    a = basis[0] + 2 * basis[1] + tf.constant(part * directions[2][None], tf.float32)
+    left, u = norms._next_direction(a, basis, [tf.ones(1)])
+    assert float(left[0]) == pytest.approx(part, rel=1e-6 / part)
+    assert np.linalg.norm(u) == pytest.approx(1, rel=1e-6)
+    for b in basis:
+        assert abs(float(tf.reduce_sum(u * b))) < 3e-7
+
+
+def test_rounding_is_no_direction():
+    """What lies in the span of the basis leaves 0, beside an example that leaves something."""
+    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 3)))[0].T
+    basis = [tf.constant(np.stack([d, d]), tf.float32) for d in directions[:2]]
+    outside = tf.constant(np.stack([0 * directions[2], directions[2]]), tf.float32)
+    left, u = norms._next_direction(basis[0] + 2 * basis[1] + outside, basis, [tf.ones(2)])
+    np.testing.assert_allclose(left, [0, 1], atol=1e-6)
+    assert float(left[0]) == 0 and np.all(u[0] == 0)
+    np.testing.assert_allclose(u[1], directions[2], atol=1e-6)
+
+
 @pytest.mark.parametrize("method", norms.METHODS)
 @pytest.mark.parametrize(
     "spectrum",
