@@ -120,6 +120,55 @@ def test_lanczos_is_optimal_in_its_krylov_space(float64, steps):
         assert plain * (1 - 1e-12) <= nearly <= best * (1 + 1e-12)
 
 
+class CountedProducts:
+    """An operator that counts its products."""
+
+    def __init__(self, op):
+        self.op, self.x, self.primal = op, op.x, op.primal
+        self.counts = {"matvec": 0, "rmatvec": 0}
+
+    def matvec(self, v):
+        self.counts["matvec"] += 1
+        return self.op.matvec(v)
+
+    def rmatvec(self, u):
+        self.counts["rmatvec"] += 1
+        return self.op.rmatvec(u)
+
+
+@pytest.mark.parametrize(
+    ("method", "last_product", "forward", "backward"),
+    [
+        ("power", False, 3, 2),
+        ("lanczos", False, 3, 2),
+        ("lanczos", True, 3, 3),
+        ("exact", False, 0, 5),
+    ],
+)
+def test_number_of_products(method, last_product, forward, backward):
+    """In training J^T u comes on top: Algorithm 1's 2 N products in all, for Lanczos too."""
+    network = build("conv_relu")
+    op = CountedProducts(JacobianOperator(network, seeded_input((8, 8, 2))))
+    start = norms.random_unit(op.x, (3, 7))
+    norms.left_vector(op, method, 3, start, last_product=last_product)
+    assert op.counts == {"matvec": forward, "rmatvec": backward}
+
+
+@pytest.mark.parametrize("method", norms.METHODS)
+def test_left_vector_of_zero_is_zero(method):
+    op = JacobianOperator(linear(np.zeros((3, 4))), np.ones((2, 4), "float32"))
+    u = norms.left_vector(op, method, 2, norms.random_unit(op.x, (0, 0)))
+    np.testing.assert_array_equal(u, np.zeros((2, 3)))
+
+
+def test_projections_of_successive_draws_differ():
+    """Two draws of two projections are the one draw of four."""
+    op = JacobianOperator(build("conv_tanh"), seeded_input((8, 8, 2)))
+    first, second = (norms.squared_frobenius_sample(op, 2, (5, draw)) for draw in (0, 1))
+    four = norms.squared_frobenius_sample(op, 4, (5, 0))
+    np.testing.assert_allclose((first + second) / 2, four, rtol=1e-5)
+
+
 @pytest.mark.parametrize("part", [1e-1, 1e-3, 1e-5])
 def test_what_is_left_is_orthogonal_to_the_basis(part):
     """In float32, however small the part outside the basis: one pass would leave 1e-7 / part."""
@@ -307,6 +356,10 @@ MAPS = {
     "transposed_valid": (
         (3, 4, 2),
         lambda: layers.Conv2DTranspose(3, 2, strides=3, output_padding=1),
+    ),
+    "transposed_output_padding": (
+        (4, 4, 2),
+        lambda: layers.Conv2DTranspose(2, 3, strides=2, padding="same", output_padding=0),
     ),
     "transposed1d": ((5, 2), lambda: layers.Conv1DTranspose(3, 3, strides=2)),
     "transposed3d": ((2, 3, 2, 1), lambda: layers.Conv3DTranspose(2, 2, strides=2)),
