@@ -17,10 +17,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import keras
 import numpy as np
 import tensorflow as tf
-from attack_speed import hardware
 from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 
-from tfjacreg import attacks, datasets, evaluation
+from tfjacreg import attacks, datasets, evaluation, experiment, files
 
 with warnings.catch_warnings():
     # ART warns of the frameworks that are not installed.
@@ -161,9 +160,9 @@ def main() -> None:
             partial(attacks.square, model, x, y, eps=eps / 255, iterations=queries),
             {"art": partial(art_square, eps / 255, queries)},
         )
-    machine = {"hardware": hardware()} | evaluation.environment()
+    machine = {"hardware": experiment.processor()} | evaluation.environment()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    evaluation.write_json(args.out, {"rows": rows, "images": len(x)} | machine)
+    files.write_json(args.out, {"rows": rows, "images": len(x)} | machine)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -15,18 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from tfjacreg import attacks, datasets, evaluation, robustness
-
-
-def hardware() -> str:
-    """Names the processor and the number of cores in use."""
-    info = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (info.read_text().splitlines() if info.exists() else [])
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+from tfjacreg import attacks, datasets, evaluation, experiment, files, robustness
 
 
 def main() -> None:
@@ -61,9 +49,9 @@ def main() -> None:
     timed(
         "boundary distance, 100 directions", few, lambda: robustness.boundary_distance(model, x, y)
     )
-    machine = {"hardware": hardware()} | evaluation.environment()
+    machine = {"hardware": experiment.processor()} | evaluation.environment()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    evaluation.write_json(args.out, {"rows": rows} | machine)
+    files.write_json(args.out, {"rows": rows} | machine)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ one batch, in a TensorFlow loop, interleaved; prints the ratio of the medians.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -20,7 +19,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tfjacreg import experiment  # noqa: E402
+from tfjacreg import experiment, files  # noqa: E402
 from tfjacreg.experiment import RunConfig  # noqa: E402
 
 
@@ -76,7 +75,7 @@ def main() -> None:
     if arguments.json:
         result = {**vars(arguments), "json": str(arguments.json), **seconds, "ratio": ratio}
         result["environment"] = experiment.environment()
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        files.write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ of the whole Jacobian, and its derivative (Section 4.3, Figure 5 left).
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tfjacreg import experiment, networks  # noqa: E402
+from tfjacreg import experiment, files, networks  # noqa: E402
 from tfjacreg.model import RegularizedModel  # noqa: E402
 from tfjacreg.regularizers import FrobeniusNorm, SpectralBound, SpectralNorm  # noqa: E402
 
@@ -148,7 +147,7 @@ def main() -> None:
     if arguments.json:
         settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "memory_of")}
         content = {"settings": settings, "environment": experiment.environment()}
-        arguments.json.write_text(json.dumps({**content, "batch_size": results}, indent=2) + "\n")
+        files.write_json(arguments.json, {**content, "batch_size": results})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _fault(
             back = op.rmatvec(u)
             v = norms.unit(norms.unit(back) + norms.random_unit(x, (0, 1)))
             forth = op.matvec(v)
-            return first, last, _inner(u, forth), _inner(back, v), norms.length(forth)
+            return first, last, norms.inner(u, forth), norms.inner(back, v), norms.length(forth)
 
     try:
         first, last, forward, backward, scale = (part.numpy() for part in products(x))
@@ -100,11 +100,6 @@ def _fault(
     if np.any(np.abs(forward - backward) > tolerance):
         return _UNEQUAL, None
     return None, None
-
-
-def _inner(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """Inner products of the examples of two tensors, `[B, ...]` to `[B]`."""
-    return tf.reduce_sum(a * b, axis=list(range(1, a.shape.rank)))
 
 
 class _OfOneInput(keras.Layer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -17,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from tfjacreg import attacks, robustness
+from tfjacreg import attacks, files, robustness
 from tfjacreg.classifiers import check, predict
 
 PERTURBATIONS = ("noise", "pgd", "tpgd", "square")
@@ -170,10 +169,10 @@ def evaluate(
             if name not in result:
                 run = target.method if target.seed is None else f"{target.method} #{target.seed}"
                 result |= _measure(name, classifier, x, y, seed, f"{run} {name}")
-                write_json(path, result)
+                files.write_json(path, result)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{target.classifier}: {error}") from error
-    write_json(path, result)
+    files.write_json(path, result)
     return result
 
 
@@ -256,14 +255,6 @@ def environment() -> dict[str, str]:
         **{name: version(name) for name in ("tensorflow", "keras", "numpy", "cleverhans")},
         "device": details.get("device_name", "GPU") if gpus else "CPU",
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all, and its folder if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

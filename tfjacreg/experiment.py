@@ -25,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, networks, norms, regularizers
+from tfjacreg import datasets, files, networks, norms, regularizers
 from tfjacreg.model import RegularizedModel
 
 MOMENTUM = 0.8  # Appendix A.2, for every network.
@@ -101,7 +101,7 @@ class RunConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         norms.validate_positive("epochs", self.epochs)
         norms.validate_positive("batch_size", self.batch_size)
-        norms.fresh_seed(self.seed)
+        norms.validate_seed(self.seed)
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise ValueError(
                 f"`learning_rate` must be a positive number. Received: {self.learning_rate}"
@@ -188,7 +188,7 @@ def run(config: RunConfig, out: Path | str, *, overwrite: bool = False, verbose:
     }
     with _writing(out):
         _export(normalization, network, data.input_shape, out)
-        _write_json(out / "metrics.json", metrics)
+        files.write_json(out / "metrics.json", metrics)
         (out / "checkpoint.keras").unlink(missing_ok=True)
     return metrics
 
@@ -421,7 +421,7 @@ def _claim(out: Path, config: RunConfig) -> None:
     settings = dataclasses.asdict(config)
     path = out / "config.json"
     if not path.exists():
-        _write_json(path, {**settings, "environment": environment()})
+        files.write_json(path, {**settings, "environment": environment()})
         return
     try:
         held = json.loads(path.read_text())
@@ -450,17 +450,20 @@ def environment() -> dict[str, Any]:
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "numpy": np.__version__,
-        "device": ", ".join(map(str, names)) or f"{_processor()}, {os.cpu_count()} cores",
+        "device": ", ".join(map(str, names)) or processor(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor and the number of its cores."""
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _clear(out: Path) -> None:
@@ -468,12 +471,6 @@ def _clear(out: Path) -> None:
     for name in (*_FILES, "evaluation.json"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / _SAVED_MODEL, ignore_errors=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".partial-{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:

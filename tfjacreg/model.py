@@ -106,8 +106,7 @@ class RegularizedModel(keras.Model):
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
         regularizer = self.regularizer
-        bounded = (regularizers.SpectralBound, regularizers.WeightDecay)
-        if self._is_checked or regularizer is None or isinstance(regularizer, bounded):
+        if self._is_checked or regularizer is None or not regularizer.of_jacobian:
             return
         if None in self._example_shape:
             return  # The norms themselves refuse axes of unknown size.

@@ -252,7 +252,7 @@ def _next_direction(
     largest = tf.reduce_max(tf.stack([length(a), *scales]), axis=0)
     for _ in range(2):  # Twice is enough (Kahan, Parlett).
         for b in basis:
-            a -= _per_example(tf.reduce_sum(_flat(a * b), axis=1), a) * b
+            a -= _per_example(inner(a, b), a) * b
     left = length(a)
     rounding = 16 * np.finfo(a.dtype.as_numpy_dtype).eps
     # Not `>`: a length that is infinite must stay so.
@@ -330,12 +330,19 @@ def fresh_seed(seed: int | None) -> int:
     Raises:
         ValueError: If `seed` is neither None nor a non-negative integer.
     """
-    if seed is None:
-        # Python's generator, so that keras.utils.set_random_seed makes the whole run repeatable.
-        return random.randrange(2**31)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    validate_seed(seed)
+    # Python's generator, so that keras.utils.set_random_seed makes the whole run repeatable.
+    return random.randrange(2**31) if seed is None else seed
+
+
+def validate_seed(seed: int | None) -> None:
+    """Checks that a seed is None or a non-negative integer.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise ValueError(f"`seed` must be None or an integer >= 0. Received: seed={seed!r}")
-    return seed
 
 
 def unit(a: tf.Tensor) -> tf.Tensor:
@@ -350,6 +357,11 @@ def unit(a: tf.Tensor) -> tf.Tensor:
     # The square of a long vector is infinite: it must not count as zero.
     scale = tf.where(tf.math.is_finite(squared), scale, np.nan)
     return tf.reshape(flat * scale, tf.shape(a))
+
+
+def inner(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """The inner products of the examples of two tensors, `[B, ...]` to `[B]`."""
+    return tf.reduce_sum(a * b, axis=list(range(1, a.shape.rank)))
 
 
 def length(a: tf.Tensor) -> tf.Tensor:

@@ -43,6 +43,9 @@ class Regularizer:
             raise ValueError(f"`factor` must be a finite number >= 0. Received: factor={factor!r}")
         self.factor = float(factor)
 
+    # Whether the penalty is one of the Jacobian, whose products `fit` then checks first.
+    of_jacobian = True
+
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """What the penalty remembers from step to step, at the first step."""
         return []
@@ -81,7 +84,7 @@ class _RandomStart(Regularizer):
 
     def __init__(self, factor: float, seed: int | None) -> None:
         super().__init__(factor)
-        norms.fresh_seed(seed)
+        norms.validate_seed(seed)
         self.seed = seed
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
@@ -153,7 +156,7 @@ class SpectralNorm(_RandomStart):
         w = operator.rmatvec(u)
         # ||w|| written as <w, v> with v constant: the same gradient, and 0 instead of NaN at w = 0.
         v = tf.stop_gradient(norms.unit(w))
-        sigma = tf.reduce_sum(w * v, axis=list(range(1, w.shape.rank)))
+        sigma = norms.inner(w, v)
         return tf.reduce_mean(tf.square(sigma) if self.squared else sigma), state
 
     def get_config(self) -> dict[str, Any]:
@@ -217,10 +220,12 @@ class SpectralBound(Regularizer):
         ValueError: If an argument is out of range.
     """
 
+    of_jacobian = False
+
     def __init__(self, factor: float, iterations: int = 1, seed: int | None = None) -> None:
         super().__init__(factor)
         norms.validate_positive("iterations", iterations)
-        norms.fresh_seed(seed)
+        norms.validate_seed(seed)
         self.iterations = iterations
         self.seed = seed
 
@@ -263,6 +268,8 @@ class WeightDecay(Regularizer):
     Raises:
         ValueError: If `factor` is out of range.
     """
+
+    of_jacobian = False
 
     def __call__(
         self, operator: JacobianOperator, state: State
