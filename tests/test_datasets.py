@@ -145,6 +145,31 @@ def test_prepare_mnist_family(tmp_path, small, name, compress):
     np.testing.assert_allclose(data.test.x[..., 0], pixels / 255, rtol=1e-6)
 
 
+def test_prepared_equals_downloaded(tmp_path, small, monkeypatch):
+    """Same images in the same order, or one seed would mean two different validation splits."""
+    import tensorflow_datasets as tfds
+
+    mnist_files(tmp_path / "source", train=50, test=20, compress=False)
+    datasets.prepare("kmnist", tmp_path / "source", tmp_path / "prepared")
+    # What tensorflow-datasets itself makes of these files once it has downloaded them.
+    builder = tfds.builder("kmnist", data_dir=tmp_path / "downloaded")
+    monkeypatch.setattr(
+        type(builder),
+        "_split_generators",
+        lambda self, _: {
+            split: self._generate_examples(
+                size, *(tmp_path / "source" / name for name in datasets._IDX_FILES[split])
+            )
+            for split, size in (("train", 50), ("test", 20))
+        },
+    )
+    builder.download_and_prepare()
+    one, other = (datasets.load("kmnist", tmp_path / d) for d in ("prepared", "downloaded"))
+    for split in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(one, split).x, getattr(other, split).x)
+        np.testing.assert_array_equal(getattr(one, split).y, getattr(other, split).y)
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_prepare_cifar10(tmp_path, small, archive):
     images, labels = cifar_files(tmp_path / "source", archive)

@@ -44,10 +44,32 @@ def test_folder(finished):
     with (out / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert {"loss", "penalty", "accuracy", "val_loss", "val_accuracy", "step_seconds"} <= set(
-        rows[0]
-    )
+    assert set(rows[0]) == {
+        *("epoch", "loss", "penalty", "accuracy", "val_loss", "val_accuracy"),
+        *("test_loss", "test_accuracy", "step_seconds"),
+    }
     assert json.loads((out / "metrics.json").read_text()) == metrics
+    for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+        assert metrics[name] == pytest.approx(float(rows[-1][name]), rel=1e-6)
+
+
+def test_the_epochs_of_lowest_loss_are_lines_of_the_history(tmp_path, monkeypatch):
+    """With a rate that leaps up at the end, neither is the last."""
+    original = experiment._Keeper.on_epoch_begin
+
+    def leap(self, epoch, logs=None):
+        original(self, epoch, logs)
+        if epoch == 2:
+            self.model.optimizer.learning_rate.assign(1.0)
+
+    monkeypatch.setattr(experiment._Keeper, "on_epoch_begin", leap)
+    metrics = run(RunConfig(regularizer="none", epochs=3, batch_size=32), tmp_path, verbose=0)
+    with (tmp_path / "history.csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    for split in ("val", "test"):
+        losses = [row[f"{split}_loss"] for row in rows]
+        assert metrics[f"lowest_{split}_loss"] == rows[int(np.argmin(losses))]
+        assert metrics[f"lowest_{split}_loss"]["epoch"] < 3
 
 
 def test_metrics_are_those_of_the_exported_classifier(finished):

@@ -130,8 +130,8 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     `/usr/share/datasets/fashion-mnist`; for `cifar10` the binary version, as
     `cifar-10-binary.tar.gz` or unpacked. Keep `fashion_mnist` and `kmnist` apart: their files have
     the same names. All files are checked before anything is written, and the result is put in place
-    whole; a data set that is already there is left as it is. The order is that of the files; what
-    tensorflow-datasets downloads it shuffles, so that the same seed holds out other images there.
+    whole; a data set that is already there is left as it is. The examples come in the order in which
+    tensorflow-datasets stores what it downloads, so that one seed holds out the same images of both.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
@@ -171,7 +171,6 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
                 split: list(_examples(name, split, *pair)) for split, pair in arrays.items()
             },
             data_dir=temporary,
-            disable_shuffling=True,
         )
         # A folder that an interrupted attempt of tensorflow-datasets left is of no use to it.
         shutil.rmtree(target, ignore_errors=True)
@@ -259,6 +258,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 def _examples(
     name: str, split: str, images: np.ndarray, labels: np.ndarray
 ) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Gives examples the keys of tensorflow-datasets, whose order on disk follows from them."""
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         example = {"image": image, "label": int(label)}
         if name == "cifar10":
