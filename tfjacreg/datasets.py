@@ -130,8 +130,8 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     `/usr/share/datasets/fashion-mnist`; for `cifar10` the binary version, as
     `cifar-10-binary.tar.gz` or unpacked. Keep `fashion_mnist` and `kmnist` apart: their files have
     the same names. All files are checked before anything is written, and the result is put in place
-    whole; a data set that is already there is left as it is. The examples come in the order in which
-    tensorflow-datasets stores what it downloads, so that one seed holds out the same images of both.
+    whole; a data set that is already there is left as it is. The examples come in the order in
+    which tensorflow-datasets stores what it downloads: one seed holds out the same images of both.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
