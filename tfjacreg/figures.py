@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,21 @@ _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP*"
+# The steps that are drawn, out of those timed, and the estimators: label, colour, marker.
+_STEPS = {
+    "plain": ("plain", "#000000", "o"),
+    "spectral_bound": ("SpectralBound", "#CC79A7", "v"),
+    "frobenius": ("FrobeniusNorm, 1 projection", "#E69F00", "P"),
+    "power_1": ("SpectralNorm, N = 1", "#0072B2", "s"),
+    "power_1_transpose": ("SpectralNorm, N = 1, transpose", "#56B4E9", "D"),
+    "exact": ("SpectralNorm, exact", "#009E73", "^"),
+    "analytic": ("analytic (row by row, SVD)", "#D55E00", "*"),
+}
+_ESTIMATORS = {
+    "power": ("power iteration", "#0072B2", "s"),
+    "lanczos": ("Lanczos as penalty", "#D55E00", "o"),
+    "spectral_norm_lanczos": ("Lanczos in spectral_norm", "#009E73", "^"),
+}
 
 
 class Evaluation(NamedTuple):
@@ -289,6 +304,135 @@ def adversarial_figure(
     figure.suptitle(title)
     figure.tight_layout()
     _save(figure, path)
+
+
+def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws the time of a training step against the batch size (Figure 5, left).
+
+    One panel per content, both axes logarithmic.
+
+    Args:
+        contents: Contents of JSON files that `benchmarks/step_time.py` wrote.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: If there is no content, or one without any of the steps that are drawn.
+    """
+    if not contents:
+        raise ValueError("Step times need at least one content to draw. Received: none")
+    width = 5.2 * len(contents)
+    figure = Figure(figsize=(max(width, 6.4), 5.4), dpi=130)
+    axes = figure.subplots(1, len(contents), squeeze=False)[0]
+    for ax, content in zip(axes, contents, strict=True):
+        settings, timed = content["settings"], content["batch_size"]
+        for name, (label, colour, marker) in _STEPS.items():
+            points = [(int(b), rows[name]["seconds"]) for b, rows in timed.items() if name in rows]
+            if points:
+                ax.plot(
+                    *zip(*sorted(points), strict=True), label=label, color=colour, marker=marker
+                )
+        if not ax.lines:
+            raise ValueError(
+                f"Step times must hold some of {tuple(_STEPS)}: time these variants. "
+                f"Received: {sorted({name for rows in timed.values() for name in rows})}"
+            )
+        network = settings["network"]
+        if network != "lenet":
+            network += f", width {settings['width']:g}"
+        ax.set_title(f"{network}{', XLA' * settings['xla']}\n{_environment(content)}", fontsize=9)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        sizes = sorted(map(int, timed))
+        ax.set_xticks(sizes, list(map(str, sizes)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("batch size")
+        ax.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("seconds per training step (median)")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None:
+    """Draws the relative error of sigma against the products spent (Figure 5, right).
+
+    Left: networks trained with `SpectralNorm`, N = 1, and the error of the product of the layers'
+    norms on networks trained with `SpectralBound`. Right: networks trained without penalty as
+    lines, and as single points each estimator on the networks trained with that very estimator.
+    Lines are means over points and seeds, bands reach from the lowest to the highest seed.
+
+    Args:
+        content: Content of a JSON file that `benchmarks/estimator_error.py` wrote.
+        path: PNG file to write.
+
+    Raises:
+        ValueError: If one of these networks is missing.
+    """
+    settings = content["settings"]
+    factor = settings["factors"][0]
+    trained = [n for n in content["networks"] if n["factor"] in (None, factor)]
+    missing = {"none", "power_1", "spectral_bound"} - {n["name"] for n in trained}
+    if missing:
+        raise ValueError(
+            "Estimator errors must hold networks trained without penalty, with SpectralNorm and "
+            f"with SpectralBound at factor {factor:g}. Received: none of {sorted(missing)}"
+        )
+    figure = Figure(figsize=(10.4, 5.2), dpi=130)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for ax, name in ((left, "power_1"), (right, "none")):
+        networks = [n for n in trained if n["name"] == name]
+        for estimator, (label, colour, marker) in _ESTIMATORS.items():
+            products, errors = _mean_errors(networks, estimator)
+            mean = errors.mean(axis=0)
+            ax.plot(products, mean, label=label, color=colour, marker=marker, markersize=4)
+            ax.fill_between(products, errors.min(0), errors.max(0), color=colour, alpha=0.2, lw=0)
+        ax.set_yscale("log")
+        ax.set_xlabel("products spent (J v and J^T u count one each)")
+        ax.grid(alpha=0.3, which="both")
+    bound = [n["bound_error"]["mean"] for n in trained if n["name"] == "spectral_bound"]
+    label = "product of the layers' norms (Spectral-Bound)"
+    left.axhline(np.mean(bound), color="#CC79A7", linestyle="--", label=label)
+    for name in dict.fromkeys(n["name"] for n in trained):
+        estimator, _, iterations = name.partition("_")
+        if estimator in _ESTIMATORS and iterations:
+            products, errors = _mean_errors([n for n in trained if n["name"] == name], estimator)
+            own = products == 2 * int(iterations)
+            label, colour, marker = _ESTIMATORS[estimator]
+            right.plot(
+                np.broadcast_to(products[own], errors[:, own].shape),
+                errors[:, own],
+                marker,
+                color="none",
+                markeredgecolor=colour,
+                markersize=9,
+                label=f"{label}, on networks trained with it",
+            )
+    left.set_ylabel("relative error of sigma (mean over points)")
+    left.set_title(f"trained with SpectralNorm, N = 1, factor {factor:g}")
+    right.set_title("trained without penalty, and with the estimator itself (open)")
+    figure.suptitle(
+        f"lenet, {settings['dataset']}, {settings['epochs']} epochs, "
+        f"{settings['points']} training points; {_environment(content)}",
+        fontsize=9,
+    )
+    for ax in (left, right):
+        ax.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _mean_errors(
+    networks: Sequence[Mapping[str, Any]], estimator: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The products `[P]` that an estimator spent, and its mean error on each network, `[R, P]`."""
+    errors = [network["errors"][estimator] for network in networks]
+    products = np.array([row["products"] for row in errors[0]])
+    return products, np.array([[row["mean"] for row in rows] for rows in errors])
+
+
+def _environment(content: Mapping[str, Any]) -> str:
+    versions = content["environment"]
+    return f"{versions['device']}; TensorFlow {versions['tensorflow']}, Keras {versions['keras']}"
 
 
 def _axis(name: str) -> str:
