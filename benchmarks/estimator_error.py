@@ -1,0 +1,258 @@
+"""How far the estimators of sigma are from the exact one, against the products that they spend.
+
+    python benchmarks/estimator_error.py --runs runs/estimators --json results/estimator_error.json
+
+Trains LeNets without penalty, with SpectralNorm by each estimator, and with SpectralBound, and
+measures on each, and on untrained ones, the relative error |estimate - sigma| / sigma at training
+points (Figure 5, right; appendix A.3). J v and J^T u count one product each. `power` and `lanczos`
+are the estimates that the penalty is made of in training; `spectral_norm_...` what the function
+returns, which spends more products on the choice of the vector. Every start is a random v. Stopped
+and started again, it goes on where it was: the networks are ordinary run folders in --runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfjacreg import datasets, experiment, figures, files, networks, norms
+from tfjacreg.jacobian import JacobianOperator
+from tfjacreg.regularizers import Regularizer, SpectralNorm
+
+# Lanczos with one step is power iteration with one.
+TRAINED_WITH = (("power", 1), ("power", 2), ("lanczos", 2), ("lanczos", 3), ("exact", 1))
+ITERATIONS = {"power": 10, "lanczos": 6}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EstimatorConfig(experiment.RunConfig):
+    """A run that also says how its spectral penalty finds the vector.
+
+    Attributes:
+        method: A name in `norms.METHODS`.
+        iterations: The N of Algorithm 1, or the steps of Lanczos.
+    """
+
+    method: str = "power"
+    iterations: int = 1
+
+    def make_regularizer(self) -> Regularizer | None:
+        """The penalty that the settings mean."""
+        if self.regularizer != "spectral":
+            return super().make_regularizer()
+        return SpectralNorm(
+            self.factor, self.method, self.iterations, seed=self.seed, forward_mode="transpose"
+        )
+
+
+class CountingOperator(JacobianOperator):
+    """The Jacobians, and how many products have been computed with them."""
+
+    products = 0
+
+    def matvec(self, v: Any) -> tf.Tensor:
+        """Computes `J v`."""
+        self.products += 1
+        return super().matvec(v)
+
+    def rmatvec(self, u: Any) -> tf.Tensor:
+        """Computes `J^T u`."""
+        self.products += 1
+        return super().rmatvec(u)
+
+
+def penalty_estimate(
+    network: keras.Model, x: tf.Tensor, method: str, iterations: int
+) -> tuple[np.ndarray, int]:
+    """sigma as the penalty of `SpectralNorm` estimates it, `[B]`, and the products spent."""
+    op = CountingOperator(network, x, forward_mode="transpose")
+    start = norms.random_unit(op.x, (0, 0))
+    u = norms.left_vector(op, method, iterations, start)
+    return norms.length(op.rmatvec(u)).numpy(), op.products
+
+
+def measured_estimate(
+    network: keras.Model, x: tf.Tensor, method: str, iterations: int
+) -> tuple[np.ndarray, int]:
+    """sigma of `spectral_norm`, `[B]`, and the products spent on it; its residual takes one more."""
+    found = norms.spectral_norm(
+        network, x, method=method, iterations=iterations, forward_mode="transpose"
+    )
+    return found.sigma.numpy(), 2 * iterations + (1 if method == "power" else 2)
+
+
+def relative_error(estimate: np.ndarray | float, sigma: np.ndarray) -> dict[str, float]:
+    """Mean, median and 95 % quantile over the points of |estimate - sigma| / sigma.
+
+    Args:
+        estimate: `[B]`, or one number for all points.
+        sigma: The exact norms, `[B]`.
+
+    Raises:
+        ValueError: If a sigma is not positive: there the relative error means nothing.
+    """
+    if not np.all(sigma > 0):
+        raise ValueError(
+            "The relative error needs sigma > 0 at every point. "
+            f"Received: {np.count_nonzero(~(sigma > 0))} points of {sigma.size} without"
+        )
+    error = np.abs(estimate - sigma) / sigma
+    return {
+        "mean": float(np.mean(error)),
+        "median": float(np.median(error)),
+        "q95": float(np.quantile(error, 0.95)),
+    }
+
+
+def errors(network: keras.Model, x: tf.Tensor) -> dict[str, Any]:
+    """What a network's entry in the JSON file says of its sigma.
+
+    Args:
+        network: From standardized inputs to logits.
+        x: Points `[B, *in]`.
+
+    Returns:
+        `mean_sigma` (exact); `bound` and `bound_error`, that of the product of the layers' norms as
+        an estimate of each point's sigma, and of the mean under `of_mean_sigma`; and `errors`: for
+        each estimator a list over its iterations.
+    """
+    exact = norms.spectral_norm(network, x, method="exact", forward_mode="transpose").sigma.numpy()
+    bound = norms.spectral_bound(network)
+    mean = float(np.mean(exact))
+    curves: dict[str, list[dict[str, float]]] = {}
+    for prefix, estimator in (("", penalty_estimate), ("spectral_norm_", measured_estimate)):
+        for method, most in ITERATIONS.items():
+            rows = curves[prefix + method] = []
+            for iterations in range(1, most + 1):
+                sigma, products = estimator(network, x, method, iterations)
+                row = {"iterations": iterations, "products": products}
+                rows.append(row | relative_error(sigma, exact))
+    return {
+        "mean_sigma": mean,
+        "bound": bound,
+        "bound_error": {**relative_error(bound, exact), "of_mean_sigma": abs(bound - mean) / mean},
+        "errors": curves,
+    }
+
+
+def configs(arguments: argparse.Namespace) -> list[tuple[str, float | None, EstimatorConfig]]:
+    """Name, factor and configuration of every trained network; the first factor's come first."""
+    shared = {"dataset": arguments.dataset, "epochs": arguments.epochs}
+    shared["data_dir"] = arguments.data_dir
+    found = []
+    for seed in arguments.seeds:
+        config = EstimatorConfig(regularizer="none", seed=seed, **shared)
+        found.append(("none", None, config))
+    for factor in arguments.factors:
+        for seed in arguments.seeds:
+            common = {"factor": factor, "seed": seed, **shared}
+            config = EstimatorConfig(regularizer="spectral_bound", **common)
+            found.append(("spectral_bound", factor, config))
+            for method, iterations in TRAINED_WITH:
+                config = EstimatorConfig(method=method, iterations=iterations, **common)
+                name = method if method == "exact" else f"{method}_{iterations}"
+                found.append((name, factor, config))
+    return found
+
+
+def measure(arguments: argparse.Namespace, x: tf.Tensor) -> list[dict[str, Any]]:
+    """Trains what is not trained yet, and measures every network."""
+    entries = []
+    for seed in arguments.seeds:
+        keras.utils.set_random_seed(seed)
+        network = networks.lenet(tuple(x.shape[1:]), datasets.NUM_CLASSES)
+        entry = {"name": "untrained", "factor": None, "seed": seed, "test_accuracy": None}
+        entries.append(entry | errors(network, x))
+    for name, factor, config in configs(arguments):
+        keras.utils.clear_session()
+        folder = name + ("" if factor is None else f"-{factor:g}") + f"-seed{config.seed}"
+        out = arguments.runs / f"{config.dataset}-{config.epochs}-epochs" / folder
+        print(f"{folder}: ", end="", flush=True)
+        metrics = experiment.run(config, out, verbose=0)
+        print(f"test accuracy {metrics['test_accuracy']:.4f}", flush=True)
+        # The layers of a classifier: its input, the normalization, the network.
+        network = keras.models.load_model(out / "classifier.keras").layers[-1]
+        entry = {"name": name, "factor": factor, "seed": config.seed}
+        entry["test_accuracy"] = metrics["test_accuracy"]
+        entries.append(entry | errors(network, x))
+    return entries
+
+
+def points(arguments: argparse.Namespace) -> tf.Tensor:
+    """Standardized training points, chosen at random."""
+    data = datasets.load(arguments.dataset, arguments.data_dir)
+    chosen = np.random.default_rng(0).choice(len(data.train.x), arguments.points, replace=False)
+    return tf.constant((data.train.x[chosen] - data.mean) / data.std, tf.float32)
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """For each kind of network the errors, averaged over its seeds."""
+    lines = []
+    for name, factor in dict.fromkeys((e["name"], e["factor"]) for e in entries):
+        kind = [e for e in entries if (e["name"], e["factor"]) == (name, factor)]
+        head = name if factor is None else f"{name}, factor {factor:g}"
+        if name != "untrained":
+            accuracy = [e["test_accuracy"] for e in kind]
+            head += f": test accuracy {np.mean(accuracy):.4f}"
+            if len(kind) > 1:
+                head += f" ± {np.std(accuracy, ddof=1):.4f}"
+        head += f"; mean sigma {np.mean([e['mean_sigma'] for e in kind]):.2f}"
+        bound = np.mean([e["bound_error"]["mean"] for e in kind])
+        lines += ["", f"{head}; error of the product of the layers' norms {bound:.1f}"]
+        curves = kind[0]["errors"]
+        cells = "products  mean median  95 %"
+        lines.append("   N" + "".join(f"  {estimator:>30}" for estimator in curves))
+        lines.append("    " + f"  {cells:>30}" * len(curves))
+        for row in range(max(map(len, curves.values()))):
+            line = f"{row + 1:4}"
+            for estimator, rows in curves.items():
+                cell = ""
+                if row < len(rows):
+                    mean, median, q95 = (
+                        np.mean([e["errors"][estimator][row][key] for e in kind])
+                        for key in ("mean", "median", "q95")
+                    )
+                    cell = f"{rows[row]['products']} {mean:10.4f} {median:6.4f} {q95:6.4f}"
+                line += f"  {cell:>30}"
+            lines.append(line.rstrip())
+    return "\n".join(lines[1:])
+
+
+def main() -> None:
+    """Trains, measures, prints a table and, if asked, writes JSON and the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--dataset", default="fashion_mnist", choices=datasets.NAMES)
+    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.01])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--points", type=int, default=256)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG file: Figure 5, right")
+    arguments = parser.parse_args()
+    entries = measure(arguments, points(arguments))
+    print(table(entries))
+    settings = {k: getattr(arguments, k) for k in ("dataset", "epochs", "factors", "seeds")}
+    settings["points"] = arguments.points
+    content = {"settings": settings, "environment": experiment.environment(), "networks": entries}
+    if arguments.json:
+        files.write_json(arguments.json, content)
+    if arguments.plot:
+        figures.estimator_error_figure(content, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
