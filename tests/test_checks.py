@@ -1,5 +1,7 @@
 """check_network: what it passes, what it refuses, and whom it names."""
 
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 import pytest
@@ -86,14 +88,42 @@ def test_names_the_layer_that_breaks_the_jacobian(name, forward_mode):
     network = make()
     with pytest.raises(ValueError) as error:
         check_network(network, seeded_input(network.input_shape[1:], 3), forward_mode=forward_mode)
-    assert expected in str(error.value)
+    assert expected in str(error.value) and "it can be had" not in str(error.value)
+
+
+def test_a_loop_needs_transposition():
+    """TensorFlow has no tangents for loops in a graph; the message says what to do."""
+    network = keras.Sequential(
+        [keras.Input((3, 2)), layers.GRU(3, use_cudnn=False, name="culprit")]
+    )
+    x = seeded_input((3, 2), 3)
+    check_network(network, x, forward_mode="transpose")
+    expected = r"'culprit' \(GRU\).*variant.*With forward_mode='transpose' it can be had"
+    with pytest.raises(ValueError, match=expected) as error:
+        check_network(network, x, forward_mode="accumulator")
+    assert "\x1b" not in str(error.value)
+
+
+def test_fit_checks_a_stateful_network_with_batches_of_its_size():
+    def model(batch_size):
+        recurrence = layers.SimpleRNN(4, stateful=True, unroll=True)
+        network = keras.Sequential([keras.Input((3, 4), batch_size=batch_size), recurrence])
+        return RegularizedModel(network, "spectral")
+
+    for size in (1, 3):
+        wrapped = model(size)
+        wrapped.compile("sgd", "mse")
+        data = np.ones((6, 3, 4), "float32"), np.zeros((6, 4), "float32")
+        history = wrapped.fit(*data, batch_size=size, verbose=0).history
+        assert np.isfinite(history["penalty"][0]) and history["penalty"][0] > 0
 
 
 def test_transposition_needs_a_second_derivative():
     """Forward mode pushes tangents through the operations themselves: there it passes."""
     network, x = inside(OnlyOnce(name="culprit")), seeded_input((4,), 3)
     check_network(network, x, forward_mode="accumulator")
-    with pytest.raises(ValueError, match=r"'culprit' \(OnlyOnce\) has a derivative"):
+    expected = r"'culprit' \(OnlyOnce\) has a derivative.*With forward_mode='accumulator' it can"
+    with pytest.raises(ValueError, match=expected):
         check_network(network, x, forward_mode="transpose")
 
 
@@ -162,6 +192,40 @@ def test_fit_checks_before_the_first_step(options):
         model.fit(np.ones((6, 4)), np.ones((6, 4)), verbose=0)
     for a, b in zip(before, network.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class BuiltByItsBatch(keras.Model):
+    def __init__(self, culprit):
+        super().__init__()
+        self.body = keras.Sequential([layers.Dense(4), culprit])
+
+    def call(self, x):
+        return self.body(x)
+
+
+def of_any_length(culprit):
+    inputs = keras.Input((None, 4))
+    return keras.Model(inputs, layers.GlobalAveragePooling1D()(culprit(layers.Dense(4)(inputs))))
+
+
+@pytest.mark.parametrize("feed", ["arrays", "tf.data", "train_on_batch"])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(BuiltByItsBatch, (6, 4)), (of_any_length, (6, 5, 4))]
+)
+def test_the_first_batch_tells_the_shape(make, shape, feed):
+    """Networks that do not know the shape of their input are checked before the first step too."""
+    x, y = np.ones(shape, "float32"), np.ones((6, 4), "float32")
+    for culprit, fails in ((Centred(True), False), (Centred(False, name="culprit"), True)):
+        model = RegularizedModel(make(culprit), "spectral")
+        model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match="culprit.*mixes") if fails else nullcontext():
+            if feed == "arrays":
+                model.fit(x, y, verbose=0)
+            elif feed == "tf.data":
+                data = tf.data.Dataset.from_tensor_slices((x, y)).batch(3)
+                model.fit(data, verbose=0)
+            else:
+                model.train_on_batch(x, y)
 
 
 @pytest.mark.parametrize("name", [None, "weight_decay", "spectral_bound"])

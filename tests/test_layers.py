@@ -70,6 +70,9 @@ NETWORKS = {
     "global_max_pooling": chain(IMAGE, layers.GlobalMaxPooling2D),
     "max_pooling": chain(IMAGE, lambda: layers.MaxPooling2D(2)),
     "gru_unrolled": chain((3, 2), lambda: layers.GRU(3, use_cudnn=False, unroll=True)),
+    "gru": chain((3, 2), lambda: layers.GRU(3, use_cudnn=False)),
+    "lstm": chain((3, 2), lambda: layers.LSTM(3, use_cudnn=False, return_sequences=True)),
+    "simple_rnn": chain((3, 2), lambda: layers.SimpleRNN(3)),
     "lstm_unrolled": chain((3, 2), lambda: layers.LSTM(3, use_cudnn=False, unroll=True)),
     "skip_connection": skip,
     "shared_layer": shared,
@@ -78,6 +81,14 @@ NETWORKS = {
     "subclassed_model": chain((4,), Subclassed),
     "segmentation": chain(IMAGE, lambda: layers.Conv2D(2, 3, padding="same", activation="silu")),
 }
+
+
+# In a graph they are loops, for which TensorFlow has no tangents.
+LOOPS = ("gru", "lstm", "simple_rnn")
+
+
+def forward_modes(name):
+    return ("transpose",) if name in LOOPS else FORWARD_MODES
 
 
 def build(name):
@@ -95,7 +106,7 @@ class TestLayer:
         rng = np.random.default_rng(0)
         v, u = rng.normal(size=x.shape), rng.normal(size=network(x).shape)
         expected = np.einsum("bi,bij,bj->b", u.reshape(2, -1), jacobians, v.reshape(2, -1))
-        for forward_mode in FORWARD_MODES:
+        for forward_mode in forward_modes(name):
             op = JacobianOperator(network, x, forward_mode=forward_mode)
             for product in (op.matvec(v) * u, op.rmatvec(u) * v):
                 np.testing.assert_allclose(
@@ -110,7 +121,7 @@ class TestLayer:
         rng = np.random.default_rng(0)
         v = tf.constant(rng.normal(size=x.shape).astype("float32"))
         u = tf.constant(rng.normal(size=network(x).shape).astype("float32"))
-        for forward_mode in FORWARD_MODES:
+        for forward_mode in forward_modes(name):
 
             def products(x, mode=forward_mode):
                 op = JacobianOperator(network, x, training=True, forward_mode=mode)
@@ -183,6 +194,26 @@ def test_one_of_several_inputs_by_name(float64):
     jacobians = dense_jacobian(OfFirst(), x)
     sigma = spectral_norm(OfFirst(), x, method="exact").sigma
     np.testing.assert_allclose(sigma, singular_values(jacobians)[:, 0], rtol=1e-8)
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("layer", [layers.GRU, layers.LSTM])
+def test_stateful_recurrence(float64, layer, forward_mode):
+    """Every product is that of the pass from the state before it, and the state moves once."""
+    recurrence = layer(3, stateful=True, use_cudnn=False, unroll=True)
+    network = keras.Sequential([keras.Input((3, 2), batch_size=2), recurrence, layers.Dense(2)])
+    x = tf.constant(seeded_input((3, 2), 2))
+    network(2 * x)
+    state = [s.numpy() for s in recurrence.states]
+    jacobians = dense_jacobian(network, x)
+    moved = [s.numpy() for s in recurrence.states]
+    assert all(np.any(a != b) for a, b in zip(state, moved, strict=True))
+    for s, value in zip(recurrence.states, state, strict=True):
+        s.assign(value)
+    sigma = spectral_norm(network, x, iterations=60, forward_mode=forward_mode).sigma
+    np.testing.assert_allclose(sigma, singular_values(jacobians)[:, 0], rtol=1e-8)
+    for s, value in zip(recurrence.states, moved, strict=True):
+        np.testing.assert_allclose(s, value, rtol=1e-12)
 
 
 def test_many_networks_in_one_process_then_xla():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import norms
-from tfjacreg.jacobian import JacobianOperator, _kept_losses, _layers
+from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, _kept_losses, _layers
 
 _MIXES = (
     "mixes the examples of a batch: the output of one depends on the input of another. Compute "
     "what it takes from the batch in `with tfjacreg.hold_constant():`"
 )
+_ESCAPES = re.compile(r"\x1b\[\d*m")
 _UNEQUAL = (
     "has a derivative that TensorFlow loses: <u, J v> is not <J^T u, v>. Replace it by an "
     "operation with a second derivative"
@@ -62,9 +64,12 @@ def check_network(
             name = f"layer {layer.name!r} ({type(layer).__name__})"
             fault, cause = found, found_cause
             break
+    (other,) = set(FORWARD_MODES) - {forward_mode}
+    passes = fault != _MIXES and _fault(network, x, training, other)[0] is None
+    advice = f"With forward_mode={other!r} it can be had. " if passes else ""
     raise ValueError(
         f"The Jacobian of network {network.name!r} cannot be had with "
-        f"forward_mode={forward_mode!r}: {name} {fault}. "
+        f"forward_mode={forward_mode!r}: {name} {fault}. {advice}"
         f"Received: x of shape {tuple(x.shape)}, training={training}"
     ) from cause
 
@@ -90,8 +95,7 @@ def _fault(
     try:
         first, last, forward, backward, scale = (part.numpy() for part in products(x))
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
-        reason = str(error).strip().splitlines() or [""]
-        return f"cannot be differentiated as often as needed ({reason[-1]})", error
+        return f"cannot be differentiated as often as needed ({_reason(error)})", error
     if any(np.any(np.isfinite(part) & (part != 0)) for part in (first, last)):
         return _MIXES, None
     # Rounding loses at most half of the digits of the coarsest layer.
@@ -100,6 +104,12 @@ def _fault(
     if np.any(np.abs(forward - backward) > tolerance):
         return _UNEQUAL, None
     return None, None
+
+
+def _reason(error: Exception) -> str:
+    """The line of a message that says what happened: Keras wraps it in where it happened."""
+    said = str(error).split("Arguments received by ")[0].strip().splitlines() or [""]
+    return _ESCAPES.sub("", said[-1]).strip()
 
 
 class _OfOneInput(keras.Layer):

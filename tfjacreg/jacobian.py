@@ -132,6 +132,12 @@ def _layers(network: keras.Layer) -> list[keras.Layer]:
     return network._flatten_layers()
 
 
+def _variables(network: keras.Layer) -> list[keras.Variable]:
+    """All variables of the network, and the states that stateful recurrences keep to themselves."""
+    states = keras.tree.flatten([getattr(layer, "states", None) for layer in _layers(network)])
+    return [*network.variables, *(s for s in states if isinstance(s, keras.Variable))]
+
+
 @contextlib.contextmanager
 def _kept_losses(network: keras.Layer) -> Iterator[None]:
     """Keeps the losses that layers added in the recorded pass: Keras clears them in each call."""
@@ -263,7 +269,7 @@ class JacobianOperator:
         if self.forward_mode == "accumulator":
             # What a replay must start from: read before this pass updates statistics and seeds.
             # Inference may do so too: dropout that is always on.
-            self._state = [(v, tf.convert_to_tensor(v.value)) for v in self.network.variables]
+            self._state = [(v, tf.convert_to_tensor(v.value)) for v in _variables(self.network)]
         accumulator = None
         if tangent is not None:
             accumulator = tf.autodiff.ForwardAccumulator(self.x, tangent)

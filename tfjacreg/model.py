@@ -58,7 +58,7 @@ class RegularizedModel(keras.Model):
             )
         self.network = network
         self._is_checked = False
-        self._example_shape: tuple[int | None, ...] = ()
+        self._example_shape = tf.TensorShape(None)
         self.regularizer = regularizers.get(regularizer)
         self._penalty_state: list[keras.Variable] = []
         if self.regularizer is not None:
@@ -69,7 +69,7 @@ class RegularizedModel(keras.Model):
 
     def build(self, input_shape: Any) -> None:
         """Builds the network and makes the variables that the penalty remembers things in."""
-        self._example_shape = tuple(input_shape[1:])
+        self._example_shape = tf.TensorShape(input_shape[1:])
         if not self.network.built:
             # A symbolic call, which also builds what a subclassed network holds.
             self.network(keras.KerasTensor(input_shape, dtype=self.network.input_dtype))
@@ -97,10 +97,22 @@ class RegularizedModel(keras.Model):
         """Runs the network."""
         return self.network(inputs, training=training)
 
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Keras' own, called before anything is traced: here the shape of the data is known."""
+        super()._maybe_symbolic_build(iterator, data_batch)
+        if iterator is not None:
+            data_batch = iterator._distributed_dataset.element_spec
+        x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
+        # Of several inputs, and of the parts of a batch for several devices, there is no one shape.
+        shape = tf.TensorShape(getattr(x, "shape", None))
+        if shape.rank and not self.built:
+            self.build((None, *shape[1:]))
+        if shape.rank and shape[1:].is_fully_defined():
+            self._example_shape = shape[1:]
+
     def make_train_function(self, force: bool = False) -> Any:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
-        if self.built:  # A network that its first batch builds is checked by the next `fit`.
-            self._check()
+        self._check()
         return super().make_train_function(force)
 
     def _check(self) -> None:
@@ -108,9 +120,13 @@ class RegularizedModel(keras.Model):
         regularizer = self.regularizer
         if self._is_checked or regularizer is None or not regularizer.of_jacobian:
             return
-        if None in self._example_shape:
+        if not self._example_shape.is_fully_defined():
             return  # The norms themselves refuse axes of unknown size.
-        x = tf.random.stateless_normal((2, *self._example_shape), (0, 0), alg="philox")
+        # A stateful recurrence takes batches of one size only.
+        size = (getattr(self.network, "input_shape", None) or [None])[0] or 2
+        if size < 2:
+            return
+        x = tf.random.stateless_normal((size, *self._example_shape), (0, 0), alg="philox")
         check_network(self.network, x, forward_mode=regularizer.forward_mode)
         self._is_checked = True
 
