@@ -320,8 +320,8 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
     """
     if not contents:
         raise ValueError("Step times need at least one content to draw. Received: none")
-    width = 5.2 * len(contents)
-    figure = Figure(figsize=(max(width, 6.4), 5.4), dpi=130)
+    size = (max(6.4, 5.2 * len(contents)), 5.4)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(1, len(contents), squeeze=False)[0]
     for ax, content in zip(axes, contents, strict=True):
         settings, timed = content["settings"], content["batch_size"]
@@ -348,8 +348,7 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
         ax.set_xlabel("batch size")
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds per training step (median)")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    _legend_outside(figure)
     _save(figure, path)
 
 
@@ -377,8 +376,8 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
             "Estimator errors must hold networks trained without penalty, with SpectralNorm and "
             f"with SpectralBound at factor {factor:g}. Received: none of {sorted(missing)}"
         )
-    figure = Figure(figsize=(10.4, 5.2), dpi=130)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(10.4, 5.2), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, name in ((left, "power_1"), (right, "none")):
         networks = [n for n in trained if n["name"] == name]
         for estimator, (label, colour, marker) in _ESTIMATORS.items():
@@ -386,38 +385,31 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
             mean = errors.mean(axis=0)
             ax.plot(products, mean, label=label, color=colour, marker=marker, markersize=4)
             ax.fill_between(products, errors.min(0), errors.max(0), color=colour, alpha=0.2, lw=0)
-        ax.set_yscale("log")
         ax.set_xlabel("products spent (J v and J^T u count one each)")
-        ax.grid(alpha=0.3, which="both")
+        ax.grid(alpha=0.3)
     bound = [n["bound_error"]["mean"] for n in trained if n["name"] == "spectral_bound"]
-    label = "product of the layers' norms (Spectral-Bound)"
+    label = "product of the layers' norms, trained with SpectralBound"
     left.axhline(np.mean(bound), color="#CC79A7", linestyle="--", label=label)
-    for name in dict.fromkeys(n["name"] for n in trained):
-        estimator, _, iterations = name.partition("_")
-        if estimator in _ESTIMATORS and iterations:
-            products, errors = _mean_errors([n for n in trained if n["name"] == name], estimator)
-            own = products == 2 * int(iterations)
+    for network in trained:
+        estimator, _, iterations = network["name"].partition("_")
+        if estimator in ("power", "lanczos"):
             label, colour, marker = _ESTIMATORS[estimator]
-            right.plot(
-                np.broadcast_to(products[own], errors[:, own].shape),
-                errors[:, own],
-                marker,
-                color="none",
-                markeredgecolor=colour,
-                markersize=9,
-                label=f"{label}, on networks trained with it",
-            )
+            row = network["errors"][estimator][int(iterations) - 1]
+            style = {"color": "none", "markeredgecolor": colour, "markersize": 9}
+            label += ", trained with it"
+            right.plot(row["products"], row["mean"], marker, label=label, **style)
+    left.set_yscale("log")
+    left.set_ylim(bottom=1e-4)
+    left.set_xticks(range(2, 21, 2))
     left.set_ylabel("relative error of sigma (mean over points)")
     left.set_title(f"trained with SpectralNorm, N = 1, factor {factor:g}")
-    right.set_title("trained without penalty, and with the estimator itself (open)")
+    right.set_title("trained without penalty; open marks: with the estimator")
     figure.suptitle(
-        f"lenet, {settings['dataset']}, {settings['epochs']} epochs, "
+        f"lenet, {settings['dataset']}, epochs: {settings['epochs']}, "
         f"{settings['points']} training points; {_environment(content)}",
         fontsize=9,
     )
-    for ax in (left, right):
-        ax.legend(fontsize=8)
-    figure.tight_layout()
+    _legend_outside(figure)
     _save(figure, path)
 
 
@@ -428,6 +420,13 @@ def _mean_errors(
     errors = [network["errors"][estimator] for network in networks]
     products = np.array([row["products"] for row in errors[0]])
     return products, np.array([[row["mean"] for row in rows] for rows in errors])
+
+
+def _legend_outside(figure: Figure) -> None:
+    """One legend for all panels, below them; what several panels draw is named once."""
+    found = [ax.get_legend_handles_labels() for ax in figure.axes]
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
 
 
 def _environment(content: Mapping[str, Any]) -> str:
