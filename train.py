@@ -3,6 +3,8 @@
     python train.py                            # digits, LeNet, spectral penalty: no download
     python train.py --dataset fashion_mnist --regularizer none --epochs 3
 
+    python train.py --sweep sweeps/quick.toml  # many runs: docs/sweeps.md
+
 The same command goes on where it was interrupted. What a run folder holds is in README.md.
 """
 
@@ -10,6 +12,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -20,18 +23,24 @@ from tfjacreg.experiment import SCHEDULES, RunConfig, RunError, run  # noqa: E40
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the command line; only what was given is in the result."""
     default = RunConfig()
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--dataset", default=default.dataset, choices=datasets.NAMES)
-    add("--network", default=default.network, choices=networks.NAMES)
-    add("--width", type=float, default=default.width, help="of vgg16 and resnet20; 1 is published")
+    add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
+    add("--out", type=Path, help="the folder; default: runs/<named after the settings or FILE>")
+    one = parser.add_argument_group("one run")
+    add = one.add_argument
+    add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
+    add("--network", choices=networks.NAMES, help=f"({default.network})")
+    add("--width", type=float, help="of vgg16 and resnet20; 1 is published")
     methods = ("none", *regularizers.NAMES)
-    add("--regularizer", default=default.regularizer, choices=methods)
-    add("--factor", type=float, default=default.factor, help="weight of the penalty (%(default)s)")
+    add("--regularizer", choices=methods, help=f"({default.regularizer})")
+    add("--factor", type=float, help=f"weight of the penalty ({default.factor})")
     add("--epochs", type=int, help="lenet: 50; others: 100")
     add("--batch-size", type=int, help="lenet: 32; others: 128")
     add("--learning-rate", type=float, help="of SGD with momentum 0.8; lenet: 0.01; others: 0.1")
@@ -45,25 +54,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="random crops and flips; the default is only for cifar10",
     )
-    add("--seed", type=int, default=default.seed, help="(%(default)s)")
-    add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
-    add("--out", type=Path, help="the run folder; default: runs/<named after the settings>")
+    add("--seed", type=int, help=f"({default.seed})")
     add("--overwrite", action="store_true", help="throw away the run that --out holds")
-    return parser.parse_args(argv)
+    many = parser.add_argument_group("many runs")
+    add = many.add_argument
+    add("--sweep", metavar="FILE", type=Path, help="TOML that names the runs; goes with --out")
+    add("--storage", metavar="URL", help="postgresql://..., for workers on several machines")
+    add("--retry-failed", action="store_true", help="try runs once more that failed before")
+    args = parser.parse_args(argv)
+    sweep, common = {"sweep", "storage", "retry_failed"}, {"data_dir", "out"}
+    given = set(vars(args)) - common
+    for name in sorted(given - sweep if "sweep" in given else given & sweep):
+        option = f"--{name.replace('_', '-')}"
+        if "sweep" in given:
+            parser.error(f"{option} is not for --sweep: the file says what is run")
+        parser.error(f"{option} needs --sweep FILE")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one configuration and prints what came of it."""
+    """Runs one configuration or a sweep and prints what came of it."""
     settings = vars(parse(argv))
-    out, overwrite = settings.pop("out"), settings.pop("overwrite")
     try:
-        config = RunConfig(**settings)
-        out = out or config.default_folder()
-        finished = (out / "metrics.json").exists() and not overwrite
-        metrics = run(config, out, overwrite=overwrite, verbose=1 if sys.stdout.isatty() else 2)
+        return _sweep(**settings) if "sweep" in settings else _one(**settings)
     except (RunError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+
+
+def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -> int:
+    config = RunConfig(**settings)
+    out = out or config.default_folder()
+    finished = (out / "metrics.json").exists() and not overwrite
+    try:
+        metrics = run(config, out, overwrite=overwrite, verbose=1 if sys.stdout.isatty() else 2)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from the last finished epoch, kept in {out}.")
         return 130
@@ -79,6 +103,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {label:<17} {value:>8}")
     print(f"  in {out}")
     return 0
+
+
+def _sweep(*, sweep: Path, out: Path | None = None, **options: Any) -> int:
+    from tfjacreg import workers  # Optuna takes half a second, for sweeps only.
+
+    out = out or Path("runs") / sweep.stem
+    try:
+        summary = workers.work(sweep, out, **options)
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on from the last finished epochs, kept in {out}.")
+        return 130
+    print(f"\n{summary}\n  in {out}")
+    return 1 if summary.failures else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""Sweep files: what they mean, and what is wrong with a bad one."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tfjacreg import regularizers
+from tfjacreg.experiment import RunConfig
+from tfjacreg.sweep import Cell, Sweep
+
+SWEEPS = Path(__file__).parent.parent / "sweeps"
+METHODS = {"none", *regularizers.NAMES}
+
+GOOD = """
+dataset = "digits"
+epochs = 3
+repeats = 2
+
+[grid]
+learning_rate = [0.1, 0.01]
+factor = [0.001]
+
+[methods.none]
+[methods.spectral]
+factor = [0.01, 0.1]
+learning_rate = [1]
+[methods.frobenius]
+"""
+
+
+def load(tmp_path, text):
+    (tmp_path / "some.toml").write_text(text)
+    return Sweep.load(tmp_path / "some.toml")
+
+
+def test_cells_in_order(tmp_path):
+    """Methods in the file's order; a method's own axes take the place of the grid's."""
+    sweep = load(tmp_path, GOOD)
+    assert (sweep.name, sweep.repeats, sweep.content) == ("some", 2, GOOD.encode())
+    assert [cell.name for cell in sweep.cells] == [
+        "none-lr0.1-b32",
+        "none-lr0.01-b32",
+        "spectral-0.01-lr1-b32",
+        "spectral-0.1-lr1-b32",
+        "frobenius-0.001-lr0.1-b32",
+        "frobenius-0.001-lr0.01-b32",
+    ]
+    assert sweep.cells[0] == Cell("none", None, 0.1, 32)
+    assert sweep.cells[3] == Cell("spectral", 0.1, 1.0, 32)
+
+
+def test_configurations_and_folders(tmp_path):
+    sweep = load(tmp_path, GOOD)
+    configs = sweep.configs("somewhere")
+    assert list(configs) == [(cell, repeat) for cell in sweep.cells for repeat in (0, 1)]
+    shared = {"dataset": "digits", "epochs": 3, "batch_size": 32, "data_dir": "somewhere"}
+    assert configs[sweep.cells[3], 1] == RunConfig(
+        regularizer="spectral", factor=0.1, learning_rate=1.0, seed=1, **shared
+    )
+    # A run without penalty is the one that train.py makes: its factor is the default.
+    assert configs[sweep.cells[0], 0] == RunConfig(
+        regularizer="none", learning_rate=0.1, seed=0, **shared
+    )
+    assert sweep.folder(configs[sweep.cells[3], 1]) == "spectral-0.1-lr1-b32-seed1"
+    assert sweep.folder(configs[sweep.cells[0], 0]) == "none-lr0.1-b32-seed0"
+    for (cell, repeat), config in configs.items():
+        assert Cell.of(config) == cell and config.seed == repeat
+
+
+def test_axes_that_are_not_given_are_the_networks_own(tmp_path):
+    text = 'dataset = "cifar10"\nnetwork = "resnet20"\nrepeats = 1\n[methods.weight_decay]'
+    sweep = load(tmp_path, text)
+    assert sweep.cells == (Cell("weight_decay", regularizers.DEFAULT_FACTOR, 0.1, 128),)
+    (config,) = sweep.configs().values()
+    assert (config.epochs, config.schedule, config.augment) == (100, "cosine", True)
+
+
+# Appendix A.2, by hand: LeNet has 2 rates x 2 batch sizes, without penalty and for each of 4
+# methods with 4 factors: 4 x (1 + 16) = 68. VGG16 has 1 + 4 x 5 = 21. Five repeats of each.
+FILES = {
+    "paper_fashion_mnist": (68, 5, {0.01, 0.001}, {16, 32}, {0.0001, 0.001, 0.01, 0.1}),
+    "paper_kmnist": (68, 5, {0.01, 0.001}, {16, 32}, {0.0001, 0.001, 0.01, 0.1}),
+    "paper_cifar10": (21, 5, {0.1}, {128}, {0.00001, 0.0001, 0.001, 0.01, 0.1}),
+    "fashion_mnist_factors": (17, 1, {0.01}, {32}, {0.0001, 0.001, 0.01, 0.1}),
+    "quick": (9, 2, {0.01}, {32}, {0.001, 0.01}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_come_along(name):
+    cells, repeats, rates, sizes, factors = FILES[name]
+    sweep = Sweep.load(SWEEPS / f"{name}.toml")
+    configs = sweep.configs()
+    assert len(set(sweep.cells)) == len(sweep.cells) == cells and sweep.repeats == repeats
+    assert len({sweep.folder(config) for config in configs.values()}) == cells * repeats
+    assert {cell.method for cell in sweep.cells} == METHODS
+    for method in METHODS:
+        own = [cell for cell in sweep.cells if cell.method == method]
+        assert {cell.learning_rate for cell in own} == rates
+        assert {cell.batch_size for cell in own} == sizes
+        assert {cell.factor for cell in own} == ({None} if method == "none" else factors)
+    assert {config.dataset for config in configs.values()} == {
+        "digits" if name == "quick" else name.removeprefix("paper_").removesuffix("_factors")
+    }
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in SWEEPS.glob("*.toml")} == set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("paper_fashion_mnist", ("lenet", 50, "constant", False)),
+        ("paper_kmnist", ("lenet", 50, "constant", False)),
+        ("paper_cifar10", ("vgg16", 100, "cosine", True)),
+    ],
+)
+def test_settings_of_the_paper(name, expected):
+    for config in Sweep.load(SWEEPS / f"{name}.toml").configs().values():
+        assert (config.network, config.epochs, config.schedule, config.augment) == expected
+        assert config.width == 1
+
+
+def _with(old, new):
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+BAD = {
+    "no toml": ("repeats = ", "is not a TOML file: "),
+    "unknown key": (_with("epochs", "epoch"), r"keys out of .*'epochs'.*'grid'.*Received: epoch$"),
+    "an axis outside the grid": ("factor = 0.1\n" + GOOD, "keys out of .*Received: factor$"),
+    "seed": ("seed = 1\n" + GOOD, "keys out of .*Received: seed$"),
+    "no repeats": (_with("repeats = 2", ""), "`repeats` is missing.*`repeats = 5`"),
+    "repeats": (_with("repeats = 2", "repeats = 0"), "`repeats` must be an integer >= 1.*0"),
+    "repeats of another type": (_with("repeats = 2", 'repeats = "2"'), "`repeats` must be an int"),
+    "setting": (_with("epochs = 3", "epochs = 0"), "`epochs` must be an integer >= 1"),
+    "type of a setting": (_with("epochs = 3", "epochs = 3.5"), "`epochs` must be an integer.*3.5"),
+    "truth as a number": (_with("epochs = 3", "epochs = true"), "`epochs` must be an int.*True"),
+    "a number as truth": ("augment = 1\n" + GOOD, "`augment` must be true or false.*1"),
+    "type of a name": (_with('"digits"', "7"), "`dataset` must be a string. Received: 7"),
+    "name": (_with('"digits"', '"mnist"'), "`dataset` must be one of.*digits.*'mnist'"),
+    "unknown axis": (
+        _with("learning_rate = [0.1", "rate = [0.1"),
+        r"\[grid\] has keys out.*: rate",
+    ),
+    "empty list": (_with("[0.001]", "[]"), r"\[grid\] `factor` must be a list.*Received: \[\]"),
+    "no list": (_with("[0.001]", "0.001"), r"\[grid\] `factor` must be a list.*Received: 0.001"),
+    "empty list of a method": (
+        _with("factor = [0.01, 0.1]", "factor = []"),
+        r"\[methods.spectral\] `factor` must be a list",
+    ),
+    "type in a list": (_with("[0.001]", '["a"]'), r"`\[grid\] factor` must be a number.*'a'"),
+    "value in a list": (_with("[0.001]", "[-1.0]"), "`factor` must be a finite number >= 0"),
+    "rate": (_with("[1]", "[nan]"), "`learning_rate` must be a positive number.*nan"),
+    "part of an example": (
+        _with("[0.001]", "[0.001]\nbatch_size = [1.5]"),
+        r"`\[grid\] batch_size` must be an integer.*1.5",
+    ),
+    "unknown method": (_with("frobenius", "l1"), r"\[methods\] has keys out of .*'none'.*: l1"),
+    "no method": ("repeats = 1", r"\[methods\] must have a table for each method"),
+    "methods as a list": ('repeats = 1\nmethods = ["none"]', r"\[methods\] must be a table"),
+    "grid as a number": ("repeats = 1\ngrid = 1", r"\[grid\] must be a table. Received: 1"),
+    "a factor of none": (
+        _with("[methods.none]", "[methods.none]\nfactor = [0.1]"),
+        r"\[methods.none\] has keys out of \('learning_rate', 'batch_size'\).*: factor",
+    ),
+    "value twice": (_with("[0.001]", "[0.001, 0.001]"), "listed once.*frobenius-0.001-lr0.1-b32"),
+    "values with one name": (_with("[0.001]", "[0.001, 0.00100000001]"), "first six digits"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files(tmp_path, case):
+    """Every message names the file."""
+    text, message = BAD[case]
+    with pytest.raises(ValueError, match=rf"some\.toml(?s:.*){message}"):
+        load(tmp_path, text)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"Cannot read the sweep file.*none\.toml"):
+        Sweep.load(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"binary\.toml is not a TOML file"):
+        Sweep.load(tmp_path / "binary.toml")
+
+
+def test_a_sweep_cannot_be_changed(tmp_path):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(tmp_path, GOOD).repeats = 3
+
+
+@pytest.mark.slow
+def test_reading_a_sweep_needs_no_optuna():
+    code = "import sys, tfjacreg.sweep; sys.exit('optuna' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=SWEEPS.parent).returncode == 0
