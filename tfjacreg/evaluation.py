@@ -156,7 +156,7 @@ def evaluate(
         },
         "environment": environment(),
     }
-    result = _read_json(path) if path.exists() and not overwrite else None
+    result = read_json(path) if path.exists() and not overwrite else None
     if result is not None:
         _refuse_other_settings(path, result, header)
     classifier = load(target.classifier)
@@ -246,6 +246,19 @@ def load(path: Path) -> keras.Model:
         raise ValueError(f"{path} cannot be loaded as a Keras model: {error}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises ValueError, naming the file, where that fails."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
+    return content
+
+
 def environment() -> dict[str, str]:
     """Returns the versions and the device that numbers depend on."""
     gpus = tf.config.list_physical_devices("GPU")
@@ -266,7 +279,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has not finished (no metrics.json): run train.py to its end.")
     if not (folder / "classifier.keras").is_file():
         raise ValueError(f"{folder} is broken: it has no classifier.keras. Train it again.")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     needed = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
     if needed - config.keys():
         raise ValueError(f"{folder}/config.json lacks {sorted(needed - config.keys())}.")
@@ -297,13 +310,3 @@ def _refuse_other_settings(path: Path, found: dict[str, Any], asked: dict[str, A
                     f"{path} was made with {key}={before}, now it is {value}. "
                     "Ask for the same, or start afresh with --overwrite."
                 )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
-    return content

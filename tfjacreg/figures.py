@@ -10,13 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 _TITLES = {"noise": "White noise", "pgd": "PGD", "tpgd": "TPGD", "square": "Square"}
 _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP*"
+# The paper's methods look the same in all figures, whichever of them are there.
+_METHODS = {
+    "Spectral": ("#0072B2", "s"),
+    "Frobenius": ("#E69F00", "P"),
+    "Spectral-Bound": ("#CC79A7", "v"),
+    "L2": ("#009E73", "^"),
+    "None": ("#000000", "o"),
+}
 # The steps that are drawn, out of those timed, and the estimators: label, colour, marker.
 _STEPS = {
     "plain": ("plain", "#000000", "o"),
@@ -269,6 +277,36 @@ def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
     _save(figure, path)
 
 
+def training_figure(
+    losses: Mapping[str, Mapping[str, npt.NDArray[np.float64]]], path: str | Path
+) -> None:
+    """Draws the validation loss against the epoch, mean and standard deviation over runs.
+
+    Args:
+        losses: By title of the panel and name of the method, the loss of each run `[R, epochs]`.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(max(5.2 * len(losses), 6.4), 4.4), dpi=130)
+    axes = figure.subplots(1, len(losses), squeeze=False)[0]
+    for ax, (title, methods) in zip(axes, losses.items(), strict=True):
+        for method, loss in methods.items():
+            colour, marker = _METHODS[method]
+            epochs = np.arange(1, loss.shape[1] + 1)
+            mean = loss.mean(axis=0)
+            ax.plot(epochs, mean, color=colour, marker=marker, ms=3, lw=1, label=method)
+            if len(loss) > 1:
+                std = loss.std(axis=0, ddof=1)
+                ax.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+        ax.set_title(title)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss")
+    axes[0].legend()
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def adversarial_figure(
     clean: np.ndarray,
     perturbed: np.ndarray,
@@ -441,7 +479,7 @@ def _axis(name: str) -> str:
 def _styles(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
     methods = dict.fromkeys(e.method for e in evaluations)
     return {
-        method: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+        method: _METHODS.get(method, (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]))
         for i, method in enumerate(methods)
     }
 

@@ -1,0 +1,266 @@
+"""The report of one or several sweeps: Table 1, Figures 3 to 5, and what is missing from them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfjacreg import figures, page, selection, tables
+from tfjacreg.evaluation import PERTURBATIONS, read_json
+from tfjacreg.figures import Evaluation
+from tfjacreg.selection import LABELS, CellRuns, Run, Section
+
+# The seed that draws the runs of Figure 4, and how many images the runs should be judged on.
+SEED = 0
+IMAGES = 2000
+
+
+def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
+    """Writes `report.md`, its pictures and `report.html`, which needs none of the other files.
+
+    Args:
+        folders: Folders of sweeps, each with its `sweep.toml`.
+        out: Folder of the report; made if needed.
+        benchmarks: Folder with results of `benchmarks/step_time.py` (`step_time*.json`) and
+            `benchmarks/estimator_error.py` (`estimator_error.json`), for Figure 5; what is not
+            there is said in the report.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        ValueError: If a folder is no sweep's or comes twice, a run in it has other settings than
+            planned, or a file is damaged; the message names the file.
+        OSError: If the report cannot be written.
+    """
+    sections = selection.read(folders)
+    command = shlex.join(["python", "evaluate.py", "--report", *map(str, folders)])
+    blocks = [
+        f"# Jacobian regularization: {', '.join(section.label for section in sections)}",
+        f"Written by `{command}`.",
+        "## Accuracy (Table 1)",
+        tables.TABLE_1,
+    ]
+    for section in sections:
+        blocks += [f"### {section.label}", tables.setting(section), tables.table_1(section)]
+        if section.chosen:
+            blocks += ["The cells of this table:", tables.chosen_cells(section)]
+        blocks += tables.missing(section)
+    blocks += [*_training(sections, out), *_robustness(sections, out), *_cost(benchmarks, out)]
+    blocks += ["## All cells", tables.ALL_CELLS]
+    for section in sections:
+        blocks += [f"### {section.label}", tables.all_cells(section)]
+    blocks += ["## Runs and machines", *map(tables.environment, sections)]
+    text = "\n\n".join(blocks) + "\n"
+    _write(out / "report.md", text)
+    _write(out / "report.html", page.render(text, out))
+    return out / "report.html"
+
+
+def draw(method: str, cell: CellRuns) -> Run:
+    """Draws the run that Figure 4 shows of a method (appendix A.3), always the same.
+
+    Args:
+        method: Its name; methods draw independently of each other.
+        cell: The cell that stands for it, with at least one finished run.
+    """
+    rng = np.random.default_rng([SEED, list(LABELS).index(method)])
+    return cell.finished[rng.integers(len(cell.finished))]
+
+
+def _training(sections: Sequence[Section], out: Path) -> list[str]:
+    losses = {
+        section.label: {
+            LABELS[method]: np.stack([run.history["val_loss"] for run in cell.finished])
+            for method, cell in section.chosen.items()
+        }
+        for section in sections
+        if section.chosen
+    }
+    if not losses:
+        return []
+    figures.training_figure(losses, out / "training.png")
+    return [
+        "## Training",
+        "Data loss on the validation split after each epoch: mean over the repeats of the cells of "
+        "Table 1, and a band of one standard deviation.",
+        "![Validation loss against the epoch, by method](training.png)",
+    ]
+
+
+def _robustness(sections: Sequence[Section], out: Path) -> list[str]:
+    """Figures 3 and 4, from those runs of the chosen cells that evaluate.py has judged."""
+    curves: list[Evaluation] = []
+    distances: list[Evaluation] = []
+    commands, drawn = [], []
+    for section in sections:
+        judged = _judged(section)
+        commands += _evaluation_command(section, judged)
+        for method, cell in section.chosen.items():
+            one = draw(method, cell)
+            for run in cell.finished:
+                result = judged.get(run.folder, {})
+                evaluation = Evaluation(section.label, LABELS[method], result)
+                curves += [evaluation] * _has(result, PERTURBATIONS)
+                if run is one:
+                    there = _has(result, ["boundary_distance"])
+                    distances += [evaluation] * there
+                    note = (
+                        "" if there else ", not in the figure: its distances are not measured yet"
+                    )
+                    drawn.append(f"- {section.label}, {LABELS[method]}: `{run.folder.name}`{note}")
+    blocks = ["## Robustness (Figure 3)"]
+    if commands:
+        blocks += [
+            "**Not all runs of the cells of Table 1 are judged yet.** Figures 3 and 4 leave out "
+            "what is missing. To judge them:",
+            tables.fence("\n".join(commands)),
+        ]
+    if curves:
+        figures.robustness_figure(curves, PERTURBATIONS, out / "robustness.png")
+        blocks += [
+            "Accuracy on clean test images less that on perturbed ones: mean over the judged "
+            "repeats of the cells of Table 1, and a band of one standard deviation.",
+            "![Accuracy drop against the strength of four perturbations](robustness.png)",
+            tables.fence(figures.robustness_table(curves, PERTURBATIONS)),
+        ]
+    blocks.append("## Distance to the decision boundary (Figure 4)")
+    if drawn:
+        blocks += [
+            f"One repeat of each cell of Table 1, drawn at random with a fixed seed ({SEED}), at "
+            "the test images that all runs shown classify correctly:",
+            "\n".join(drawn),
+        ]
+    if distances:
+        figures.boundary_figure(distances, out / "boundary.png")
+        blocks += [
+            "![Share of the points with a boundary within a distance](boundary.png)",
+            tables.fence(figures.boundary_table(distances)),
+        ]
+    return blocks
+
+
+def _judged(section: Section) -> dict[Path, dict[str, Any]]:
+    """The evaluations of the finished runs of the chosen cells, by run folder."""
+    judged = {
+        run.folder: _read_evaluation(run.folder)
+        for cell in section.chosen.values()
+        for run in cell.finished
+        if (run.folder / "evaluation.json").exists()
+    }
+    settings = {
+        folder: {k: v for k, v in result["settings"].items() if k != "classifier_sha256"}
+        for folder, result in judged.items()
+    }
+    for folder, other in zip(settings, list(settings)[1:], strict=False):
+        if settings[folder] != settings[other]:
+            raise ValueError(
+                "Evaluations that are compared must have equal settings. Received: "
+                f"{folder / 'evaluation.json'} and {other / 'evaluation.json'}, which differ in "
+                f"{[k for k, v in settings[folder].items() if settings[other].get(k) != v]}. "
+                "Judge one of them again, with evaluate.py --overwrite."
+            )
+    return judged
+
+
+def _read_evaluation(folder: Path) -> dict[str, Any]:
+    path, classifier = folder / "evaluation.json", folder / "classifier.keras"
+    result = read_json(path)
+    alone = [Evaluation("", "", result)]
+    try:
+        digest = result["settings"]["classifier_sha256"]
+        _limits(result)
+        for name in PERTURBATIONS:
+            if name in result:
+                curve = figures.curves(alone, name)[""][""]
+                if curve.accuracy.shape != (1, len(curve.strength)):
+                    raise ValueError(f"{name} needs an accuracy for each strength")
+        if "boundary_distance" in result:
+            figures.distances(alone)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be as evaluate.py writes it. Received: {error!r}. Judge that run again, "
+            "with evaluate.py --overwrite."
+        ) from error
+    # Results may be kept without the weights.
+    if classifier.exists() and hashlib.sha256(classifier.read_bytes()).hexdigest() != digest:
+        raise ValueError(
+            f"{path} must judge {classifier}. Received: an evaluation of another classifier. "
+            "Judge that run again, with evaluate.py --overwrite."
+        )
+    return result
+
+
+def _has(result: dict[str, Any], names: Iterable[str]) -> bool:
+    return all(name in result for name in names)
+
+
+def _limits(result: dict[str, Any]) -> list[str]:
+    settings = result["settings"]
+    return ["--limit", f"{settings['images']:d}", "--seed", f"{settings['seed']:d}"]
+
+
+def _evaluation_command(section: Section, judged: dict[Path, dict[str, Any]]) -> list[str]:
+    lacking = [
+        str(run.folder)
+        for cell in section.chosen.values()
+        for run in cell.finished
+        if not _has(judged.get(run.folder, {}), (*PERTURBATIONS, "boundary_distance"))
+    ]
+    if not lacking:
+        return []
+    limits = next(map(_limits, judged.values()), ["--limit", str(IMAGES)])
+    return [shlex.join(["python", "evaluate.py", *lacking, "--boundary", *limits])]
+
+
+def _cost(benchmarks: Path, out: Path) -> list[str]:
+    """Figure 5: step times of several batch sizes, and the errors of the estimators."""
+    blocks = ["## Time and error (Figure 5)"]
+    times = {}
+    for path in sorted(benchmarks.glob("step_time*.json")):
+        content = read_json(path)
+        sizes = content.get("batch_size")
+        if not isinstance(sizes, dict):
+            raise ValueError(
+                f"{path} must be as benchmarks/step_time.py writes it, with an object "
+                f"`batch_size`. Received: {sizes!r}."
+            )
+        if len(sizes) > 1:
+            times[path.name] = content
+    if times:
+        figures.step_time_figure(list(times.values()), out / "step_time.png")
+        blocks += [
+            "Left: the time of a training step against the batch size "
+            f"({', '.join(map(tables.code, times))}). The paper measured on an NVIDIA K80.",
+            "![Seconds per training step against the batch size](step_time.png)",
+        ]
+    else:
+        target = benchmarks / "step_time_lenet.json"
+        blocks += [
+            "There are no step times of several batch sizes. To measure them:",
+            tables.fence(f"python benchmarks/step_time.py --json {target}"),
+        ]
+    target = benchmarks / "estimator_error.json"
+    if target.exists():
+        figures.estimator_error_figure(read_json(target), out / "estimator_error.png")
+        blocks += [
+            f"Right: the relative error of sigma against the products spent (`{target.name}`).",
+            "![Relative error of sigma against the products spent](estimator_error.png)",
+        ]
+    else:
+        command = f"python benchmarks/estimator_error.py --runs runs/estimators --json {target}"
+        blocks += ["There are no errors of the estimators. To measure them:", tables.fence(command)]
+    return blocks
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
