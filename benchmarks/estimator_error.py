@@ -29,7 +29,7 @@ from tfjacreg import datasets, experiment, figures, files, networks, norms
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.regularizers import Regularizer, SpectralNorm
 
-# Lanczos with one step is power iteration with one.
+# Not Lanczos with one step: that is power iteration with N = 1.
 TRAINED_WITH = (("power", 1), ("power", 2), ("lanczos", 2), ("lanczos", 3), ("exact", 1))
 ITERATIONS = {"power": 10, "lanczos": 6}
 
@@ -74,7 +74,7 @@ class CountingOperator(JacobianOperator):
 def penalty_estimate(
     network: keras.Model, x: tf.Tensor, method: str, iterations: int
 ) -> tuple[np.ndarray, int]:
-    """sigma as the penalty of `SpectralNorm` estimates it, `[B]`, and the products spent."""
+    """Estimates sigma, `[B]`, as `SpectralNorm` does in training; also the products spent."""
     op = CountingOperator(network, x, forward_mode="transpose")
     start = norms.random_unit(op.x, (0, 0))
     u = norms.left_vector(op, method, iterations, start)
@@ -84,7 +84,7 @@ def penalty_estimate(
 def measured_estimate(
     network: keras.Model, x: tf.Tensor, method: str, iterations: int
 ) -> tuple[np.ndarray, int]:
-    """sigma of `spectral_norm`, `[B]`, and the products spent on it; its residual takes one more."""
+    """Measures sigma, `[B]`, by `spectral_norm`; the products leave out its residual's one."""
     found = norms.spectral_norm(
         network, x, method=method, iterations=iterations, forward_mode="transpose"
     )

@@ -1,6 +1,7 @@
 """What a training step with each penalty costs, as a ratio to the plain step of the same run.
 
-    python benchmarks/step_time.py --network lenet --batch-sizes 32 256 --json docs/step_time.json
+    python benchmarks/step_time.py --network lenet --batch-sizes 32 256 --json step_time.json
+    python benchmarks/step_time.py --batch-sizes 16 32 64 128 256 512 --plot step_time.png
 
 Every variant takes one step in turn, again and again; the figure is the median of its steps over
 the median of the plain ones. `analytic` is the paper's: one backward pass for every output, the SVD
@@ -24,7 +25,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tfjacreg import experiment, files, networks  # noqa: E402
+from tfjacreg import experiment, figures, files, networks  # noqa: E402
 from tfjacreg.model import RegularizedModel  # noqa: E402
 from tfjacreg.regularizers import FrobeniusNorm, SpectralBound, SpectralNorm  # noqa: E402
 
@@ -58,7 +59,7 @@ def variants() -> dict[str, Any]:
             f"lanczos_{n}_transpose": SpectralNorm(
                 0.01, "lanczos", n, seed=0, forward_mode="transpose"
             )
-            for n in (2, 3, 4)
+            for n in (2, 3, 4, 5)
         },
         "exact": SpectralNorm(0.01, "exact"),
         "analytic": Analytic(0.01),
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--xla", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG file: Figure 5, left")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -144,10 +146,14 @@ def main() -> None:
                 line += f" {row['peak_gib']:7.2f} GiB"
             print(line, flush=True)
         results[str(batch_size)] = rows
+    left_out = ("json", "plot", "memory_of")
+    settings = {k: v for k, v in vars(arguments).items() if k not in left_out}
+    content = {"settings": settings, "environment": experiment.environment()}
+    content["batch_size"] = results
     if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "memory_of")}
-        content = {"settings": settings, "environment": experiment.environment()}
-        files.write_json(arguments.json, {**content, "batch_size": results})
+        files.write_json(arguments.json, content)
+    if arguments.plot:
+        figures.step_time_figure([content], arguments.plot)
 
 
 if __name__ == "__main__":
