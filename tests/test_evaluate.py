@@ -306,6 +306,40 @@ def test_bad_arguments(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name a RUN to judge, or --report DIR"),
+        (["run", "--benchmarks", "results"], "--benchmarks goes with --report alone"),
+        (["run", "--report", "a"], r"and --out alone. Received: ['runs']"),
+        (["--report", "a", "b", "--limit", "9", "--boundary"], "Received: ['boundary', 'limit']"),
+        (["--report", "a", "--attacks", "pgd"], "Received: ['attacks']"),
+    ],
+)
+def test_judging_and_reporting_do_not_mix(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        script().parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_goes_into_the_sweeps_folder_or_out(tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    toml = 'dataset = "digits"\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'
+    (sweep / "sweep.toml").write_text(toml)
+    assert script().main(["--report", str(sweep)]) == 0
+    assert capsys.readouterr().out == f"{sweep}/report/report.html\n"
+    assert {p.name for p in (sweep / "report").iterdir()} >= {"report.md", "report.html"}
+    assert script().main(["--report", str(sweep), "--out", str(tmp_path / "there")]) == 0
+    assert (tmp_path / "there" / "report.html").is_file()
+    missing = ["--report", str(sweep), "--benchmarks", str(tmp_path / "none")]
+    assert script().main(missing) == 2
+    assert "--benchmarks must be a folder" in capsys.readouterr().err
+    (sweep / "sweep.toml").unlink()
+    assert script().main(["--report", str(sweep)]) == 2
+    assert "must hold sweep.toml" in capsys.readouterr().err
+
+
 def test_errors_end_the_script_with_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, tmp_path / "missing"], capture_output=True, text=True, check=False

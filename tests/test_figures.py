@@ -104,6 +104,28 @@ def test_the_robustness_figure_shows_the_drop_and_its_spread(tmp_path, monkeypat
     assert "digits" in top.get_ylabel() and "kmnist" in bottom.get_ylabel()
 
 
+def test_the_training_figure_shows_mean_and_spread(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    losses = {
+        "digits": {"Spectral": np.array([[3.0, 1.0], [5.0, 2.0]]), "None": np.array([[4.0, 4.0]])},
+        "kmnist": {"None": np.array([[1.0, 2.0]])},
+    }
+    figures.training_figure(losses, tmp_path / "training.png")
+    left, right = drawn[0].axes
+    assert [left.get_title(), right.get_title()] == ["digits", "kmnist"]
+    spectral, none = left.get_lines()
+    np.testing.assert_allclose(spectral.get_xydata(), [[1, 4], [2, 1.5]])
+    np.testing.assert_allclose(none.get_ydata(), [4, 4])
+    # Sample standard deviations: those of two values that are d apart are d / sqrt(2).
+    (band,) = left.collections
+    std = np.array([2, 1]) / np.sqrt(2)
+    edges = np.sort(np.concatenate([[4, 1.5] - std, [4, 1.5] + std]))
+    np.testing.assert_allclose(np.unique(band.get_paths()[0].vertices[:, 1]), edges)
+    # The same method looks the same where others are missing.
+    assert none.get_color() == right.get_lines()[0].get_color() != spectral.get_color()
+
+
 def test_the_boundary_figure_shows_shares(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))

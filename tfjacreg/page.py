@@ -30,13 +30,18 @@ table {{ display: block; width: max-content; max-width: 100%; overflow-x: auto;
  border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: left;
  vertical-align: top; }}
-th {{ border-bottom: 2px solid #888; }}
+th {{ min-width: 4rem; border-bottom: 2px solid #888; vertical-align: bottom; }}
+td {{ white-space: nowrap; }}
 pre {{ padding: .7em; overflow-x: auto; background: #f5f5f5; font-size: .85em; line-height: 1.35; }}
 code {{ font-family: ui-monospace, monospace; font-size: .92em; }}
+@media screen and (max-width: 40rem) {{
+ p {{ overflow-x: auto; }}
+ img {{ max-width: none; width: auto; height: 16rem; }}
+}}
 @media print {{
  body {{ max-width: none; padding: 0; font-size: 9pt; }}
  table {{ display: table; width: 100%; font-size: 8pt; }}
- th, td {{ padding: .2em .4em; }}
+ th, td {{ min-width: 0; padding: .2em .4em; white-space: normal; }}
  tr {{ break-inside: avoid; }}
  pre {{ white-space: pre-wrap; font-size: 7pt; }}
 }}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,16 +226,12 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
     times = {}
     for path in sorted(benchmarks.glob("step_time*.json")):
         content = read_json(path)
-        sizes = content.get("batch_size")
-        if not isinstance(sizes, dict):
-            raise ValueError(
-                f"{path} must be as benchmarks/step_time.py writes it, with an object "
-                f"`batch_size`. Received: {sizes!r}."
-            )
-        if len(sizes) > 1:
-            times[path.name] = content
+        with _naming(path, "step_time.py"):
+            if len(content["batch_size"]) > 1:
+                times[path.name] = content
     if times:
-        figures.step_time_figure(list(times.values()), out / "step_time.png")
+        with _naming(benchmarks / "step_time*.json", "step_time.py"):
+            figures.step_time_figure(list(times.values()), out / "step_time.png")
         blocks += [
             "Left: the time of a training step against the batch size "
             f"({', '.join(map(tables.code, times))}). The paper measured on an NVIDIA K80.",
@@ -248,7 +245,9 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
         ]
     target = benchmarks / "estimator_error.json"
     if target.exists():
-        figures.estimator_error_figure(read_json(target), out / "estimator_error.png")
+        content = read_json(target)
+        with _naming(target, "estimator_error.py"):
+            figures.estimator_error_figure(content, out / "estimator_error.png")
         blocks += [
             f"Right: the relative error of sigma against the products spent (`{target.name}`).",
             "![Relative error of sigma against the products spent](estimator_error.png)",
@@ -257,6 +256,16 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
         command = f"python benchmarks/estimator_error.py --runs runs/estimators --json {target}"
         blocks += ["There are no errors of the estimators. To measure them:", tables.fence(command)]
     return blocks
+
+
+@contextlib.contextmanager
+def _naming(path: Path, script: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be as benchmarks/{script} writes it. Received: {error!r}. Run it again."
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

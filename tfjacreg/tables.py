@@ -102,7 +102,7 @@ def setting(section: Section) -> str:
     width = "" if config.network == "lenet" else f", width {config.width:g}"
     told = (
         f"{config.network}{width}, {config.epochs} epochs, {config.schedule} learning rate, "
-        f"{len(section.sweep.cells)} cells with {section.sweep.repeats} planned repeats each: "
+        f"{len(section.sweep.cells)} cells, planned repeats of each: {section.sweep.repeats}; "
         f"{len(section.finished)} of {len(section.runs)} runs have finished. The plan is in "
         f"{code(str(section.folder / 'sweep.toml'))}."
     )
@@ -129,7 +129,7 @@ def chosen_cells(section: Section) -> str:
             ]
         )
     head = ["Method", "Cell", "Complete cells", "Validation loss", "Mean exact sigma"]
-    head += ["Milliseconds per step", "Cell chosen on the test split"]
+    head += ["Milliseconds per step", "On the test split"]
     return _table(head, rows)
 
 

@@ -1,0 +1,653 @@
+"""The report of a sweep: a folder with known numbers in, Table 1 and a page out."""
+
+import base64
+import csv
+import dataclasses
+import hashlib
+import html.parser
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import image
+from selenium import webdriver
+
+from tfjacreg import datasets, page, report, selection, tables
+from tfjacreg.experiment import RunConfig
+from tfjacreg.sweep import Sweep
+
+ROOT = Path(__file__).parents[1]
+TOML = """
+dataset = "{dataset}"
+epochs = {epochs}
+repeats = 3
+[grid]
+factor = [0.001, 0.01]
+[methods.none]
+[methods.weight_decay]
+[methods.spectral]
+[methods.frobenius]
+factor = [0.1]
+"""
+EPOCHS = 4
+# Validation loss of the last epoch, lowest test loss, and how many of the three repeats there are.
+PLAN = {
+    "spectral-0.001-lr0.01-b32": (0.5, 0.2, 3),
+    "spectral-0.01-lr0.01-b32": (0.4, 0.3, 3),
+    "weight_decay-0.001-lr0.01-b32": (0.6, 0.5, 3),
+    "weight_decay-0.01-lr0.01-b32": (0.1, 0.1, 2),
+    "none-lr0.01-b32": (0.7, 0.6, 1),
+}
+ENVIRONMENT = {"python": "3.11", "tensorflow": "2.21", "keras": "3.15", "device": "one | core"}
+
+
+def write_run(folder, config, last_val, lowest_test, seed):
+    """A finished run with random numbers around the two losses."""
+    rng = np.random.default_rng([seed, config.seed])
+    rows = [
+        {
+            "epoch": epoch + 1,
+            "val_loss": last_val * (1 + 0.1 * rng.random()) + (0.1 if epoch == 0 else 0),
+            "test_loss": lowest_test * (1.5 + rng.random()),
+            "test_accuracy": 0.9 + 0.05 * rng.random(),
+            "step_seconds": 0.001 * (1 + rng.random()),
+        }
+        for epoch in range(config.epochs)
+    ]
+    rows[1]["val_loss"] = last_val / 2
+    rows[2]["test_loss"] = lowest_test * (1 + 0.1 * rng.random())
+    folder.mkdir(parents=True)
+    settings = dataclasses.asdict(config) | {"environment": ENVIRONMENT, "data_dir": "elsewhere"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with (folder / "history.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    metrics = {
+        "test_accuracy": rows[-1]["test_accuracy"],
+        "test_loss": rows[-1]["test_loss"],
+        "test_spectral_norm": float(1 + rng.random()),
+        "step_seconds": 0.001 * (1 + rng.random()),
+        "val_loss": rows[-1]["val_loss"],
+        "val_accuracy": 0.9,
+        "lowest_val_loss": rows[1],
+        "lowest_test_loss": rows[2],
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "classifier.keras").write_bytes(f"weights of {folder.name}".encode())
+
+
+def write_evaluation(folder, images=6, **change):
+    """An evaluation with random numbers; of the points, one at random is misclassified."""
+    digest = hashlib.sha256((folder / "classifier.keras").read_bytes()).hexdigest()
+    rng = np.random.default_rng(list(digest.encode()))
+    wrong = int(rng.integers(3))
+    content = {
+        "settings": {"images": images, "seed": 5, "classifier_sha256": digest},
+        "clean_accuracy": 0.9,
+        "noise": {"variance": [0.1, 0.2], "accuracy": [0.8, float(rng.random())]},
+        **{
+            name: {"iterations": [1, 4, 9], "accuracy": [0.5, 0.4, float(rng.random())]}
+            for name in ("pgd", "tpgd", "square")
+        },
+        "boundary_distance": [None if i == wrong else 1.0 + i for i in range(images)],
+        "boundary": {"misclassified": [wrong], "beyond_max_radius": []},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(content | change))
+
+
+def write_sweep(folder, dataset="fashion_mnist"):
+    folder.mkdir()
+    (folder / "sweep.toml").write_text(TOML.format(dataset=dataset, epochs=EPOCHS))
+    sweep = Sweep.load(folder / "sweep.toml")
+    for (cell, repeat), config in sweep.configs().items():
+        if cell.name in PLAN and repeat < PLAN[cell.name][2]:
+            last_val, lowest_test, _ = PLAN[cell.name]
+            seed = list(PLAN).index(cell.name)
+            write_run(folder / sweep.folder(config), config, last_val, lowest_test, seed)
+    failed = folder / "none-lr0.01-b32-seed1"
+    failed.mkdir()
+    (failed / "error.txt").write_text("Traceback\n  line 1\nRunError: it `diverged` | badly\n")
+    (folder / "none-lr0.01-b32-seed2").mkdir()
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_sweep(tmp_path / "sweep")
+
+
+@pytest.fixture
+def judged(folder):
+    for run in folder.glob("*/classifier.keras"):
+        write_evaluation(run.parent)
+    return folder
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+    """Step times and estimator errors, as the scripts write them."""
+    place = tmp_path / "benchmarks"
+    place.mkdir()
+    times = {"plain": {"seconds": 0.001, "ratio": 1.0}, "power_1": {"seconds": 0.002, "ratio": 2.0}}
+    settings = {"network": "lenet", "width": 1.0, "xla": False}
+    content = {"settings": settings, "environment": ENVIRONMENT}
+    sizes = {"16": times, "64": times}
+    (place / "step_time_a.json").write_text(json.dumps(content | {"batch_size": sizes}))
+    (place / "step_time_b.json").write_text(json.dumps(content | {"batch_size": {"16": times}}))
+    errors = [{"products": 2 * n, "mean": 0.5**n} for n in range(1, 4)]
+    networks = [
+        {
+            "name": name,
+            "factor": None if name == "none" else 0.01,
+            "seed": 0,
+            "errors": dict.fromkeys(("power", "lanczos", "spectral_norm_lanczos"), errors),
+            "bound_error": {"mean": 9.0},
+        }
+        for name in ("none", "power_1", "spectral_bound")
+    ]
+    settings = {"dataset": "digits", "epochs": 1, "points": 8, "factors": [0.01]}
+    content = {"settings": settings, "environment": ENVIRONMENT, "networks": networks}
+    (place / "estimator_error.json").write_text(json.dumps(content))
+    return place
+
+
+@pytest.fixture
+def nothing(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    return tmp_path / "nothing"
+
+
+def write(folder, benchmarks, *others):
+    target = report.write([folder, *others], folder / "report", benchmarks=benchmarks)
+    assert target == folder / "report" / "report.html"
+    assert not list(folder.rglob(".*"))
+    return (folder / "report" / "report.md").read_text()
+
+
+def rows_below(text, heading, number=0):
+    """The rows of a Markdown table below a heading, by column, without emphasis."""
+    section = re.split(r"^#+ ", text.split(f"\n{heading}\n", 1)[1], flags=re.M)[0]
+    blocks = [b.strip() for b in section.split("\n\n") if b.strip().startswith("| ")]
+    head, _, *body = [
+        [cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in blocks[number].splitlines()
+    ]
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
+def numbers(folder, cell, *keys):
+    """Numbers of metrics.json of the runs of a cell, by hand."""
+    found = []
+    for path in sorted(folder.glob(f"{cell}-seed*/metrics.json")):
+        value = json.loads(path.read_text())
+        for key in keys:
+            value = value[key]
+        found.append(value)
+    assert len(found) == PLAN[cell][2]
+    return np.array(found)
+
+
+def spread(values, digits=2, scale=100):
+    """Mean and standard deviation written out: the root of the sum of squares over n - 1."""
+    values = scale * values
+    mean = values.sum() / len(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    std = math.sqrt(((values - mean) ** 2).sum() / (len(values) - 1))
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+# --- Table 1 and the choice of cells ---
+
+LAST, LOWEST = ("test_accuracy",), ("lowest_val_loss", "test_accuracy")
+THEIRS = ("lowest_test_loss", "test_accuracy")
+# By method: its cell by validation loss, its cell by test loss, repeats.
+CHOSEN = {
+    "Spectral": ("spectral-0.01-lr0.01-b32", "spectral-0.001-lr0.01-b32", "3 of 3"),
+    "L2": ("weight_decay-0.001-lr0.01-b32", "weight_decay-0.001-lr0.01-b32", "3 of 3"),
+    "None †": ("none-lr0.01-b32", "none-lr0.01-b32", "1 of 3"),
+}
+PAPER = {"Spectral": "91.10 ± 0.06", "Frobenius": "91.00 ± 0.16", "L2": "90.84 ± 0.30"}
+PAPER["None †"] = "90.35 ± 0.28"
+
+
+def test_table_1_by_hand(folder, nothing):
+    rows = {row["Method"]: row for row in rows_below(write(folder, nothing), "### fashion_mnist")}
+    assert list(rows) == ["Spectral", "Frobenius", "L2", "None †"]
+    assert {method: row["Paper"] for method, row in rows.items()} == PAPER
+    for method, (ours, theirs, repeats) in CHOSEN.items():
+        row = rows[method]
+        assert row["Last epoch"] == spread(numbers(folder, ours, *LAST))
+        assert row["Lowest validation loss"] == spread(numbers(folder, ours, *LOWEST))
+        test = row["Chosen on the test split"].removesuffix(" †")
+        assert test == spread(numbers(folder, theirs, *THEIRS))
+        assert row["Repeats"] == repeats
+    assert rows["Frobenius"]["Last epoch"] == "no finished run"
+
+
+def test_only_the_best_complete_method_is_bold(folder, nothing):
+    # None would be best, but one of its three repeats does not make it comparable.
+    path = folder / "none-lr0.01-b32-seed0" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_accuracy": 0.999}))
+    text = write(folder, nothing)
+    complete = [ours for ours, _, repeats in CHOSEN.values() if repeats == "3 of 3"]
+    best = max((numbers(folder, cell, *LAST) for cell in complete), key=np.mean)
+    assert re.findall(r"\*\*([\d.]+ ± [\d.]+)\*\*", text) == [spread(best)]
+
+
+def test_the_cells_of_table_1(folder, nothing):
+    rows = {r["Method"]: r for r in rows_below(write(folder, nothing), "### fashion_mnist", 1)}
+    assert list(rows) == ["Spectral", "L2", "None †"]
+    assert rows["Spectral"]["Cell"] == "factor 0.01, rate 0.01, batch 32"
+    assert rows["Spectral"]["On the test split"] == "factor 0.001, rate 0.01, batch 32"
+    assert rows["L2"]["On the test split"] == "the same"
+    assert rows["None †"]["Cell"] == "rate 0.01, batch 32"
+    complete = [row["Complete cells"] for row in rows.values()]
+    assert complete == ["2 of 2", "1 of 2", "0 of 1"]
+    for method, (ours, _, _) in CHOSEN.items():
+        row = rows[method]
+        assert row["Validation loss"] == spread(numbers(folder, ours, "val_loss"), 4, 1)
+        sigma = numbers(folder, ours, "test_spectral_norm")
+        assert row["Mean exact sigma"] == spread(sigma, 3, 1)
+        seconds = numbers(folder, ours, "step_seconds")
+        assert row["Milliseconds per step"] == f"{1e3 * seconds.mean():.2f}"
+
+
+def test_all_cells_with_their_repeats(folder, nothing):
+    text = write(folder, nothing).split("## All cells")[1]
+    rows = rows_below(text, "### fashion_mnist")
+    assert [(r["Method"], r["Cell"].split(",")[0], r["Repeats"]) for r in rows] == [
+        ("Spectral", "factor 0.001", "3 of 3"),
+        ("Spectral \\*", "factor 0.01", "3 of 3"),
+        ("Frobenius", "factor 0.1", "0 of 3"),
+        ("L2 \\*", "factor 0.001", "3 of 3"),
+        ("L2", "factor 0.01", "2 of 3"),
+        ("None \\*", "rate 0.01", "1 of 3"),
+    ]
+    assert rows[2]["Validation loss"] == ""
+    incomplete = numbers(folder, "weight_decay-0.01-lr0.01-b32", *LAST)
+    assert rows[4]["Test accuracy in %"] == spread(incomplete)
+
+
+def test_what_is_missing_is_said(folder, nothing):
+    text = write(folder, nothing)
+    assert "12 of 18 runs have finished" in text
+    assert "**3 of 6 cells are incomplete.**" in text
+    assert f"python train.py --sweep {folder}/sweep.toml --out {folder}" in text
+    assert (
+        "- None, rate 0.01, batch 32: 1 of 3 repeats; "
+        "`failed: RunError: it 'diverged' | badly` (seed 1); `not finished` (seed 2)"
+    ) in text
+    assert "Frobenius, factor 0.1, rate 0.01, batch 32: 0 of 3 repeats; `not started`" in text
+    assert "2 of 3 repeats; `not started` (seed 2)" in text
+    assert "Left out" not in text
+
+
+def test_runs_of_others_are_left_out_and_named(folder, nothing):
+    before = write(folder, nothing)
+    other = RunConfig(dataset="fashion_mnist", epochs=EPOCHS, factor=0.5)
+    write_run(folder / "by-hand", other, 0.001, 0.001, 9)
+    after = write(folder, nothing)
+    assert "Left out, because `sweep.toml` does not name them: `by-hand`." in after
+    assert rows_below(after, "### fashion_mnist") == rows_below(before, "### fashion_mnist")
+
+
+def test_nothing_has_finished(tmp_path, nothing):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "sweep.toml").write_text(TOML.format(dataset="digits", epochs=2))
+    text = write(folder, nothing)
+    table = rows_below(text, "### digits")
+    assert [row["Last epoch"] for row in table] == ["no finished run"] * 4
+    assert "Paper" not in table[0] and "The paper:" not in text
+    assert "**6 of 6 cells are incomplete.**" in text and "0 finished runs, 0.0 hours" in text
+    assert not list((folder / "report").glob("*.png"))
+
+
+def test_several_sweeps(tmp_path, nothing):
+    first, second = write_sweep(tmp_path / "a"), write_sweep(tmp_path / "b", "kmnist")
+    text = write(first, nothing, second)
+    assert text.startswith("# Jacobian regularization: fashion_mnist, kmnist\n")
+    kmnist = {r["Method"]: r["Paper"] for r in rows_below(text, "### kmnist")}
+    assert kmnist["Spectral"] == "96.61 ± 0.14"
+    third = write_sweep(tmp_path / "c", "kmnist")
+    text = write(first, nothing, second, third)
+    assert {f"### kmnist, {second}", f"### kmnist, {third}"} < set(text.splitlines())
+
+
+def test_the_papers_numbers():
+    """Table 1 of the paper, read again from its rows."""
+    table = """
+        spectral        90.20 0.61  96.61 0.14  91.10 0.06
+        frobenius       90.21 0.69  96.39 0.08  91.00 0.16
+        spectral_bound  89.37 0.70  95.72 0.21  90.66 0.26
+        weight_decay    89.94 0.76  93.38 0.03  90.84 0.30
+        none            88.59 0.67  94.36 0.26  90.35 0.28
+    """
+    for line in table.strip().splitlines():
+        method, *values = line.split()
+        pairs = zip(map(float, values[::2]), map(float, values[1::2]), strict=True)
+        for dataset, pair in zip(("cifar10", "kmnist", "fashion_mnist"), pairs, strict=True):
+            assert tables.PAPER[dataset][method] == pair
+    assert list(tables.PAPER["kmnist"]) == list(selection.LABELS)
+
+
+def test_hours_and_machines(folder, nothing):
+    text = write(folder, nothing)
+    # 55,000 training images in batches of 32; four epochs at the seconds per step in each history.
+    seconds = 0.0
+    for path in folder.glob("*/history.csv"):
+        with path.open() as file:
+            seconds += 1719 * sum(float(row["step_seconds"]) for row in csv.DictReader(file))
+    assert f"12 finished runs, {seconds / 3600:.1f} hours" in text
+    (row,) = rows_below(text, "## Runs and machines")
+    assert row["runs"] == "12" and row["device"] == "one \\| core"
+
+
+def test_training_sizes_are_those_of_the_data():
+    config = RunConfig(dataset="digits", batch_size=100)
+    run = selection.Run(Path(), config, None, {}, {"step_seconds": np.ones(2)}, {})
+    steps = math.ceil(len(datasets.load("digits").train.x) / 100)
+    assert tables._seconds(run) == 2 * steps
+
+
+# --- figures ---
+
+
+def test_training_curves_are_those_of_the_chosen_cells(folder, nothing, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        report.figures, "training_figure", lambda losses, path: drawn.update(losses)
+    )
+    monkeypatch.setattr(report.page, "render", lambda text, out: "")
+    write(folder, nothing)
+    assert {k: v.shape for k, v in drawn["fashion_mnist"].items()} == {
+        "Spectral": (3, EPOCHS),
+        "L2": (3, EPOCHS),
+        "None": (1, EPOCHS),
+    }
+    last = numbers(folder, "spectral-0.01-lr0.01-b32", "val_loss")
+    np.testing.assert_allclose(drawn["fashion_mnist"]["Spectral"][:, -1], last)
+
+
+def test_robustness_of_the_chosen_cells(judged, nothing, monkeypatch):
+    drawn = []
+    original = report.figures.robustness_figure
+    monkeypatch.setattr(
+        report.figures,
+        "robustness_figure",
+        lambda runs, *rest: drawn.extend(runs) or original(runs, *rest),
+    )
+    text = write(judged, nothing)
+    expected = []
+    for method, (cell, _, _) in CHOSEN.items():
+        for path in sorted(judged.glob(f"{cell}-seed*/evaluation.json")):
+            label = method.removesuffix(" †")
+            expected.append(("fashion_mnist", label, json.loads(path.read_text())))
+    assert [tuple(evaluation) for evaluation in drawn] == expected and len(expected) == 7
+    assert "judged yet" not in text and "not in the figure" not in text
+    for name in ("robustness.png", "boundary.png", "training.png"):
+        assert f"]({name})" in text
+        assert len(np.unique(image.imread(judged / "report" / name))) > 50
+
+
+def test_one_run_per_method_for_the_boundary(judged, nothing, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        report.figures, "boundary_figure", lambda runs, path: drawn.append(list(runs))
+    )
+    monkeypatch.setattr(report.page, "render", lambda text, out: "")
+    text = write(judged, nothing)
+    named = re.findall(r"^- fashion_mnist, (\S+): `(\S+)`$", text, re.M)
+    assert [method for method, _ in named] == ["Spectral", "L2", "None"]
+    for (method, name), evaluation in zip(named, drawn[0], strict=True):
+        path = judged / name / "evaluation.json"
+        assert tuple(evaluation) == ("fashion_mnist", method, json.loads(path.read_text()))
+    write(judged, nothing)
+    assert drawn[1] == drawn[0]
+
+
+def test_every_repeat_can_be_drawn(folder):
+    (section,) = selection.read([folder])
+    cell = section.chosen["spectral"]
+    many = cell._replace(runs=cell.runs * 20)
+    positions = [many.runs.index(report.draw(m, many)) % 3 for m in selection.LABELS]
+    assert len(set(positions)) > 1
+
+
+def test_runs_to_judge_are_named_with_the_command(folder, nothing):
+    chosen = [cell for cell, _, _ in CHOSEN.values()]
+    names = [run for cell in chosen for run in sorted(folder.glob(f"{cell}-seed*/metrics.json"))]
+    runs = [str(path.parent) for path in names]
+
+    def command(text):
+        (line,) = re.findall(r"^python evaluate.py (?!--report)(.*)$", text, re.M)
+        return shlex.split(line)
+
+    text = write(folder, nothing)
+    assert command(text) == [*runs, "--boundary", "--limit", "2000"]
+    assert text.count("not in the figure: its distances are not measured yet") == 3
+    # One is judged whole, one on the way: the command goes on with the same settings.
+    write_evaluation(Path(runs[0]))
+    partial = Path(runs[1], "evaluation.json")
+    write_evaluation(partial.parent)
+    content = json.loads(partial.read_text())
+    del content["square"], content["boundary_distance"], content["boundary"]
+    partial.write_text(json.dumps(content))
+    text = write(folder, nothing)
+    assert command(text) == [*runs[1:], "--boundary", "--limit", "6", "--seed", "5"]
+    (line,) = [li for li in text.splitlines() if re.match(r"Spectral +1 .* 50\.0 ", li)][:1]
+    assert "±" not in line
+
+
+def test_the_command_is_one_that_evaluate_takes(folder, nothing):
+    lines = re.findall(r"^python evaluate.py (.*)$", write(folder, nothing), re.M)
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "evaluate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    args = script.parse(shlex.split(lines[0]))
+    assert args.boundary and args.limit == 2000 and len(args.runs) == 7
+
+
+def test_figure_5_from_the_benchmarks(folder, benchmarks, nothing, monkeypatch):
+    text = write(folder, benchmarks)
+    # One batch size makes no curve.
+    assert "`step_time_a.json`" in text and "step_time_b" not in text
+    for name in ("step_time.png", "estimator_error.png"):
+        assert len(np.unique(image.imread(folder / "report" / name))) > 50
+    text = write(folder, nothing)
+    for script in ("step_time", "estimator_error"):
+        assert f"python benchmarks/{script}.py " in text and f"{script}.png" not in text
+
+
+# --- bad input ---
+
+ONE = "spectral-0.01-lr0.01-b32-seed0"
+
+
+def change_json(name, **change):
+    def damage(folder):
+        path = folder / ONE / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return damage
+
+
+def write_text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "sweep.toml").unlink(), "must hold sweep.toml. Received: .*sweep, which"),
+        (write_text("sweep.toml", "= 3"), r"sweep.toml is not a TOML file"),
+        (write_text(f"{ONE}/config.json", "{"), rf"{ONE}/config.json is not JSON"),
+        (write_text(f"{ONE}/metrics.json", "[]"), rf"{ONE}/metrics.json must hold a JSON object"),
+        (change_json("config.json", epochs=9), rf"{ONE}/config.json .*=4. Received: epochs=9"),
+        (change_json("metrics.json", val_loss=None), "finite number as val_loss. Received: None"),
+        (change_json("metrics.json", val_loss=math.nan), "finite number as val_loss"),
+        (
+            change_json("metrics.json", lowest_test_loss={"test_loss": 0.1}),
+            rf"{ONE}/metrics.json must .*lowest_test_loss.test_accuracy. Received: None",
+        ),
+        (lambda f: (f / ONE / "history.csv").unlink(), rf"{ONE}/history.csv must hold a line"),
+        (write_text(f"{ONE}/history.csv", "val_loss\n1\n"), "step_seconds"),
+        (write_text(f"{ONE}/history.csv", "val_loss,step_seconds\n1,x\n"), "could not convert"),
+        (write_text(f"{ONE}/history.csv", "val_loss,step_seconds\n1,2\n"), "4 epochs. Received: 1"),
+        (write_text(f"{ONE}/evaluation.json", "{}"), rf"{ONE}/evaluation.json must be as"),
+        (change_json("evaluation.json", pgd={"iterations": [1, 4, 9], "accuracy": [1]}), "pgd"),
+        (change_json("evaluation.json", boundary={}), "KeyError"),
+        (write_text(f"{ONE}/classifier.keras", "new"), "an evaluation of another classifier"),
+        (lambda f: write_evaluation(f / ONE, images=7), r"differ in \['images'\]"),
+    ],
+)  # fmt: skip
+def test_damaged_and_foreign_files_are_named(judged, nothing, damage, message):
+    damage(judged)
+    with pytest.raises(ValueError, match=message):
+        write(judged, nothing)
+    assert not (judged / "report" / "report.md").exists()
+
+
+def test_results_without_weights(judged, nothing):
+    for path in judged.glob("*/classifier.keras"):
+        path.unlink()
+    assert "](robustness.png)" in write(judged, nothing)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("step_time_a.json", {}), ("estimator_error.json", {"settings": {}})]
+)
+def test_foreign_benchmarks_are_named(folder, benchmarks, name, content):
+    (benchmarks / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name} must be as benchmarks/"):
+        write(folder, benchmarks)
+
+
+def test_the_same_sweep_twice(folder, nothing):
+    with pytest.raises(ValueError, match="named once"):
+        write(folder, nothing, folder / ".." / folder.name)
+
+
+# --- the page ---
+
+
+class _Links(html.parser.HTMLParser):
+    """Gathers everything that a page may load, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.found += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_holds_its_pictures_and_nothing_else(judged, benchmarks):
+    text = write(judged, benchmarks)
+    page_text = (judged / "report" / "report.html").read_text()
+    links = _Links()
+    links.feed(page_text)
+    pictures = [link for link in links.found if link != "data:,"]
+    names = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(names) == 5
+    for link, name in zip(pictures, names, strict=True):
+        head, encoded = link.split(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(encoded) == (judged / "report" / name).read_bytes()
+    assert "script" not in links.tags and links.tags.count("table") == 4
+    assert "url(" not in page_text and "@import" not in page_text
+    # What came from files is text, not markup.
+    assert "RunError: it 'diverged' | badly" in links.text and "one | core" in links.text
+
+
+def test_markup_in_text_is_shown_as_text(tmp_path):
+    shown = page.render("# A <b>title</b>\n\n<script>alert(1)</script> `<i>`\n", tmp_path)
+    links = _Links()
+    links.feed(shown)
+    assert not {"script", "b", "i"} & set(links.tags)
+    assert "<title>A &lt;b&gt;title&lt;/b&gt;</title>" in shown
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Debian's chromium, without a network of its own."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        message = "The page is tested in Debian's chromium: apt-get install chromium-driver"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    service = webdriver.ChromeService(driver)
+    with webdriver.Chrome(options=options, service=service) as chrome:
+        yield chrome
+
+
+def shown(browser, path):
+    """Opens a page: each image's natural width, and what became of each address asked for."""
+    browser.get_log("performance")
+    browser.get(path.as_uri())
+    widths = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    failed = {
+        m["params"]["requestId"]: m["params"].get("blockedReason", m["params"]["errorText"])
+        for m in messages
+        if m["method"] == "Network.loadingFailed"
+    }
+    return widths, {s["request"]["url"]: failed.get(s["requestId"], "loaded") for s in sent}
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(judged, benchmarks, browser):
+    write(judged, benchmarks)
+    path = judged / "report" / "report.html"
+    alone = judged / "alone" / "report.html"
+    alone.parent.mkdir()
+    shutil.copy(path, alone)
+    widths, requests = shown(browser, alone)
+    assert len(widths) == 5 and min(widths) > 400
+    assert [r for r in requests if not r.startswith("data:")] == [alone.as_uri()]
+    assert set(requests.values()) == {"loaded"}
+    # On a phone nothing but tables, pictures and code scrolls sideways.
+    browser.set_window_size(500, 900)
+    sizes = "return [document.documentElement.scrollWidth, innerWidth]"
+    inner, outer = browser.execute_script(sizes)
+    assert inner <= outer
+
+
+@pytest.mark.slow
+def test_the_browser_would_see_a_request(folder, nothing, browser):
+    """The test above can fail: with an image from elsewhere, and without the policy."""
+    write(folder, nothing)
+    path = folder / "report" / "report.html"
+    text = path.read_text()
+    outside = "http://pictures.example/a.png"
+    text = text.replace("<body>", f'<body><img src="{outside}">')
+    path.write_text(text)
+    widths, requests = shown(browser, path)
+    assert widths[0] == 0 and requests[outside] == "csp"
+    path.write_text(re.sub(r"<meta http-equiv.*?>", "", text, flags=re.DOTALL))
+    assert shown(browser, path)[1][outside] == "net::ERR_NAME_NOT_RESOLVED"
