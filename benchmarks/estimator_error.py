@@ -177,9 +177,8 @@ def measure(arguments: argparse.Namespace, x: tf.Tensor) -> list[dict[str, Any]]
         keras.utils.clear_session()
         folder = name + ("" if factor is None else f"-{factor:g}") + f"-seed{config.seed}"
         out = arguments.runs / f"{config.dataset}-{config.epochs}-epochs" / folder
-        print(f"{folder}: ", end="", flush=True)
         metrics = experiment.run(config, out, verbose=0)
-        print(f"test accuracy {metrics['test_accuracy']:.4f}", flush=True)
+        print(f"{out}: test accuracy {metrics['test_accuracy']:.4f}", flush=True)
         # The layers of a classifier: its input, the normalization, the network.
         network = keras.models.load_model(out / "classifier.keras").layers[-1]
         entry = {"name": name, "factor": factor, "seed": config.seed}
