@@ -190,6 +190,11 @@ def measure(arguments: argparse.Namespace, x: tf.Tensor) -> list[dict[str, Any]]
 def points(arguments: argparse.Namespace) -> tf.Tensor:
     """Standardized training points, chosen at random."""
     data = datasets.load(arguments.dataset, arguments.data_dir)
+    if not 1 <= arguments.points <= len(data.train.x):
+        raise ValueError(
+            f"--points must be from 1 to {len(data.train.x)}, the size of the training split. "
+            f"Received: {arguments.points}"
+        )
     chosen = np.random.default_rng(0).choice(len(data.train.x), arguments.points, replace=False)
     return tf.constant((data.train.x[chosen] - data.mean) / data.std, tf.float32)
 

@@ -141,6 +141,13 @@ def test_a_network_is_judged_against_its_svd(network, x, monkeypatch):
     assert found["errors"]["lanczos"][-1]["mean"] < 1e-5
 
 
+@pytest.mark.parametrize("points", [0, 1258])
+def test_points_come_from_the_training_split(points):
+    arguments = argparse.Namespace(dataset="digits", data_dir=None, points=points)
+    with pytest.raises(ValueError, match=f"from 1 to 1257.*Received: {points}"):
+        estimator_error.points(arguments)
+
+
 def test_networks_are_trained_with_the_penalty_that_they_are_named_after():
     settings = {"dataset": "digits", "epochs": 2, "data_dir": None}
     settings |= {"factors": [0.01, 0.03], "seeds": [0, 5]}
