@@ -1,0 +1,559 @@
+"""Workers of a sweep: each run once, whoever is killed when; failures; one table at the end."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+
+import train
+from tfjacreg import datasets, workers
+from tfjacreg.experiment import RunConfig, RunError
+from tfjacreg.sweep import Sweep
+
+ROOT = Path(__file__).parent.parent
+DEADLINE = 300
+PYTHON = sys.executable  # Tests put the stand-in below in its place.
+
+SMALL = """
+dataset = "digits"
+epochs = 12
+repeats = 2
+[grid]
+batch_size = [128]
+[methods.none]
+[methods.spectral]
+"""
+MANY = """
+dataset = "digits"
+epochs = 1
+repeats = 12
+[grid]
+factor = [0.01, 0.1]
+[methods.none]
+[methods.weight_decay]
+"""
+
+# Stands for the process of a run where only the workers are tested: it "trains" for up to a fifth
+# of a second and ends with its worker. It notes clashes in its folder, and what it made.
+STAND_IN = """#!{python}
+import fcntl, json, os, random, select, sys, time
+order = json.loads(sys.stdin.buffer.raw.readline())
+folder = order["folder"]
+lock = open(folder + "/writer", "a")
+def note(what):
+    with open(os.path.join(os.path.dirname(folder), "notes"), "a") as file:
+        file.write(what + " " + os.path.basename(folder) + "\\n")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    note("clash")
+if select.select([0], [], [], random.uniform(0, 0.2))[0]:
+    sys.exit(1)
+{special}
+note("made")
+with open(folder + "/partial", "w") as file:
+    json.dump({{"val_loss": order["config"]["seed"] + 1.5, "test_accuracy": 0.25}}, file)
+os.replace(folder + "/partial", folder + "/metrics.json")
+"""
+
+
+def _stand_in(tmp_path, special=""):
+    path = tmp_path / "stand_in"
+    path.write_text(STAND_IN.format(python=PYTHON, special=special))
+    path.chmod(0o755)
+    return str(path)
+
+
+def _until(condition, what):
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} in {DEADLINE} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A PostgreSQL server on loopback, run by a user who is not root."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found or (os.getuid() == 0 and shutil.which("runuser") is None):
+        if os.environ.get("CI"):
+            pytest.fail("PostgreSQL is not installed: apt-get install postgresql")
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    # Not in tmp_path: that is for its owner alone.
+    with tempfile.TemporaryDirectory(prefix="tfjacreg-postgresql-") as name:
+        prefix = []
+        if os.getuid() == 0:
+            shutil.chown(name, "postgres")
+            prefix = ["runuser", "-u", "postgres", "--"]
+
+        def control(program, *arguments):
+            command = [*prefix, str(found[-1] / program), "-D", f"{name}/data", *arguments]
+            subprocess.run(command, check=True, cwd=name, stdout=subprocess.DEVNULL)
+
+        Path(name, "password").write_text("secret")
+        Path(name, "password").chmod(0o644)
+        login = ("--username=tester", f"--pwfile={name}/password", "--auth=scram-sha-256")
+        control("initdb", *login, "--no-sync")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -F"
+        control("pg_ctl", "start", "-w", "-o", options, "-l", f"{name}/log")
+        yield f"postgresql://tester:secret@127.0.0.1:{port}/postgres"
+        control("pg_ctl", "stop", "-m", "immediate")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request):
+    """What --storage says: nothing, or a database of its own for each test."""
+    if request.param == "sqlite":
+        return None
+    server = sqlalchemy.make_url(request.getfixturevalue("server"))
+    server = server.set(drivername="postgresql+psycopg")
+    name = f"test{random.SystemRandom().randrange(10**9)}"
+    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    url = server.set(drivername="postgresql", database=name)
+    return url.render_as_string(hide_password=False)
+
+
+def _trials(out, storage):
+    url = storage and storage.replace("postgresql:", "postgresql+psycopg:")
+    url = url or f"sqlite:///{out}/sweep.sqlite3"
+    (name,) = optuna.get_all_study_names(url)
+    return optuna.load_study(study_name=name, storage=url).get_trials()
+
+
+def _start(path, out, storage, *, executable=None):
+    """A worker: train.py's own command, or the same with another process for the runs."""
+    options = ["--sweep", str(path), "--out", str(out)]
+    options += ["--storage", storage] if storage else []
+    command = [PYTHON, "train.py"]
+    if executable:
+        main = "import sys, train; sys.executable = sys.argv.pop(1); sys.exit(train.main())"
+        command = [PYTHON, "-c", main, executable]
+    log = Path(out).with_suffix(".log").open("a")
+    return subprocess.Popen([*command, *options], cwd=ROOT, stdout=log, stderr=log)
+
+
+def _children(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def _kill(processes):
+    """Kills workers; returns once the processes of their runs have ended by themselves."""
+    children = [pid for process in processes for pid in _children(process)]
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for pid in children:
+        _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"end of the orphan {pid}")
+
+
+def _wait(processes):
+    for process in processes:
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "small.toml").write_text(SMALL)
+    return (
+        folder / "small.toml",
+        workers.work(folder / "small.toml", folder / "out"),
+        folder / "out",
+    )
+
+
+def _histories(out):
+    return {path.parent.name: path.read_text().splitlines() for path in out.glob("*/history.csv")}
+
+
+@pytest.mark.slow
+def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, tmp_path, storage):
+    path, summary, whole = undisturbed
+    out, moments = tmp_path / "out", random.Random(0)
+    seen = {}
+    for _ in range(3):
+        lines = sum(map(len, seen.values()))
+        pair = [_start(path, out, storage) for _ in range(2)]
+        # At a random moment once it goes on: what a round has trained, the next must keep.
+        _until(lambda n=lines: sum(map(len, _histories(out).values())) > n, "epoch")
+        time.sleep(moments.uniform(0, 1.5))
+        _kill(pair)
+        before, seen = seen, _histories(out)
+        _assert_kept(before, seen)
+    pair = [_start(path, out, storage) for _ in range(2)]
+    _wait(pair)
+    _assert_kept(seen, _histories(out))
+
+    names = {"none-lr0.01-b128", "spectral-0.01-lr0.01-b128"}
+    runs = {f"{name}-seed{seed}" for name in names for seed in (0, 1)}
+    assert {folder.name for folder in out.iterdir() if folder.is_dir()} == runs
+    trials = _trials(out, storage)
+    assert sorted(f"{t.params['cell']}-seed{t.params['repeat']}" for t in trials) == sorted(runs)
+    assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE}
+    for name in runs:
+        rows, expected = (
+            list(csv.DictReader((folder / name / "history.csv").open())) for folder in (out, whole)
+        )
+        assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 13)]
+        for row, other in zip(rows, expected, strict=True):
+            for key in set(row) - {"step_seconds"}:
+                assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5), (name, key)
+    again = workers.work(path, out, storage=storage)
+    assert not again.failures
+    for result, other in zip(again.results, summary.results, strict=True):
+        assert result.cell == other.cell
+        assert result.val_loss == pytest.approx(other.val_loss, rel=1e-5)
+        assert result.test_accuracy == pytest.approx(other.test_accuracy, rel=1e-5)
+    assert str(again) in out.with_suffix(".log").read_text()
+
+
+def _assert_kept(before, after):
+    """Epochs, with the times that they took, are those of before; the last may not have counted."""
+    for name, lines in before.items():
+        assert after[name][: len(lines) - 1] == lines[:-1]
+
+
+def test_the_undisturbed_table(undisturbed):
+    """Against the run folders, one of them made by hand."""
+    path, summary, out = undisturbed
+    assert summary.repeats == 2 and not summary.failures
+    lines = str(summary).splitlines()
+    for result, line in zip(summary.results, lines[1:], strict=True):
+        metrics = [
+            json.loads((out / f"{result.cell.name}-seed{seed}" / "metrics.json").read_text())
+            for seed in (0, 1)
+        ]
+        assert result.val_loss == [m["val_loss"] for m in metrics]
+        assert result.test_accuracy == [m["test_accuracy"] for m in metrics]
+        assert line.split() == [
+            result.cell.name,
+            *("2", "of", "2"),
+            f"{sum(result.val_loss) / 2:.4f}",
+            f"{sum(result.test_accuracy) / 2:.4f}",
+        ]
+    assert (out / "sweep.toml").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_many_short_runs_and_many_kills(tmp_path, storage):
+    """Three workers ask at once, and are killed while they ask, claim, train and tell."""
+    path, out, moments = tmp_path / "many.toml", tmp_path / "out", random.Random(1)
+    path.write_text(MANY)
+    executable = _stand_in(tmp_path)
+    notes = out / "notes"
+
+    def made():
+        return notes.read_text().splitlines() if notes.exists() else []
+
+    for _ in range(3):
+        count = len(made())
+        crowd = [_start(path, out, storage, executable=executable) for _ in range(3)]
+        _until(lambda n=count: len(made()) > n, "run")
+        time.sleep(moments.uniform(0, 0.7))
+        _kill(crowd)
+    _wait([_start(path, out, storage, executable=executable) for _ in range(3)])
+    names = [Sweep.folder(config) for config in Sweep.load(path).configs().values()]
+    assert sorted(made()) == sorted(f"made {name}" for name in names)
+    complete = [t for t in _trials(out, storage) if t.state == optuna.trial.TrialState.COMPLETE]
+    done = [f"{t.params['cell']}-seed{t.params['repeat']}" for t in complete]
+    assert sorted(done) == sorted(names)
+    assert len(_trials(out, storage)) == len(complete)
+
+
+def _work(tmp_path, text, monkeypatch, special="", **options):
+    """A worker in this process, with the stand-in for its runs."""
+    monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path, special))
+    (tmp_path / "some.toml").write_text(text)
+    return workers.work(tmp_path / "some.toml", tmp_path / "out", **options)
+
+
+FEW = 'dataset = "digits"\nepochs = 4\nrepeats = 2\n[methods.none]\n[methods.spectral]\n'
+FAILED = "spectral-0.01-lr0.01-b32-seed1"
+FAILURE = f'''
+if folder.endswith("{FAILED}") and not os.path.exists(folder + "/../repaired"):
+    sys.exit("Traceback and so on\\nRunError: diverged")
+'''
+
+
+def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch, capfd):
+    summary = _work(tmp_path, FEW, monkeypatch, FAILURE)
+    assert summary.failures == {FAILED: "RunError: diverged"}
+    assert [len(result.val_loss) for result in summary.results] == [2, 1]
+    assert f"failed: {FAILED}: RunError: diverged" in str(summary)
+    assert " 1 of 2 " in str(summary) and " 2 of 2 " in str(summary)
+    error = tmp_path / "out" / FAILED / "error.txt"
+    assert error.read_text() == "Traceback and so on\nRunError: diverged\n"
+    notes = tmp_path / "out" / "notes"
+    assert len(notes.read_text().splitlines()) == 3
+    captured = capfd.readouterr()
+    assert f"{FAILED}: failed: RunError: diverged" in captured.out
+    assert "4 of 4 runs, 1 failed" in captured.err and "16/16" in captured.err
+
+    # Started again it is known; tried again it fails again, once; repaired it succeeds.
+    (tmp_path / "out" / "repaired").write_text("")
+    assert _work(tmp_path, FEW, monkeypatch, FAILURE).failures == summary.failures
+    (tmp_path / "out" / "repaired").unlink()
+    again = _work(tmp_path, FEW, monkeypatch, FAILURE, retry_failed=True)
+    assert again.failures == summary.failures and len(_trials(tmp_path / "out", None)) == 5
+    (tmp_path / "out" / "repaired").write_text("")
+    repaired = _work(tmp_path, FEW, monkeypatch, FAILURE, retry_failed=True)
+    assert not repaired.failures and repaired.results[1].val_loss == [1.5, 2.5]
+    assert not error.exists()
+    assert len(notes.read_text().splitlines()) == 4
+
+
+def test_a_run_whose_process_is_killed_has_failed(tmp_path, monkeypatch):
+    special = f'os.kill(os.getpid(), 9) if folder.endswith("{FAILED}") else None'
+    summary = _work(tmp_path, FEW, monkeypatch, special)
+    assert list(summary.failures) == [FAILED] and "ended by SIGKILL" in summary.failures[FAILED]
+    assert "ended by SIGKILL" in (tmp_path / "out" / FAILED / "error.txt").read_text()
+
+
+def test_runs_are_found_by_their_folders(tmp_path, monkeypatch):
+    """Made by hand they are the sweep's, if they are; removed they are made again."""
+    out = tmp_path / "out"
+    (tmp_path / "some.toml").write_text(FEW)
+    configs = list(Sweep.load(tmp_path / "some.toml").configs().values())
+    other = RunConfig(regularizer="none", epochs=5, seed=1)
+    for config, made in ((configs[0], configs[0]), (configs[1], other)):
+        folder = out / Sweep.folder(config)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(vars(made)))
+        (folder / "metrics.json").write_text('{"val_loss": 0.125, "test_accuracy": 0.5}')
+    summary = _work(tmp_path, FEW, monkeypatch)
+    assert summary.results[0].val_loss == [0.125]
+    assert summary.results[0].test_accuracy == [0.5]
+    (failure,) = summary.failures.values()
+    assert "epochs is 5 there, 4 here" in failure
+    assert len((out / "notes").read_text().splitlines()) == 2
+    shutil.rmtree(out / Sweep.folder(configs[0]))
+    summary = _work(tmp_path, FEW, monkeypatch)
+    assert summary.results[0].val_loss == [1.5]
+    assert len((out / "notes").read_text().splitlines()) == 3
+
+
+def test_what_a_dying_worker_leaves_in_the_ledger_is_taken_up(tmp_path, monkeypatch):
+    """It may die between any two of Optuna's writes: as asked, before its cell is known, after."""
+    (tmp_path / "some.toml").write_text(FEW)
+    sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
+    out.mkdir()
+    with workers._Ledger.open(sweep, out, None, None) as ledger:
+        study = ledger._study
+        study._storage.create_new_trial(study._study_id)
+        study.ask()
+        study.ask().suggest_categorical("cell", [cell.name for cell in sweep.cells])
+        assert ledger.latest() == {}
+    summary = _work(tmp_path, FEW, monkeypatch)
+    assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
+    assert len(_trials(out, None)) == 4
+    assert len((out / "notes").read_text().splitlines()) == 4
+
+
+def test_locks_of_runs(tmp_path, storage):
+    """One holder among processes; the process of the run is one with its worker."""
+
+    def locks():
+        if storage is None:
+            return workers._Locks(tmp_path)
+        return workers._ServerLocks(tmp_path, workers._server(storage), "study")
+
+    first, second = locks(), locks()
+    with contextlib.closing(first), contextlib.closing(second):
+        held = first.take("run")
+        assert held is not None and second.take("run") is None
+        assert (other := second.take("other")) is not None
+        second.give("other", other)
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[held])
+        first.give("run", held)
+        assert second.take("run") is None
+        child.kill()
+        child.wait()
+        held = second.take("run")
+        assert held is not None and first.take("run") is None
+        second.give("run", held)
+        held = first.take("run")
+        assert held is not None
+        first.give("run", held)
+
+
+def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
+    inside, most = [], []
+
+    def enter():
+        locks = workers._Locks(tmp_path)
+        if storage is not None:
+            locks = workers._ServerLocks(tmp_path, workers._server(storage), "study")
+        with contextlib.closing(locks):
+            for _ in range(5):
+                with locks.ledger():
+                    inside.append(1)
+                    time.sleep(0.01)
+                    most.append(len(inside))
+                    inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 15
+
+
+def test_locks_of_machines_without_a_common_folder(tmp_path, server):
+    """The server's locks alone: the first machine's folder is not the second's."""
+    url = workers._server(server)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = workers._ServerLocks(tmp_path / "a", url, "study")
+    second = workers._ServerLocks(tmp_path / "b", url, "study")
+    with contextlib.closing(second):
+        with contextlib.closing(first):
+            assert first.take("run") is not None and second.take("run") is None
+            assert second.take("other") is not None
+        # The connection has ended, as that of a killed worker does.
+        _until(lambda: second.take("run") is not None, "lock")
+
+
+def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, server):
+    """Its lock is lost: another may have the run by now."""
+
+    def cut():
+        engine = sqlalchemy.create_engine(workers._server(server))
+        _until((tmp_path / "out" / "pid").exists, "run")
+        with engine.connect() as connection:
+            connection.execute(
+                sqlalchemy.text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE pid != pg_backend_pid() AND backend_type = 'client backend'"
+                )
+            )
+        engine.dispose()
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    special = 'open(folder + "/../pid", "w").write(str(os.getpid())); time.sleep(60)'
+    with pytest.raises(
+        RunError, match="Cannot use the sweep's storage.*\n*.*same command"
+    ) as error:
+        _work(tmp_path, FEW, monkeypatch, special, storage=server)
+    thread.join()
+    assert "secret" not in str(error.value)
+    assert not Path("/proc", (tmp_path / "out" / "pid").read_text()).exists()
+    summary = _work(tmp_path, FEW, monkeypatch, storage=server)
+    assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
+
+
+def test_a_server_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="Cannot use the sweep's storage") as error:
+        _work(tmp_path, FEW, monkeypatch, storage="postgresql://tester:secret@127.0.0.1:9/none")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["mysql://host/name", "sqlite:///file", "nonsense"])
+def test_other_storages_are_refused(tmp_path, monkeypatch, url):
+    with pytest.raises(ValueError, match="postgresql://user@host/name.*Received: " + url):
+        _work(tmp_path, FEW, monkeypatch, storage=url)
+
+
+def test_another_sweeps_folder_is_refused(tmp_path, monkeypatch):
+    _work(tmp_path, FEW, monkeypatch)
+    held = (tmp_path / "out" / "sweep.toml").read_bytes()
+    with pytest.raises(RunError, match="another sweep.*Choose another --out"):
+        _work(tmp_path, FEW + "# changed", monkeypatch)
+    assert (tmp_path / "out" / "sweep.toml").read_bytes() == held
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(RunError, match="Cannot write.*Choose a writable --out"):
+        _work(tmp_path, FEW, monkeypatch)
+
+
+def test_missing_data_is_no_failure_of_every_run(tmp_path, monkeypatch):
+    def missing(*_):
+        raise FileNotFoundError("no data; download or prepare")
+
+    monkeypatch.setattr(datasets, "load", missing)
+    with pytest.raises(RunError, match="download or prepare"):
+        _work(tmp_path, FEW, monkeypatch)
+    assert _trials(tmp_path / "out", None) == []
+
+
+@pytest.mark.slow
+def test_the_command_fails_where_a_run_diverges(tmp_path):
+    """A real failure: its error in the folder and in the table, and the exit status."""
+    text = 'dataset = "digits"\nepochs = 1\nrepeats = 1\n[grid]\nlearning_rate = [1e30]\n'
+    (tmp_path / "some.toml").write_text(text + "[methods.none]")
+    worker = _start(tmp_path / "some.toml", tmp_path / "out", None)
+    assert worker.wait(DEADLINE) == 1
+    assert (
+        "failed: none-lr1e+30-b32-seed0: RunError: Training diverged in epoch 1"
+        in (tmp_path / "out.log").read_text()
+    )
+    error = (tmp_path / "out" / "none-lr1e+30-b32-seed0" / "error.txt").read_text()
+    assert "Traceback" in error and "RunError: Training diverged in epoch 1" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sweep", "F", "--epochs", "3"), "--epochs is not for --sweep"),
+        (("--sweep", "F", "--seed", "0"), "--seed is not for --sweep"),
+        (("--sweep", "F", "--no-augment"), "--augment is not for --sweep"),
+        (("--sweep", "F", "--overwrite"), "--overwrite is not for --sweep"),
+        (("--storage", "postgresql://h/n"), "--storage needs --sweep FILE"),
+        (("--retry-failed",), "--retry-failed needs --sweep FILE"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        train.main(list(options))
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path, FAILURE))
+    (tmp_path / "some.toml").write_text(FEW)
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--sweep", "some.toml"]) == 1
+    assert f"failed: {FAILED}: RunError: diverged\n  in runs/some" in capsys.readouterr().out
+    (tmp_path / "runs" / "some" / "repaired").write_text("")
+    assert train.main(["--sweep", "some.toml", "--retry-failed", "--out", "runs/some"]) == 0
+    assert train.main(["--sweep", "missing.toml"]) == 2
+    assert "Cannot read the sweep file" in capsys.readouterr().err
+
+
+def test_stopped_by_hand(tmp_path, monkeypatch, capsys):
+    """The run's process ends, its lock is free, and the same command goes on."""
+    special = "os.kill(os.getppid(), 2); time.sleep(60)"
+    monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path, special))
+    (tmp_path / "some.toml").write_text(FEW)
+    command = ["--sweep", str(tmp_path / "some.toml"), "--out", str(tmp_path / "out")]
+    started = time.monotonic()
+    assert train.main(command) == 130
+    assert time.monotonic() - started < 30
+    assert "The same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path))
+    assert train.main(command) == 0
+    assert len((tmp_path / "out" / "notes").read_text().splitlines()) == 4
