@@ -209,9 +209,7 @@ def of_any_length(culprit):
 
 
 @pytest.mark.parametrize("feed", ["arrays", "tf.data", "train_on_batch"])
-@pytest.mark.parametrize(
-    ("make", "shape"), [(BuiltByItsBatch, (6, 4)), (of_any_length, (6, 5, 4))]
-)
+@pytest.mark.parametrize(("make", "shape"), [(BuiltByItsBatch, (6, 4)), (of_any_length, (6, 5, 4))])
 def test_the_first_batch_tells_the_shape(make, shape, feed):
     """Networks that do not know the shape of their input are checked before the first step too."""
     x, y = np.ones(shape, "float32"), np.ones((6, 4), "float32")

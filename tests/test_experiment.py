@@ -251,6 +251,54 @@ def test_the_command(tmp_path):
     assert "fashion_mnist" in train("--dataset", "mnist").stderr
 
 
+def cifar_shaped(folder):
+    """Real images in the form of CIFAR-10: the digits, 32x32, in colours that tell nothing."""
+    digits = datasets.load("digits")
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name, split, size in (
+        *((f"data_batch_{i}.bin", digits.train, 48) for i in range(1, 6)),
+        ("test_batch.bin", digits.test, 80),
+    ):
+        chosen = rng.choice(len(split.x), size, replace=False)
+        images = np.pad(split.x[chosen], ((0, 0), (2, 2), (2, 2), (0, 0)))
+        images = images * rng.uniform(0.5, 1, (size, 1, 1, 3)) * 255
+        pixels = images.astype("uint8").transpose(0, 3, 1, 2).reshape(size, -1)
+        labels = split.y[chosen].astype("uint8")[:, None]
+        (folder / name).write_bytes(np.concatenate([labels, pixels], axis=1).tobytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", ["none", "spectral", "spectral_bound"])
+@pytest.mark.parametrize("network", ["vgg16", "resnet20"])
+def test_networks_with_batch_norm_train_end_to_end(tmp_path, monkeypatch, network, penalty):
+    """train.py on CIFAR-shaped files: crops and flips, cosine schedule, momentum, export."""
+    cifar_shaped(tmp_path / "source")
+    monkeypatch.setitem(datasets.VALIDATION_SIZES, "cifar10", 40)
+    monkeypatch.syspath_prepend(ROOT)
+    import train
+
+    datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
+    arguments = ["--dataset", "cifar10", "--network", network, "--width", "0.25", "--epochs", "2"]
+    arguments += ["--batch-size", "16", "--regularizer", penalty, "--data-dir"]
+    arguments += [str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["augment"], config["schedule"], config["learning_rate"]) == (True, "cosine", 0.1)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert all(np.isfinite(v) for v in metrics.values() if isinstance(v, float))
+    x = datasets.load("cifar10", tmp_path / "data").test.x[:8]
+    served = tf.saved_model.load(tmp_path / "run" / "saved_model")
+    classifier = keras.models.load_model(tmp_path / "run" / "classifier.keras")
+    np.testing.assert_allclose(served.serve(x), classifier(x), atol=1e-4)
+    moved = [
+        layer.moving_mean.numpy()
+        for layer in classifier.layers[-1].layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    assert len(moved) == {"vgg16": 13, "resnet20": 21}[network] and all(map(np.any, moved))
+
+
 def test_every_epoch_has_its_own_order_and_all_examples():
     x = np.arange(50, dtype="float32").reshape(50, 1, 1, 1)
     y = np.arange(50, dtype="int32")

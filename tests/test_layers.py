@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from reference import dense_jacobian, seeded_input, singular_values
 
-from tfjacreg import JacobianOperator, networks, spectral_norm
+from tfjacreg import JacobianOperator, RegularizedModel, networks, regularizers, spectral_norm
 from tfjacreg.jacobian import FORWARD_MODES
 
 
@@ -150,6 +150,80 @@ def test_networks_of_the_paper_and_beyond(float64, name, shape, options):
     x = seeded_input(shape, 2)
     sigma = spectral_norm(network, x, method="exact", forward_mode="transpose").sigma
     np.testing.assert_allclose(sigma, singular_values(dense_jacobian(network, x))[:, 0], rtol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("name", networks.NAMES)
+def test_networks_eager_graph_and_xla(name, forward_mode):
+    """In training mode: with the statistics of the batch."""
+    size = (28, 28, 1) if name == "lenet" else (32, 32, 3)
+    network = networks.get(name, size, 10, **({} if name == "lenet" else {"width": 0.125}))
+    x = tf.constant(seeded_input(size, 4))
+    rng = np.random.default_rng(0)
+    v = tf.constant(rng.normal(size=x.shape).astype("float32"))
+    u = tf.constant(rng.normal(size=(4, 10)).astype("float32"))
+
+    def products(x):
+        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        return op.matvec(v), op.rmatvec(u)
+
+    state = network.get_weights()
+    eager = products(x)
+    for compiled in (tf.function(products), tf.function(products, jit_compile=True)):
+        network.set_weights(state)
+        for a, b in zip(eager, compiled(x), strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-5 * np.max(np.abs(a)))
+
+
+def image_to_image(size):
+    inputs = keras.Input((size, size, 3))
+    x = layers.Conv2D(4, 3, padding="same", activation="relu")(inputs)
+    x = layers.BatchNormalization()(x)
+    return keras.Model(inputs, layers.Conv2D(2, 3, padding="same")(x))
+
+
+def largest_tensor(function, *arguments):
+    """Elements of the largest tensor of a function and of those that it calls, when traced."""
+    graph = tf.function(function).get_concrete_function(*arguments).graph
+    graphs = [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
+    outputs = [t.shape for g in graphs for op in g.get_operations() for t in op.outputs]
+    assert any(shape.rank == 4 for shape in outputs)
+    return max(shape.num_elements() for shape in outputs if shape.is_fully_defined())
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize(
+    "penalty", [regularizers.SpectralNorm(0.1), regularizers.SpectralNorm(0.1, "lanczos", 3)]
+)
+def test_no_tensor_of_a_step_is_larger_than_the_largest_activation(penalty, forward_mode):
+    """A dense Jacobian would be thousands of times as large, for each example."""
+    penalty = type(penalty)(**{**penalty.get_config(), "forward_mode": forward_mode})
+    for batch in (2, 6):
+        network = image_to_image(32)
+        state = penalty.initial_state(network)
+
+        def gradient(x, network=network, state=state):
+            with tf.GradientTape() as tape:
+                operator = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+                value, _ = penalty(operator, state)
+                value += tf.reduce_mean(operator.primal)
+            return tape.gradient(value, network.trainable_variables)
+
+        # Lanczos keeps a vector of each step.
+        kept = penalty.iterations if penalty.method == "lanczos" else 1
+        largest = largest_tensor(gradient, tf.zeros((batch, 32, 32, 3)))
+        assert largest <= kept * batch * 32 * 32 * 4
+
+
+def test_large_images_and_a_hundred_thousand_outputs():
+    """224x224x3 to 224x224x2: the Jacobian of one image would fill 60 GB."""
+    network = image_to_image(224)
+    model = RegularizedModel(network, regularizers.SpectralNorm(0.1, seed=0))
+    model.compile("sgd", "mse")
+    x = seeded_input((224, 224, 3), 2)
+    history = model.fit(x, np.zeros((2, 224, 224, 2)), epochs=2, batch_size=2, verbose=0).history
+    assert np.all(np.isfinite(history["loss"])) and history["penalty"][0] > 0
 
 
 def test_the_output_of_an_embedding_as_the_input(float64):

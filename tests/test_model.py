@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 import textwrap
+import time
 
 import keras
 import numpy as np
@@ -68,6 +69,82 @@ def test_without_a_penalty_training_is_plain_keras(regularizer, optimizer):
     for a, b in zip(plain.get_weights(), wrapped.network.get_weights(), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-6)
     assert any(np.any(a != b) for a, b in zip(small_network().weights, plain.weights, strict=True))
+
+
+class WithDenseSVD(keras.Model):
+    """The same objective by other means: Keras' own step, the dense Jacobian and its SVD."""
+
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def call(self, x, training=None):
+        return self.network(x, training=training)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = self.network(x, training=training)
+        jacobians = tape.batch_jacobian(outputs, x, experimental_use_pfor=False)
+        jacobians = tf.reshape(jacobians, (-1, 3, 36))
+        _, u, v = tf.linalg.svd(jacobians)
+        u, v = tf.stop_gradient(u[:, :, 0]), tf.stop_gradient(v[:, :, 0])
+        return loss + self.factor * tf.reduce_mean(tf.einsum("bi,bij,bj->b", u, jacobians, v))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_with_a_penalty_every_optimizer_follows_the_dense_svd(optimizer):
+    """Clipping, averages, accumulation and loss scaling act on the whole gradient, penalty too."""
+    penalty = regularizers.SpectralNorm(0.3, "exact")
+    got = compiled(RegularizedModel(small_network(), penalty), OPTIMIZERS[optimizer]())
+    dense = compiled(WithDenseSVD(small_network(), 0.3), OPTIMIZERS[optimizer]())
+    losses = [fit(model, epochs=4)["loss"] for model in (dense, got)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    for a, b in zip(dense.network.get_weights(), got.network.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, atol=5e-5)
+    # The penalty counts: without it the weights are others.
+    plain = compiled(RegularizedModel(small_network()), OPTIMIZERS[optimizer]())
+    fit(plain, epochs=4)
+    kernels = plain.network.get_weights()[0], dense.network.get_weights()[0]
+    assert np.max(np.abs(kernels[0] - kernels[1])) > 1e-3
+
+
+def normalized_network():
+    keras.utils.set_random_seed(7)
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            layers.Conv2D(4, 3, use_bias=False),
+            layers.BatchNormalization(momentum=0.9),
+            layers.ReLU(),
+            layers.Flatten(),
+            layers.Dense(8),
+            layers.BatchNormalization(momentum=0.9),
+            layers.Dense(3),
+        ]
+    )
+
+
+def statistics(network):
+    return [v.numpy() for v in network.non_trainable_variables if "moving" in v.path]
+
+
+@pytest.mark.parametrize("penalty", [regularizers.SpectralNorm, regularizers.FrobeniusNorm])
+def test_moving_statistics_are_those_of_a_run_without_penalty(penalty):
+    """After 20 steps with factor 0; and after the first step with any factor."""
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16).repeat()
+    for factor, steps in ((0.0, 20), (0.7, 1)):
+        plain = compiled(normalized_network())
+        wrapped = compiled(RegularizedModel(normalized_network(), penalty(factor, seed=0)))
+        for model in (plain, wrapped):
+            model.fit(data, epochs=1, steps_per_epoch=steps, verbose=0, shuffle=False)
+        expected = statistics(plain)
+        assert len(expected) == 4
+        for a, b in zip(expected, statistics(wrapped.network), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-7)
+        for a, b in zip(expected, statistics(normalized_network()), strict=True):
+            assert np.any(np.abs(a - b) > 1e-3)
 
 
 def test_one_step_on_a_linear_network_is_known_by_hand():
@@ -264,8 +341,11 @@ np.savez(folder + "/weights.npz", *model.get_weights())
     ids=lambda penalty: type(penalty).__name__,
 )
 def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path, penalty):
-    """Optimizer state, random stream and iteration vectors come along: the same weights follow."""
-    model = compiled(RegularizedModel(small_network(), penalty))
+    """Optimizer state, moving statistics, random stream and iteration vectors come along.
+
+    The same weights follow as without a break.
+    """
+    model = compiled(RegularizedModel(normalized_network(), penalty), keras.optimizers.Adam(0.01))
     fit(model)
     model.save(tmp_path / "run.keras")
     np.savez(tmp_path / "data.npz", x=X, y=Y)
@@ -373,13 +453,79 @@ def test_one_device_and_two_give_the_same_weights(batch_norm):
     np.testing.assert_allclose(two["penalty"], one["penalty"], rtol=1e-5)
 
 
-def test_mixed_precision_trains_without_nan():
-    keras.config.set_dtype_policy("mixed_float16")
-    model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0.1, seed=0)))
-    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+@pytest.mark.parametrize("penalty", ["spectral", "frobenius", "spectral_bound", "weight_decay"])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_trains_without_nan(policy, penalty):
+    """51 steps; the loss scale stays what it was, that is, no gradient ever overflowed."""
+    keras.config.set_dtype_policy(policy)
+    model = compiled(RegularizedModel(normalized_network(), penalty))
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")
     history = fit(model, epochs=17)
     assert np.all(np.isfinite(history["loss"])) and np.all(np.isfinite(history["penalty"]))
     assert history["loss"][-1] < history["loss"][0]
+    if scaled:
+        assert float(model.optimizer.dynamic_scale) == model.optimizer.initial_scale
+        assert int(model.optimizer.iterations) == 51
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("method", tfjacreg.norms.METHODS)
+def test_a_zero_network_stays_finite_in_half_precision(policy, method):
+    keras.config.set_dtype_policy(policy)
+    network = small_network()
+    network.set_weights([np.zeros_like(w) for w in network.get_weights()])
+    model = compiled(RegularizedModel(network, regularizers.SpectralNorm(0.1, method)))
+    history = fit(model, epochs=3)
+    assert history["penalty"][0] == 0 and np.all(np.isfinite(history["loss"]))
+    assert all(np.all(np.isfinite(w)) for w in network.get_weights())
+
+
+def lenet_on_digits():
+    data = tfjacreg.datasets.load("digits")
+    network = tfjacreg.networks.lenet()
+    x = ((data.train.x - data.mean) / data.std)[:512].astype("float32")
+    return network, x, data.train.y[:512]
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_sigma_in_half_precision(policy):
+    """Of a LeNet after some training, mean over images; bfloat16 has three bits fewer."""
+    network, x, y = lenet_on_digits()
+    compiled(network).fit(x, y, epochs=3, verbose=0)
+    expected = tfjacreg.spectral_norm(network, x[:128], method="exact").sigma
+    keras.config.set_dtype_policy(policy)
+    half = tfjacreg.networks.lenet()
+    half.set_weights(network.get_weights())
+    for forward_mode in tfjacreg.jacobian.FORWARD_MODES:
+        sigma = tfjacreg.spectral_norm(
+            half, x[:128], iterations=10, forward_mode=forward_mode
+        ).sigma
+        assert sigma.dtype == tf.float32
+        error = np.mean(np.abs(sigma / expected - 1))
+        assert error < (0.01 if policy == "mixed_float16" else 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forward_mode", tfjacreg.jacobian.FORWARD_MODES)
+def test_an_xla_step_costs_at_most_three_plain_ones(forward_mode):
+    """LeNet, batch 32: TensorFlow's own derivative of max-pooling takes seconds for a step."""
+    network, x, y = lenet_on_digits()
+    batch = tf.constant(x[:32]), tf.constant(y[:32])
+    steps = []
+    for penalty in (None, regularizers.SpectralNorm(0.01, forward_mode=forward_mode)):
+        model = compiled(RegularizedModel(network, penalty), jit_compile=True)
+        model.train_on_batch(*batch)
+        steps.append(tf.function(lambda model=model: model.train_step(batch), jit_compile=True))
+        steps[-1]()
+    seconds = [[], []]
+    for _ in range(60):
+        for step, times in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step()["loss"].numpy()
+            times.append(time.perf_counter() - start)
+    plain, penalized = (np.median(times) for times in seconds)
+    assert penalized < 3 * plain
 
 
 BAD = {

@@ -340,6 +340,8 @@ MAPS = {
     "conv1d_causal": ((8, 2), lambda: layers.Conv1D(3, 3, padding="causal")),
     "conv3d": ((4, 4, 3, 1), lambda: layers.Conv3D(2, 2)),
     "conv_dilated_same": ((6, 5, 2), lambda: layers.Conv2D(2, 3, dilation_rate=2, padding="same")),
+    "conv_1x1_stride": ((7, 6, 2), lambda: layers.Conv2D(3, 1, strides=2, padding="same")),
+    "conv1d_1_stride": ((9, 2), lambda: layers.Conv1D(3, 1, strides=2)),
     "conv1d": ((9, 2), lambda: layers.Conv1D(3, 3, strides=2)),
     "conv1d_causal_dilated": (
         (8, 2),

@@ -1,3 +1,5 @@
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -316,6 +318,17 @@ def test_serialization(regularizer):
         assert copy.get_config() == regularizer.get_config()
 
 
+def test_numbers_of_numpy_are_kept_as_numbers_of_python():
+    """A config that is written as JSON holds nothing else."""
+    for made in (
+        SpectralNorm(np.float32(0.5), iterations=np.int64(2), seed=np.int32(3)),
+        FrobeniusNorm(np.float32(0.5), num_projections=np.int64(2), seed=np.int64(3)),
+        SpectralBound(np.float64(0.5), iterations=np.int64(2), seed=np.int64(3)),
+    ):
+        config = made.get_config()
+        assert json.loads(json.dumps(config)) == config and config["factor"] == 0.5
+
+
 def test_get():
     assert regularizers.get(None) is None
     for name, cls in regularizers.NAMES.items():
@@ -336,6 +349,12 @@ BAD = {
     "bound_seed": (lambda: SpectralBound(1, seed=-2), ValueError, "`seed`.*=-2"),
     "forward_mode": (lambda: SpectralNorm(1, forward_mode="x"), ValueError, "accumulator"),
     "name": (lambda: regularizers.get("l2"), ValueError, "frobenius.*spectral.*'l2'"),
+    "class_name": (
+        lambda: regularizers.get({"class_name": "Ridge", "config": {"factor": 1.0}}),
+        ValueError,
+        "FrobeniusNorm.*Received.*Ridge",
+    ),
+    "no_class_name": (lambda: regularizers.get({}), ValueError, "`class_name`.*Received: {}"),
     "type": (lambda: regularizers.get(3), TypeError, "None, a name.*Received: 3"),
     "no_kernel": (
         lambda: SpectralBound(1).initial_state(

@@ -7,6 +7,7 @@ the differentiable `||J^T u||` with one more product.
 
 from __future__ import annotations
 
+import numbers
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -335,14 +336,17 @@ def fresh_seed(seed: int | None) -> int:
     return random.randrange(2**31) if seed is None else seed
 
 
-def validate_seed(seed: int | None) -> None:
-    """Checks that a seed is None or a non-negative integer.
+def validate_seed(seed: int | None) -> int | None:
+    """Returns a seed that is None or a non-negative integer, NumPy's too, as Python's.
 
     Raises:
         ValueError: If it is not.
     """
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"`seed` must be None or an integer >= 0. Received: seed={seed!r}")
+    return int(seed)
 
 
 def unit(a: tf.Tensor) -> tf.Tensor:
@@ -404,11 +408,12 @@ def validate_method(method: str, iterations: int) -> None:
     validate_positive("iterations", iterations)
 
 
-def validate_positive(name: str, value: int) -> None:
-    """Checks that an argument is an integer of at least 1.
+def validate_positive(name: str, value: int) -> int:
+    """Returns an argument that is an integer of at least 1, NumPy's too, as Python's.
 
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value!r}")
+    return int(value)

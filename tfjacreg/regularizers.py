@@ -8,6 +8,7 @@ for random starts, iteration vectors) in variables, so that it is saved with the
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Regularizer:
     def __init__(self, factor: float) -> None:
         if (
             isinstance(factor, bool)
-            or not isinstance(factor, (int, float))
+            or not isinstance(factor, numbers.Real)
             or not math.isfinite(factor)
             or factor < 0
         ):
@@ -84,8 +85,7 @@ class _RandomStart(Regularizer):
 
     def __init__(self, factor: float, seed: int | None) -> None:
         super().__init__(factor)
-        norms.validate_seed(seed)
-        self.seed = seed
+        self.seed = norms.validate_seed(seed)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """The seed and the number of draws so far."""
@@ -137,7 +137,7 @@ class SpectralNorm(_RandomStart):
         super().__init__(factor, seed)
         norms.validate_method(method, iterations)
         self.method = method
-        self.iterations = iterations
+        self.iterations = int(iterations)
         self.squared = bool(squared)
         self._forward_mode = validate_forward_mode(forward_mode)
 
@@ -187,8 +187,7 @@ class FrobeniusNorm(_RandomStart):
 
     def __init__(self, factor: float, num_projections: int = 1, seed: int | None = None) -> None:
         super().__init__(factor, seed)
-        norms.validate_positive("num_projections", num_projections)
-        self.num_projections = num_projections
+        self.num_projections = norms.validate_positive("num_projections", num_projections)
 
     def __call__(
         self, operator: JacobianOperator, state: State
@@ -224,10 +223,8 @@ class SpectralBound(Regularizer):
 
     def __init__(self, factor: float, iterations: int = 1, seed: int | None = None) -> None:
         super().__init__(factor)
-        norms.validate_positive("iterations", iterations)
-        norms.validate_seed(seed)
-        self.iterations = iterations
-        self.seed = seed
+        self.iterations = norms.validate_positive("iterations", iterations)
+        self.seed = norms.validate_seed(seed)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """A random right vector for every layer with a kernel."""
@@ -311,6 +308,12 @@ def get(identifier: None | str | dict[str, Any] | Regularizer) -> Regularizer | 
         return NAMES[identifier](DEFAULT_FACTOR)
     if isinstance(identifier, dict):
         known = {cls.__name__: cls for cls in NAMES.values()}
+        name = identifier.get("class_name")
+        if not identifier.get("module") and name not in known:
+            raise ValueError(
+                f"`class_name` in a regularizer's config must be one of {sorted(known)}, or stand "
+                f"beside the `module` of a class of your own. Received: {identifier!r}"
+            )
         found = keras.saving.deserialize_keras_object(identifier, custom_objects=known)
         if isinstance(found, Regularizer):
             return found
