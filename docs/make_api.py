@@ -43,7 +43,7 @@ batch of inputs, `[B, *out]` one of outputs. Everything after a lone `*` is give
 def render() -> str:
     """The whole page."""
     package = griffe.load(PACKAGE, search_paths=[str(ROOT)], docstring_parser="google")
-    exported = [package[name] for name in package.exports or []]
+    exported = [package[str(name)] for name in package.exports or []]
     own = [_target(member) for member in exported if not _target(member).is_module]
     sections = [(PACKAGE, package, own)]
     for name in MODULES:

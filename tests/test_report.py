@@ -61,7 +61,9 @@ def write_run(folder, config, last_val, lowest_test, seed):
         }
         for epoch in range(config.epochs)
     ]
-    rows[1]["val_loss"] = last_val / 2
+    # A choice by another loss, or by these at another epoch, would come out the other way round.
+    rows[1]["val_loss"] = (1 - last_val) / 10
+    rows[1]["test_loss"] = rows[-1]["test_loss"] = 2 - lowest_test
     rows[2]["test_loss"] = lowest_test * (1 + 0.1 * rng.random())
     folder.mkdir(parents=True)
     settings = dataclasses.asdict(config) | {"environment": ENVIRONMENT, "data_dir": "elsewhere"}
@@ -408,6 +410,10 @@ def test_one_run_per_method_for_the_boundary(judged, nothing, monkeypatch):
     text = write(judged, nothing)
     named = re.findall(r"^- fashion_mnist, (\S+): `(\S+)`$", text, re.M)
     assert [method for method, _ in named] == ["Spectral", "L2", "None"]
+    (section,) = selection.read([judged])
+    runs = {m: report.draw(m, cell) for m, cell in section.chosen.items()}
+    assert [name for _, name in named] == [run.folder.name for run in runs.values()]
+    assert any(run is not section.chosen[m].finished[0] for m, run in runs.items())
     for (method, name), evaluation in zip(named, drawn[0], strict=True):
         path = judged / name / "evaluation.json"
         assert tuple(evaluation) == ("fashion_mnist", method, json.loads(path.read_text()))

@@ -78,7 +78,7 @@ def table_1(section: Section) -> str:
         row = [LABELS[method], "no finished run", "", "", ""]
         if cell and theirs:
             last = cell.statistic("test_accuracy")
-            bold = "**" if cell.complete and last.mean == best else ""
+            bold = "**" if last.mean == best else ""
             row = [
                 LABELS[method] + _dagger(cell),
                 f"{bold}{_percent(last)}{bold}",
