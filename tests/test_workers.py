@@ -557,3 +557,35 @@ def test_stopped_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path))
     assert train.main(command) == 0
     assert len((tmp_path / "out" / "notes").read_text().splitlines()) == 4
+
+
+def test_the_process_of_a_run_holds_its_lock(tmp_path, monkeypatch):
+    """By inheritance: an orphan that is still writing keeps the next worker out."""
+    special = """
+for held in os.listdir("/proc/self/fd"):
+    try:
+        if os.readlink("/proc/self/fd/" + held) == os.path.realpath(folder + "/.lock"):
+            note("holds")
+    except OSError:
+        pass
+"""
+    _work(tmp_path, FEW, monkeypatch, special)
+    notes = (tmp_path / "out" / "notes").read_text().splitlines()
+    assert sum(line.startswith("holds") for line in notes) == 4 and len(notes) == 8
+
+
+@pytest.mark.slow
+def test_the_process_of_a_run_ends_with_its_worker(tmp_path):
+    config = {"epochs": 10_000, "batch_size": 128, "regularizer": "none"}
+    child = subprocess.Popen([PYTHON, "-m", "tfjacreg.workers"], cwd=ROOT, stdin=subprocess.PIPE)
+    try:
+        order = json.dumps({"config": config, "folder": str(tmp_path)})
+        child.stdin.write(order.encode() + b"\n")
+        child.stdin.flush()
+        _until((tmp_path / "history.csv").exists, "epoch")
+        assert child.poll() is None
+        child.stdin.close()
+        assert child.wait(30) == 1
+    finally:
+        child.kill()
+        child.wait()

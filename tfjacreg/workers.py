@@ -169,8 +169,10 @@ def _hold(sweep: Sweep, out: Path) -> None:
 
 def _check_data(ledger: _Ledger) -> None:
     """Missing data would fail every run of the sweep, one after the other."""
-    # The runs' own processes need the memory of the GPU that TensorFlow would take for this one.
-    tf.config.set_visible_devices([], "GPU")
+    # The runs' own processes need the memory of the GPU that TensorFlow would take for this one,
+    # unless it has done so before.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
     config = next(iter(ledger.configs.values()))
     try:
         datasets.load(config.dataset, config.data_dir)
