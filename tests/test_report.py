@@ -283,7 +283,10 @@ def test_what_is_missing_is_said(folder, nothing):
     text = write(folder, nothing)
     assert "12 of 18 runs have finished" in text
     assert "**3 of 6 cells are incomplete.**" in text
-    assert f"python train.py --sweep {folder}/sweep.toml --out {folder}" in text
+    command = f"python train.py --sweep {folder}/sweep.toml --out {folder}"
+    assert f"\n{command} --retry-failed\n" in text
+    (folder / "none-lr0.01-b32-seed1" / "error.txt").unlink()
+    assert f"\n{command}\n" in write(folder, nothing)
     assert (
         "- None, rate 0.01, batch 32: 1 of 3 repeats; "
         "`failed: RunError: it 'diverged' | badly` (seed 1); `not finished` (seed 2)"

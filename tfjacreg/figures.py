@@ -301,8 +301,8 @@ def training_figure(
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
+        ax.legend()
     axes[0].set_ylabel("validation loss")
-    axes[0].legend()
     figure.tight_layout()
     _save(figure, path)
 

@@ -82,6 +82,11 @@ class Run(NamedTuple):
     history: dict[str, npt.NDArray[np.float64]]
     environment: dict[str, Any]
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error."""
+        return self.problem is not None and self.problem.startswith("failed")
+
 
 class CellRuns(NamedTuple):
     """The repeats of a cell.

@@ -152,6 +152,7 @@ def missing(section: Section) -> list[str]:
     if lines:
         folder = str(section.folder)
         command = ["python", "train.py", "--sweep", f"{folder}/sweep.toml", "--out", folder]
+        command += ["--retry-failed"] * any(run.failed for run in section.runs)
         blocks = [
             f"**{len(lines)} of {len(section.sweep.cells)} cells are incomplete.** This command "
             "goes on with them:",
