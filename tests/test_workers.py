@@ -167,9 +167,10 @@ def _kill(processes):
         _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"end of the orphan {pid}")
 
 
-def _wait(processes):
+def _wait(processes, out):
     for process in processes:
-        assert process.wait(DEADLINE) == 0
+        status = process.wait(DEADLINE)
+        assert status == 0, out.with_suffix(".log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, 
         before, seen = seen, _histories(out)
         _assert_kept(before, seen)
     pair = [_start(path, out, storage) for _ in range(2)]
-    _wait(pair)
+    _wait(pair, out)
     _assert_kept(seen, _histories(out))
 
     names = {"none-lr0.01-b128", "spectral-0.01-lr0.01-b128"}
@@ -272,7 +273,7 @@ def test_many_short_runs_and_many_kills(tmp_path, storage):
         _until(lambda n=count: len(made()) > n, "run")
         time.sleep(moments.uniform(0, 0.7))
         _kill(crowd)
-    _wait([_start(path, out, storage, executable=executable) for _ in range(3)])
+    _wait([_start(path, out, storage, executable=executable) for _ in range(3)], out)
     names = [Sweep.folder(config) for config in Sweep.load(path).configs().values()]
     assert sorted(made()) == sorted(f"made {name}" for name in names)
     complete = [t for t in _trials(out, storage) if t.state == optuna.trial.TrialState.COMPLETE]

@@ -397,7 +397,8 @@ class _Ledger:
         """Records what a run came to."""
         with self.locks.ledger():
             claim.trial.set_user_attr("test_accuracy", metrics["test_accuracy"])
-            self._study.tell(claim.trial, metrics["val_loss"])
+            # The last words of a worker killed as it said them may have come through after all.
+            self._study.tell(claim.trial, metrics["val_loss"], skip_if_finished=True)
 
     def fail(self, claim: _Claim, error: str) -> None:
         """Records why a run failed."""
