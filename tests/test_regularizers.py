@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 from reference import seeded_input, singular_values
 
-from tfjacreg import JacobianOperator, norms, regularizers
+from tfjacreg import JacobianOperator, RegularizedModel, norms, regularizers
 from tfjacreg.jacobian import FORWARD_MODES
 from tfjacreg.regularizers import FrobeniusNorm, SpectralBound, SpectralNorm, WeightDecay
 
@@ -286,6 +286,87 @@ def test_weight_decay_is_for_kernels_only(float64):
         np.testing.assert_allclose(gradient, expected)
 
 
+class Counting(layers.Layer):
+    """Counts its passes, in a variable and in a loss."""
+
+    def build(self, input_shape):
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, name="count")
+
+    def call(self, x):
+        self.count.assign_add(1.0)
+        self.add_loss(keras.ops.mean(x))
+        return x
+
+
+@pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
+def test_a_fraction_of_the_batch(compiled):
+    """Penalty and weight gradient are means over all choices of those of the chosen examples."""
+    network = tiny("tanh")
+    x = tf.constant(seeded_input((4, 4, 1), 6))
+    weights = [v.value for v in network.trainable_variables]
+
+    def gradient(x, state, regularizer):
+        with tf.GradientTape() as tape:
+            operator = JacobianOperator(network, x, training=True)
+            value, state = regularizer(operator, state)
+        gradients = tape.gradient(
+            value, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return [value, *gradients], state
+
+    if compiled != "eager":
+        gradient = tf.function(gradient, jit_compile=compiled == "xla", reduce_retracing=True)
+    whole, part = (SpectralNorm(1, "exact", seed=0, fraction=f) for f in (1.0, 0.35))
+    alone = [
+        [np.array(a) for a in gradient(x[i : i + 1], whole.initial_state(network), whole)[0]]
+        for i in range(6)
+    ]
+    # Two of six: round(0.35 * 6). Each step must be the mean of two different examples.
+    state, seen = part.initial_state(network), set()
+    for _ in range(40 if compiled == "graph" else 8):
+        got, state = gradient(x, state, part)
+        pairs = [(i, j) for i in range(6) for j in range(i)]
+        errors = [abs(float(got[0]) - (alone[i][0] + alone[j][0]) / 2) for i, j in pairs]
+        i, j = pairs[int(np.argmin(errors))]
+        seen |= {i, j}
+        for a, b, c in zip(got, alone[i], alone[j], strict=True):
+            np.testing.assert_allclose(a, (b + c) / 2, atol=1e-5 * np.max(np.abs(b + c)))
+    if compiled == "graph":
+        assert seen == set(range(6))
+
+
+def test_examples_are_drawn_equally_often():
+    penalty = SpectralNorm(1, fraction=0.5)
+    operator = JacobianOperator(tiny("relu"), tf.reshape(tf.range(5.0), (5, 1, 1, 1)))
+    counts = np.zeros(5)
+    for draw in range(400):
+        part = penalty._penalized(operator, (tf.constant(3, tf.int64), tf.constant(draw, tf.int64)))
+        chosen = part.x.numpy().ravel().astype(int)
+        assert len(set(chosen)) == len(chosen) == 2
+        counts[chosen] += 1
+    # 400 draws of 2 of 5: 160 each, with a standard deviation of 9.8.
+    assert np.all(np.abs(counts - 160) < 40)
+
+
+def test_a_fraction_leaves_no_trace_in_the_network():
+    network = keras.Sequential([keras.Input((3,)), Counting(), layers.Dense(2)])
+    operator = JacobianOperator(network, seeded_input((3,), 8), training=True)
+    network(operator.x)
+    regularizer = SpectralNorm(1, iterations=3, fraction=0.5)
+    regularizer(operator, regularizer.initial_state(network))
+    assert float(network.layers[0].count) == 1 and len(network.losses) == 1
+    assert not operator.has_run
+
+
+@pytest.mark.parametrize("layer", [layers.BatchNormalization(), layers.Dropout(0.5)])
+def test_a_fraction_of_examples_that_depend_on_the_batch_is_refused(layer):
+    network = keras.Sequential([keras.Input((3,)), layer, layers.Dense(2)])
+    model = RegularizedModel(network, SpectralNorm(0.1, fraction=0.5))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Use fraction=1. Received.*(BatchNorm|Dropout)"):
+        model.fit(seeded_input((3,), 8), np.zeros((8, 2)), verbose=0)
+
+
 def test_penalties_of_weights_need_no_forward_pass():
     network = tiny("relu")
     for regularizer in (SpectralBound(1), WeightDecay(1)):
@@ -295,9 +376,9 @@ def test_penalties_of_weights_need_no_forward_pass():
 
 
 EXAMPLES = [
-    SpectralNorm(0.1, "lanczos", 3, True, 5, "transpose"),
+    SpectralNorm(0.1, "lanczos", 3, True, 5, "transpose", 0.25),
     SpectralNorm(0.1),
-    FrobeniusNorm(0.2, num_projections=4, seed=1),
+    FrobeniusNorm(0.2, num_projections=4, seed=1, fraction=0.5),
     SpectralBound(0.3, iterations=2, seed=9),
     WeightDecay(0.4),
 ]
@@ -343,6 +424,9 @@ BAD = {
     "factor_type": (lambda: FrobeniusNorm("a"), ValueError, "`factor` must be .*'a'"),
     "iterations": (lambda: SpectralNorm(1, iterations=0), ValueError, "`iterations`.*=0"),
     "bound_iterations": (lambda: SpectralBound(1, iterations=-1), ValueError, "`iterations`"),
+    "fraction": (lambda: SpectralNorm(1, fraction=0), ValueError, "`fraction`.*=0"),
+    "fraction_above_1": (lambda: FrobeniusNorm(1, fraction=1.5), ValueError, "`fraction`.*=1.5"),
+    "fraction_type": (lambda: FrobeniusNorm(1, fraction="a"), ValueError, "`fraction` must be"),
     "method": (lambda: SpectralNorm(1, "svd"), ValueError, "power.*lanczos.*exact.*svd"),
     "projections": (lambda: FrobeniusNorm(1, 0), ValueError, "`num_projections`.*=0"),
     "seed": (lambda: SpectralNorm(1, seed=1.5), ValueError, "`seed`.*=1.5"),

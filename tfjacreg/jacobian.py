@@ -20,6 +20,10 @@ import tensorflow as tf
 from tfjacreg import max_pool
 
 FORWARD_MODES = ("accumulator", "transpose")
+_PARTIAL = (
+    "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
+    "alone and without random numbers. Use fraction=1. "
+)
 
 
 class _Recording(threading.local):
@@ -36,10 +40,14 @@ class _Recorders:
     """What records one forward pass: a tape for J^T u, a forward accumulator for J v, or both."""
 
     def __init__(
-        self, tape: tf.GradientTape | None, accumulator: tf.autodiff.ForwardAccumulator | None
+        self,
+        tape: tf.GradientTape | None,
+        accumulator: tf.autodiff.ForwardAccumulator | None,
+        is_partial: bool,
     ) -> None:
         self.tape = tape
         self.accumulator = accumulator
+        self.is_partial = is_partial
         self._is_paused = False
 
     @contextlib.contextmanager
@@ -82,6 +90,11 @@ def hold_constant() -> Iterator[None]:
     if not _recording.passes:
         yield
         return
+    if _recording.passes[-1].is_partial:
+        raise ValueError(
+            f"{_PARTIAL}Received: a layer that takes something from the whole batch, such as "
+            "BatchNormalization in training mode"
+        )
     with _recording.passes[-1].paused():
         yield
 
@@ -203,6 +216,33 @@ class JacobianOperator:
         self._tape: Any = None
         self._primal: tf.Tensor | None = None
         self._state: list[tuple[keras.Variable, tf.Tensor]] = []
+        self._is_partial = False
+
+    def of_examples(self, rows: tf.Tensor) -> JacobianOperator:
+        """The Jacobians of some examples only, from a forward pass of their own.
+
+        That pass leaves no trace in the network: it comes beside the one of the whole batch.
+
+        Args:
+            rows: Numbers of examples, integers `[R]`.
+
+        Raises:
+            ValueError: If the network draws random numbers, or (when its pass runs) takes anything
+                from the whole batch: the pass would then be another one.
+        """
+        if any(v.name == "seed_generator_state" for v in self.network.variables):
+            raise ValueError(
+                f"{_PARTIAL}Received: network {self.network.name!r}, which draws random numbers, "
+                "such as those of Dropout"
+            )
+        part = JacobianOperator(
+            self.network,
+            tf.gather(self.x, rows),
+            training=self.training,
+            forward_mode=self.forward_mode,
+        )
+        part._is_partial = True
+        return part
 
     @property
     def has_run(self) -> bool:
@@ -274,7 +314,11 @@ class JacobianOperator:
         if tangent is not None:
             accumulator = tf.autodiff.ForwardAccumulator(self.x, tangent)
         self._tape = tf.GradientTape(persistent=True)
-        with self._tape:
+        with contextlib.ExitStack() as stack:
+            if self._is_partial:
+                stack.enter_context(keras.StatelessScope())
+                stack.enter_context(_kept_losses(self.network))
+            stack.enter_context(self._tape)
             self._tape.watch(self.x)
             self._primal = self._call(self._tape, accumulator)
         return _product_of(accumulator, self._primal)
@@ -296,7 +340,7 @@ class JacobianOperator:
         tape: tf.GradientTape | None,
         accumulator: tf.autodiff.ForwardAccumulator | None,
     ) -> tf.Tensor:
-        _recording.passes.append(_Recorders(tape, accumulator))
+        _recording.passes.append(_Recorders(tape, accumulator, self._is_partial))
         try:
             with (
                 _held_layers(self.network),

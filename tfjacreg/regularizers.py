@@ -42,7 +42,7 @@ class Regularizer:
             or factor < 0
         ):
             raise ValueError(f"`factor` must be a finite number >= 0. Received: factor={factor!r}")
-        self.factor = float(factor)
+        self.factor: float = float(factor)
 
     # Whether the penalty is one of the Jacobian, whose products `fit` then checks first.
     of_jacobian = True
@@ -83,9 +83,16 @@ class Regularizer:
 class _RandomStart(Regularizer):
     """A penalty that draws vectors: its state is the seed and the number of draws so far."""
 
-    def __init__(self, factor: float, seed: int | None) -> None:
+    def __init__(self, factor: float, seed: int | None, fraction: float) -> None:
         super().__init__(factor)
         self.seed = norms.validate_seed(seed)
+        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
+            fraction = math.nan
+        if not 0 < fraction <= 1:
+            raise ValueError(
+                f"`fraction` must be a number in (0, 1]. Received: fraction={fraction!r}"
+            )
+        self.fraction = float(fraction)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """The seed and the number of draws so far."""
@@ -100,9 +107,20 @@ class _RandomStart(Regularizer):
         draw = count * context.num_replicas_in_sync + replica
         return (seed, draw), [tf.stack([seed, count + 1])]
 
+    def _penalized(self, operator: JacobianOperator, key: tuple[Any, Any]) -> JacobianOperator:
+        """The operator of the examples that are penalized in this step: each equally likely."""
+        if self.fraction == 1:
+            return operator
+        batch_size = tf.shape(operator.x)[0]
+        seed, draw = key
+        # Negative numbers are draws of nothing else.
+        uniform = tf.random.stateless_uniform([batch_size], (seed, -1 - draw), alg="philox")
+        size = tf.cast(tf.round(self.fraction * tf.cast(batch_size, tf.float32)), tf.int32)
+        return operator.of_examples(tf.argsort(uniform)[: tf.maximum(size, 1)])
+
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        return {**super().get_config(), "seed": self.seed}
+        return {**super().get_config(), "seed": self.seed, "fraction": self.fraction}
 
 
 @keras.saving.register_keras_serializable("tfjacreg")
@@ -120,6 +138,9 @@ class SpectralNorm(_RandomStart):
         squared: Whether h(s) = s^2 instead of h(s) = s (eq. 1).
         seed: Seed of the random starts; None draws a new one.
         forward_mode: How J v is computed, `"accumulator"` or `"transpose"`; see `JacobianOperator`.
+        fraction: The part of each batch that is penalized, in (0, 1]: `round(fraction * B)`
+            examples, at least one, drawn at random, so that the mean is unbiased. Below 1 they take
+            a forward pass of their own, and networks with BatchNorm or dropout are refused.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -133,8 +154,9 @@ class SpectralNorm(_RandomStart):
         squared: bool = False,
         seed: int | None = None,
         forward_mode: str = "accumulator",
+        fraction: float = 1.0,
     ) -> None:
-        super().__init__(factor, seed)
+        super().__init__(factor, seed, fraction)
         norms.validate_method(method, iterations)
         self.method = method
         self.iterations = int(iterations)
@@ -151,6 +173,7 @@ class SpectralNorm(_RandomStart):
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Computes the mean of h(sigma); see the base class."""
         key, state = self._draw(state)
+        operator = self._penalized(operator, key)
         start = norms.random_unit(operator.x, key)
         u = norms.left_vector(operator, self.method, self.iterations, start)
         w = operator.rmatvec(u)
@@ -180,13 +203,20 @@ class FrobeniusNorm(_RandomStart):
         factor: The weight lambda, >= 0.
         num_projections: `n_proj`, the projections drawn for every example, at each step.
         seed: Seed of the projections; None draws a new one.
+        fraction: The part of each batch that is penalized, in (0, 1]; see `SpectralNorm`.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, factor: float, num_projections: int = 1, seed: int | None = None) -> None:
-        super().__init__(factor, seed)
+    def __init__(
+        self,
+        factor: float,
+        num_projections: int = 1,
+        seed: int | None = None,
+        fraction: float = 1.0,
+    ) -> None:
+        super().__init__(factor, seed, fraction)
         self.num_projections = norms.validate_positive("num_projections", num_projections)
 
     def __call__(
@@ -194,6 +224,7 @@ class FrobeniusNorm(_RandomStart):
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Computes the mean squared Frobenius norm; see the base class."""
         key, state = self._draw(state)
+        operator = self._penalized(operator, key)
         squares = norms.squared_frobenius_sample(operator, self.num_projections, key)
         return tf.reduce_mean(squares), state
 
