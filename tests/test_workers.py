@@ -371,6 +371,30 @@ def test_what_a_dying_worker_leaves_in_the_ledger_is_taken_up(tmp_path, monkeypa
     assert len((out / "notes").read_text().splitlines()) == 4
 
 
+def test_workers_that_ask_at_once(tmp_path, storage):
+    """Each run is handed out once, also the last ones; more trials than runs are never begun."""
+    (tmp_path / "some.toml").write_text(MANY)
+    sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
+    out.mkdir()
+    taken = []
+
+    def ask():
+        with workers._Ledger.open(sweep, out, storage, None) as ledger:
+            start.wait()
+            while (claim := ledger.take()) is not None:
+                taken.append(claim.name)
+            start.wait()  # Who leaves frees what it holds.
+
+    start = threading.Barrier(4)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted(sweep.folder(c) for c in sweep.configs().values())
+    assert len(_trials(out, storage)) == len(taken) == 36
+
+
 def test_locks_of_runs(tmp_path, storage):
     """One holder among processes; the process of the run is one with its worker."""
 
