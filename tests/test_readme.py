@@ -1,4 +1,4 @@
-"""What README.md tells a reader to type."""
+"""What README.md and docs/ tell a reader to type."""
 
 import re
 import subprocess
@@ -23,11 +23,54 @@ def test_the_example_runs(tmp_path):
     assert (tmp_path / "network.keras").exists()
 
 
-def test_commands_name_files_that_exist():
-    for name in re.findall(r"python (\w+/?\w+\.py)", README):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_links_name_files_that_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"python ((?:\w+/)?\w+\.py)", text):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([\w/.]+)\)", README):
+    for name in re.findall(r"\]\(([\w/.-]+)(?:#[\w-]+)?\)", text):
+        assert (page.parent / name).exists(), name
+    for name in re.findall(r"`((?:sweeps|docs|results|benchmarks|tests)/[\w/.-]+\.\w+)", text):
         assert (ROOT / name).exists(), name
+
+
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_guide_runs(tmp_path):
+    """Its blocks one after the other; names that stand for the reader's own are made up."""
+    whole, parts, step = examples("guide.md")
+    # Of the parts, several and behind are the reader's own models.
+    parts = "\n".join(line for line in parts.splitlines() if "several" not in line)
+    parts = "\n".join(line for line in parts.splitlines() if "behind" not in line)
+    own = (
+        "import tensorflow as tf\n"
+        "x_batch, logits = x[:8].astype('float32'), network\n"
+        "your_loss = lambda y: tf.reduce_mean(y**2)\n"
+    )
+    script = "\n".join([whole, own, parts, step, "print(len(gradients), float(penalty))"])
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "network.keras").exists() and (tmp_path / "run.keras").exists()
+    count, penalty = done.stdout.split("\n")[-2].split()
+    assert int(count) == 6 and float(penalty) > 0
+
+
+@pytest.mark.slow
+def test_the_example_of_several_gpus_runs(tmp_path):
+    (example,) = (block for block in examples("sweeps.md") if "MirroredStrategy" in block)
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "penalty" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
