@@ -2,7 +2,6 @@
 
     python train.py                            # digits, LeNet, spectral penalty: no download
     python train.py --dataset fashion_mnist --regularizer none --epochs 3
-
     python train.py --sweep sweeps/quick.toml  # many runs: docs/sweeps.md
 
 The same command goes on where it was interrupted. What a run folder holds is in README.md.
