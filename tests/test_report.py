@@ -150,7 +150,7 @@ def benchmarks(tmp_path):
             "name": name,
             "factor": None if name == "none" else 0.01,
             "seed": 0,
-            "errors": dict.fromkeys(("power", "lanczos", "spectral_norm_lanczos"), errors),
+            "errors": dict.fromkeys(("power", "lanczos", "complete_lanczos"), errors),
             "bound_error": {"mean": 9.0},
         }
         for name in ("none", "power_1", "spectral_bound")

@@ -38,7 +38,7 @@ _STEPS = {
 _ESTIMATORS = {
     "power": ("power iteration", "#0072B2", "s"),
     "lanczos": ("Lanczos as penalty", "#D55E00", "o"),
-    "spectral_norm_lanczos": ("Lanczos in spectral_norm", "#009E73", "^"),
+    "complete_lanczos": ("Lanczos in spectral_norm", "#009E73", "^"),
 }
 
 

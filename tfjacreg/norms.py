@@ -71,8 +71,8 @@ def spectral_norm(
     `"power"` is Algorithm 1 with N = `iterations`, `"lanczos"` a Golub-Kahan bidiagonalization with
     as many steps from the same start: 2 N products each. `"exact"` needs no start and no
     iterations: it forms the Gram matrix on the smaller side from min(n_out, n_in) products, so it
-    is for networks with few outputs (or inputs). Three more products then make the triplet and its
-    residual.
+    is for networks with few outputs (or inputs). Two more products then make the triplet and its
+    residual (three with `"exact"`).
 
     Args:
         network: A network from `[B, *in]` to `[B, *out]`.
@@ -94,8 +94,8 @@ def spectral_norm(
     validate_method(method, iterations)
     op = JacobianOperator(network, x, forward_mode=forward_mode)
     start = random_unit(op.x, (fresh_seed(seed), 0))
-    u = left_vector(op, method, iterations, start, last_product=True)
-    return _triplet(op, unit(op.rmatvec(u)))
+    _, w = leading_pair(op, method, iterations, start)
+    return _triplet(op, unit(w))
 
 
 def frobenius_norm(
@@ -172,14 +172,12 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
     bound = 1.0
     for linear_map in chain(network):
         start = random_unit(linear_map.x, (0, 0))
-        u = left_vector(linear_map, "lanczos", iterations, start, last_product=True)
-        bound *= float(length(linear_map.rmatvec(u))[0])
+        _, w = leading_pair(linear_map, "lanczos", iterations, start)
+        bound *= float(length(w)[0])
     return bound
 
 
-def left_vector(
-    op: Operator, method: str, iterations: int, start: tf.Tensor, *, last_product: bool = False
-) -> tf.Tensor:
+def left_vector(op: Operator, method: str, iterations: int, start: tf.Tensor) -> tf.Tensor:
     """An estimate of the leading left singular vector of every map, `[B, *out]`.
 
     Args:
@@ -187,8 +185,6 @@ def left_vector(
         method: One of `METHODS`.
         iterations: The N of Algorithm 1, or the steps of Lanczos.
         start: Unit vectors `[B, *in]`.
-        last_product: Whether Lanczos may spend its last `J^T u` on the choice of the vector. Power
-            iteration has no use for it. In training that product is the penalty itself.
 
     Returns:
         Unit vectors, with no gradient; zero where J = 0.
@@ -196,10 +192,36 @@ def left_vector(
     if method == "power":
         u = _power_iteration(op, iterations, start)
     elif method == "lanczos":
-        u = _lanczos(op, iterations, start, last_product)
+        u, _ = _lanczos(op, iterations, start, complete=False)
     else:
         u = _exact(op)
     return tf.stop_gradient(u)
+
+
+def leading_pair(
+    op: Operator, method: str, iterations: int, start: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds u as `left_vector` does, and `J^T u`, without gradient.
+
+    The products are 2 N in all, as in training. But here Lanczos, whose recurrence holds `J^T u` of
+    every u in its space, chooses u with the last of them: its `||J^T u||` is the largest there is
+    in that space.
+
+    Args:
+        op: The maps.
+        method: One of `METHODS`.
+        iterations: The N of Algorithm 1, or the steps of Lanczos.
+        start: Unit vectors `[B, *in]`.
+
+    Returns:
+        Unit vectors u, zero where J = 0, and `J^T u`.
+    """
+    if method == "lanczos":
+        u, w = _lanczos(op, iterations, start, complete=True)
+    else:
+        u = left_vector(op, method, iterations, start)
+        w = op.rmatvec(u)
+    return tf.stop_gradient(u), tf.stop_gradient(w)
 
 
 def _power_iteration(op: Operator, iterations: int, v: tf.Tensor) -> tf.Tensor:
@@ -211,14 +233,17 @@ def _power_iteration(op: Operator, iterations: int, v: tf.Tensor) -> tf.Tensor:
     return u
 
 
-def _lanczos(op: Operator, steps: int, v: tf.Tensor, last_product: bool) -> tf.Tensor:
-    """Golub-Kahan bidiagonalization with full reorthogonalization; the leading Ritz vector.
+def _lanczos(
+    op: Operator, steps: int, v: tf.Tensor, *, complete: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Golub-Kahan bidiagonalization with full reorthogonalization: the leading u, and J^T u.
 
     After k steps `J V_k = U_k B_k` and `J^T U_k = V_{k+1} [B_k, beta_k e_k]^T`, with B upper
     bidiagonal. The best u in the span of U_k is `U_k p`, with p the leading left singular vector of
-    `[B_k, beta_k e_k]`, or of `B_k` while the last product `J^T u_k` has not been made.
+    `[B_k, beta_k e_k]`, or of `B_k` while the last product `J^T u_k` has not been made: in training
+    that product is the penalty itself, and what is returned for `J^T u` lacks its part.
     """
-    steps = min(steps, _size(op.x), _size(op.primal) if last_product else steps)
+    steps = min(steps, _size(op.x), _size(op.primal) if complete else steps)
     vs: list[tf.Tensor] = [v]
     us: list[tf.Tensor] = []
     alphas: list[tf.Tensor] = []
@@ -227,7 +252,7 @@ def _lanczos(op: Operator, steps: int, v: tf.Tensor, last_product: bool) -> tf.T
         alpha, u = _next_direction(op.matvec(vs[-1]), us, alphas + betas)
         us.append(u)
         alphas.append(alpha)
-        if k + 1 < steps or last_product:
+        if k + 1 < steps or complete:
             beta, v = _next_direction(op.rmatvec(u), vs, alphas + betas)
             vs.append(v)
             betas.append(beta)
@@ -239,8 +264,14 @@ def _lanczos(op: Operator, steps: int, v: tf.Tensor, last_product: bool) -> tf.T
     gram = tf.linalg.diag(tf.square(alpha_k) + tf.square(beta_k))
     gram += tf.linalg.diag(beside, k=1) + tf.linalg.diag(beside, k=-1)
     p = _leading_eigenvector(gram)
-    basis = tf.stack([_flat(u) for u in us], axis=1)
-    return unit(tf.reshape(tf.einsum("bk,bkn->bn", p, basis), tf.shape(us[0])))
+    q = tf.pad(alpha_k * p, [[0, 0], [0, 1]]) + tf.pad(beta_k * p, [[0, 0], [1, 0]])
+    return unit(_combination(p, us)), _combination(q[:, : len(vs)], vs)
+
+
+def _combination(coefficients: tf.Tensor, vectors: list[tf.Tensor]) -> tf.Tensor:
+    """The sum of `[B, k]` coefficients times k vectors `[B, ...]`."""
+    basis = tf.stack([_flat(vector) for vector in vectors], axis=1)
+    return tf.reshape(tf.einsum("bk,bkn->bn", coefficients, basis), tf.shape(vectors[0]))
 
 
 def _next_direction(
