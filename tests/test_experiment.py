@@ -353,6 +353,7 @@ BAD_SETTINGS = {
     "schedule": ({"schedule": "step"}, "constant.*cosine.*Received"),
     "seed": ({"seed": -1}, "`seed`.*Received"),
     "width": ({"width": 0.5}, "`width` is for vgg16"),
+    "width_sign": ({"network": "vgg16", "width": -1.0}, "`width` must be a positive number.*-1"),
 }
 
 

@@ -110,6 +110,8 @@ class RunConfig:
             raise ValueError(
                 f"`width` is for vgg16 and resnet20; lenet has one. Received: width={self.width}"
             )
+        if not self.width > 0 or not math.isfinite(self.width):
+            raise ValueError(f"`width` must be a positive number. Received: {self.width}")
         self.make_regularizer()
 
     def make_regularizer(self) -> regularizers.Regularizer | None:
