@@ -22,6 +22,7 @@ import sqlalchemy
 import train
 from tfjacreg import datasets, workers
 from tfjacreg.experiment import RunConfig, RunError
+from tfjacreg.locks import FileLocks, ServerLocks, server_url
 from tfjacreg.sweep import Sweep
 
 ROOT = Path(__file__).parent.parent
@@ -400,8 +401,8 @@ def test_locks_of_runs(tmp_path, storage):
 
     def locks():
         if storage is None:
-            return workers._Locks(tmp_path)
-        return workers._ServerLocks(tmp_path, workers._server(storage), "study")
+            return FileLocks(tmp_path)
+        return ServerLocks(tmp_path, server_url(storage), "study")
 
     first, second = locks(), locks()
     with contextlib.closing(first), contextlib.closing(second):
@@ -426,9 +427,9 @@ def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
     inside, most = [], []
 
     def enter():
-        locks = workers._Locks(tmp_path)
+        locks = FileLocks(tmp_path)
         if storage is not None:
-            locks = workers._ServerLocks(tmp_path, workers._server(storage), "study")
+            locks = ServerLocks(tmp_path, server_url(storage), "study")
         with contextlib.closing(locks):
             for _ in range(5):
                 with locks.ledger():
@@ -447,11 +448,11 @@ def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
 
 def test_locks_of_machines_without_a_common_folder(tmp_path, server):
     """The server's locks alone: the first machine's folder is not the second's."""
-    url = workers._server(server)
+    url = server_url(server)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first = workers._ServerLocks(tmp_path / "a", url, "study")
-    second = workers._ServerLocks(tmp_path / "b", url, "study")
+    first = ServerLocks(tmp_path / "a", url, "study")
+    second = ServerLocks(tmp_path / "b", url, "study")
     with contextlib.closing(second):
         with contextlib.closing(first):
             assert first.take("run") is not None and second.take("run") is None
@@ -464,7 +465,7 @@ def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, se
     """Its lock is lost: another may have the run by now."""
 
     def cut():
-        engine = sqlalchemy.create_engine(workers._server(server))
+        engine = sqlalchemy.create_engine(server_url(server))
         _until((tmp_path / "out" / "pid").exists, "run")
         with engine.connect() as connection:
             connection.execute(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -39,18 +38,10 @@ from tqdm import tqdm
 
 from tfjacreg import datasets
 from tfjacreg.experiment import RunConfig, RunError, run
+from tfjacreg.locks import FileLocks, ServerLocks, server_url
 from tfjacreg.sweep import Cell, Sweep
 
 _POLL = 2.0  # Seconds between looks at the other workers.
-# A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
-# after 60, hands its run to another.
-_CONNECTION = {
-    "keepalives_idle": 5,
-    "keepalives_interval": 5,
-    "keepalives_count": 2,
-    "tcp_user_timeout": 15_000,
-    "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +146,7 @@ def _hold(sweep: Sweep, out: Path) -> None:
     """Makes `out` the folder of this sweep, or refuses if it is another's."""
     out.mkdir(parents=True, exist_ok=True)
     copy = out / "sweep.toml"
-    with _Locks(out).ledger():
+    with FileLocks(out).ledger():
         if not copy.exists():
             temporary = out / ".partial-sweep.toml"
             temporary.write_bytes(sweep.content)
@@ -178,92 +169,6 @@ def _check_data(ledger: _Ledger) -> None:
         datasets.load(config.dataset, config.data_dir)
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
-
-
-class _Locks:
-    """Locks among the processes of one machine, freed by the kernel when their holder dies."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-
-    @contextlib.contextmanager
-    def ledger(self) -> Iterator[None]:
-        """Waits for the one lock on all changes of the ledger."""
-        with (self._out / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def take(self, name: str) -> int | None:
-        """The descriptor of the lock of a run, or None if somebody has it.
-
-        A process that inherits the descriptor holds the lock too.
-        """
-        folder = self._out / name
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
-
-    def give(self, name: str, descriptor: int) -> None:
-        """Frees the lock of a run."""
-        os.close(descriptor)
-
-    def check(self) -> None:
-        """Raises if the locks may be lost, which the kernel does to no living process."""
-
-    def close(self) -> None:
-        """Frees what is not the kernel's."""
-
-
-class _ServerLocks(_Locks):
-    """Locks among machines too: PostgreSQL's advisory locks, which live as long as a connection."""
-
-    def __init__(self, out: Path, url: sqlalchemy.URL, study: str) -> None:
-        super().__init__(out)
-        self._study = study
-        engine = sqlalchemy.create_engine(
-            url,
-            isolation_level="AUTOCOMMIT",
-            poolclass=sqlalchemy.NullPool,
-            connect_args=_CONNECTION,
-        )
-        self._connection = engine.connect()
-
-    def _call(self, function: str, key: str) -> Any:
-        statement = sqlalchemy.text(f"SELECT {function}(hashtextextended(:key, 0))")
-        return self._connection.execute(statement, {"key": key}).scalar()
-
-    @contextlib.contextmanager
-    def ledger(self) -> Iterator[None]:
-        # One for all studies: Optuna's tables, which the first worker makes, are theirs in common.
-        with super().ledger():
-            self._call("pg_advisory_lock", "tfjacreg")
-            try:
-                yield
-            finally:
-                self._call("pg_advisory_unlock", "tfjacreg")
-
-    def take(self, name: str) -> int | None:
-        if not self._call("pg_try_advisory_lock", f"{self._study}/{name}"):
-            return None
-        descriptor = super().take(name)
-        if descriptor is None:
-            self._call("pg_advisory_unlock", f"{self._study}/{name}")
-        return descriptor
-
-    def give(self, name: str, descriptor: int) -> None:
-        super().give(name, descriptor)
-        self._call("pg_advisory_unlock", f"{self._study}/{name}")
-
-    def check(self) -> None:
-        self._connection.execute(sqlalchemy.text("SELECT 1"))
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 class _Grid(optuna.samplers.GridSampler):
@@ -290,7 +195,7 @@ class _Ledger:
         sweep: Sweep,
         out: Path,
         configs: dict[str, RunConfig],
-        locks: _Locks,
+        locks: FileLocks,
         study: optuna.Study,
         axes: dict[str, list[Any]],
     ) -> None:
@@ -311,13 +216,13 @@ class _Ledger:
         some = next(iter(configs.values()))
         digest = hashlib.sha256(sweep.content).hexdigest()[:16]
         study = f"{some.dataset}-{some.network}-{digest}"
-        locks: _Locks
+        locks: FileLocks
         if storage is None:
             url = sqlalchemy.URL.create("sqlite", database=str(out / "sweep.sqlite3"))
-            locks, options = _Locks(out), {"connect_args": {"timeout": 60}}
+            locks, options = FileLocks(out), {"connect_args": {"timeout": 60}}
         else:
-            url = _server(storage)
-            locks, options = _ServerLocks(out, url, study), {}
+            url = server_url(storage)
+            locks, options = ServerLocks(out, url, study), {}
         axes: dict[str, list[Any]] = {
             "cell": [cell.name for cell in sweep.cells],
             "repeat": list(range(sweep.repeats)),
@@ -470,20 +375,6 @@ class _Bar(tqdm):
         runs = f"{len(states)} of {len(self._ledger.configs)} runs"
         self.set_postfix_str(runs + (f", {failed} failed" if failed else ""), refresh=False)
         self.update(self._ledger.epochs(latest) - self.n)
-
-
-def _server(storage: str) -> sqlalchemy.URL:
-    try:
-        url = sqlalchemy.make_url(storage)
-        if url.get_backend_name() == "postgresql":
-            # psycopg 3, whichever driver SQLAlchemy's version takes for the bare name.
-            return url.set(drivername="postgresql+psycopg")
-    except sqlalchemy.exc.ArgumentError:
-        pass
-    raise ValueError(
-        "`--storage` must be the URL of a PostgreSQL database, such as postgresql://user@host/name."
-        f" Received: {storage}. Leave it out for an SQLite file in the sweep's folder."
-    )
 
 
 def _train(ledger: _Ledger, claim: _Claim, bar: _Bar) -> str:

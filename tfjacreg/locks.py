@@ -1,0 +1,132 @@
+"""Locks that die with their holder: among the processes of one machine, and among machines."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+
+# A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
+# after 60, hands its run to another.
+_CONNECTION = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 15_000,
+    "options": "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3",
+}
+
+
+class FileLocks:
+    """Locks among the processes of one machine, freed by the kernel when their holder dies."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    @contextlib.contextmanager
+    def ledger(self) -> Iterator[None]:
+        """Waits for the one lock on all changes of the ledger."""
+        with (self._out / ".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def take(self, name: str) -> int | None:
+        """The descriptor of the lock of a run, or None if somebody has it.
+
+        A process that inherits the descriptor holds the lock too.
+        """
+        folder = self._out / name
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def give(self, name: str, descriptor: int) -> None:
+        """Frees the lock of a run."""
+        os.close(descriptor)
+
+    def check(self) -> None:
+        """Raises if the locks may be lost, which the kernel does to no living process."""
+
+    def close(self) -> None:
+        """Frees what is not the kernel's."""
+
+
+class ServerLocks(FileLocks):
+    """Locks among machines too: PostgreSQL's advisory locks, which live as long as a connection."""
+
+    def __init__(self, out: Path, url: sqlalchemy.URL, study: str) -> None:
+        super().__init__(out)
+        self._study = study
+        engine = sqlalchemy.create_engine(
+            url,
+            isolation_level="AUTOCOMMIT",
+            poolclass=sqlalchemy.NullPool,
+            connect_args=_CONNECTION,
+        )
+        self._connection = engine.connect()
+
+    def _call(self, function: str, key: str) -> Any:
+        statement = sqlalchemy.text(f"SELECT {function}(hashtextextended(:key, 0))")
+        return self._connection.execute(statement, {"key": key}).scalar()
+
+    @contextlib.contextmanager
+    def ledger(self) -> Iterator[None]:
+        """Waits for the one lock on all changes of the ledger, on all machines."""
+        # One for all studies: Optuna's tables, which the first worker makes, are theirs in common.
+        with super().ledger():
+            self._call("pg_advisory_lock", "tfjacreg")
+            try:
+                yield
+            finally:
+                self._call("pg_advisory_unlock", "tfjacreg")
+
+    def take(self, name: str) -> int | None:
+        """As for files; None too if a worker on another machine has the lock."""
+        if not self._call("pg_try_advisory_lock", f"{self._study}/{name}"):
+            return None
+        descriptor = super().take(name)
+        if descriptor is None:
+            self._call("pg_advisory_unlock", f"{self._study}/{name}")
+        return descriptor
+
+    def give(self, name: str, descriptor: int) -> None:
+        """Frees the lock of a run."""
+        super().give(name, descriptor)
+        self._call("pg_advisory_unlock", f"{self._study}/{name}")
+
+    def check(self) -> None:
+        """Raises if the connection, and the locks with it, is lost."""
+        self._connection.execute(sqlalchemy.text("SELECT 1"))
+
+    def close(self) -> None:
+        """Ends the connection, which frees its locks."""
+        self._connection.close()
+
+
+def server_url(storage: str) -> sqlalchemy.URL:
+    """The URL of a PostgreSQL server, with the driver that is used.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    try:
+        url = sqlalchemy.make_url(storage)
+        if url.get_backend_name() == "postgresql":
+            # psycopg 3, whichever driver SQLAlchemy's version takes for the bare name.
+            return url.set(drivername="postgresql+psycopg")
+    except sqlalchemy.exc.ArgumentError:
+        pass
+    raise ValueError(
+        "`--storage` must be the URL of a PostgreSQL database, such as postgresql://user@host/name."
+        f" Received: {storage}. Leave it out for an SQLite file in the sweep's folder."
+    )
