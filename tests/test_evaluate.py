@@ -322,7 +322,8 @@ def test_judging_and_reporting_do_not_mix(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_report_goes_into_the_sweeps_folder_or_out(tmp_path, capsys):
+def test_a_report_goes_into_the_sweeps_folder_or_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Where there is no results folder, whose benchmarks it would read.
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     toml = 'dataset = "digits"\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'
