@@ -1,6 +1,7 @@
 """Sweep files: what they mean, and what is wrong with a bad one."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -107,8 +108,29 @@ def test_files_that_come_along(name):
     }
 
 
+CHOSEN = "fashion_mnist_chosen"
+
+
+def test_chosen_factors_are_those_of_lowest_validation_loss():
+    """In the committed results of the sweep over factors."""
+    results = SWEEPS.parent / "results" / "fashion_mnist" / "factors"
+    chosen = Sweep.load(SWEEPS / f"{CHOSEN}.toml")
+    factors = Sweep.load(results / "sweep.toml")
+    assert factors.content == (SWEEPS / "fashion_mnist_factors.toml").read_bytes()
+    for method in METHODS:
+        losses = {
+            cell.factor: json.loads(
+                (results / factors.folder(config) / "metrics.json").read_text()
+            )["val_loss"]
+            for (cell, _), config in factors.configs().items()
+            if cell.method == method
+        }
+        own = {cell.factor for cell in chosen.cells if cell.method == method}
+        assert min(losses, key=losses.get) in own and len(own) <= 2
+
+
 def test_every_file_is_tested():
-    assert {path.stem for path in SWEEPS.glob("*.toml")} == set(FILES)
+    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN}
 
 
 @pytest.mark.parametrize(
