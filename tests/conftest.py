@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Before TensorFlow is imported: what the scripts set too, so that tests run what users run.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -7,6 +8,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import pytest
 import tensorflow as tf
+
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two logical devices, for the tests of distribution strategies; it must be said before any use.
 _cpu = tf.config.list_physical_devices("CPU")[0]
