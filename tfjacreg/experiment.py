@@ -123,6 +123,17 @@ class RunConfig:
         seed = {} if penalty is regularizers.WeightDecay else {"seed": self.seed}
         return penalty(factor=self.factor, **seed)
 
+    def differences(self, held: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The settings that differ from those of a `config.json`: its value and this one's.
+
+        Where the data lies does not count: it does not change what the run is.
+        """
+        return {
+            name: (held.get(name), value)
+            for name, value in dataclasses.asdict(self).items()
+            if name != "data_dir" and held.get(name) != value
+        }
+
     def default_folder(self) -> Path:
         """Where the run goes if nothing else is said."""
         method = self.regularizer
@@ -376,9 +387,8 @@ class _Keeper(keras.callbacks.Callback):
         with _writing(self.out):
             # The checkpoint comes last: rows beyond it are dropped when a run goes on.
             _write_csv(self.out / "history.csv", self.history)
-            temporary = self.out / ".partial-checkpoint.keras"
-            self.model.save(temporary)
-            os.replace(temporary, self.out / "checkpoint.keras")
+            with files.replacing(self.out / "checkpoint.keras") as temporary:
+                self.model.save(temporary)
 
     def _check_finite(self, *values: Any) -> None:
         if all(np.all(np.isfinite(value)) for value in values):
@@ -417,9 +427,8 @@ def _export(
     """Writes the classifier, from pixels in [0, 1] to logits, of nothing but Keras' own layers."""
     pixels = keras.Input(input_shape, name="pixels")
     classifier = keras.Model(pixels, network(normalization(pixels)), name="classifier")
-    temporary = out / ".partial-classifier.keras"
-    classifier.save(temporary)
-    os.replace(temporary, out / "classifier.keras")
+    with files.replacing(out / "classifier.keras") as temporary:
+        classifier.save(temporary)
     temporary = out / ".partial-saved_model"
     shutil.rmtree(temporary, ignore_errors=True)
     classifier.export(temporary, verbose=False)
@@ -429,21 +438,15 @@ def _export(
 
 def _claim(out: Path, config: RunConfig) -> None:
     """Makes `out` the folder of this configuration, or refuses if it is another's."""
-    settings = dataclasses.asdict(config)
     path = out / "config.json"
     if not path.exists():
-        files.write_json(path, {**settings, "environment": environment()})
+        files.write_json(path, {**dataclasses.asdict(config), "environment": environment()})
         return
     try:
         held = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise RunError(f"{path} is not JSON ({error}). Use --overwrite to start anew.") from error
-    # Where the data lies does not change what the run is.
-    different = {
-        name: (held.get(name), value)
-        for name, value in settings.items()
-        if name != "data_dir" and held.get(name) != value
-    }
+    different = config.differences(held)
     if different:
         lines = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items())
         raise RunError(
@@ -485,12 +488,10 @@ def _clear(out: Path) -> None:
 
 
 def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    temporary = path.with_name(f".partial-{path.name}")
-    with temporary.open("w", newline="") as file:
+    with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+
+from tfjacreg import files
 
 _TITLES = {"noise": "White noise", "pgd": "PGD", "tpgd": "TPGD", "square": "Square"}
 _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
@@ -520,8 +521,5 @@ def _layout(title: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, target)
+    with files.replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")

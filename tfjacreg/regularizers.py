@@ -86,13 +86,15 @@ class _RandomStart(Regularizer):
     def __init__(self, factor: float, seed: int | None, fraction: float) -> None:
         super().__init__(factor)
         self.seed = norms.validate_seed(seed)
-        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
-            fraction = math.nan
-        if not 0 < fraction <= 1:
+        if (
+            isinstance(fraction, bool)
+            or not isinstance(fraction, numbers.Real)
+            or not 0 < fraction <= 1
+        ):
             raise ValueError(
                 f"`fraction` must be a number in (0, 1]. Received: fraction={fraction!r}"
             )
-        self.fraction = float(fraction)
+        self.fraction: float = float(fraction)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """The seed and the number of draws so far."""

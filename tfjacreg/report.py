@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tfjacreg import figures, page, selection, tables
+from tfjacreg import figures, files, page, selection, tables
 from tfjacreg.evaluation import PERTURBATIONS, read_json
 from tfjacreg.figures import Evaluation
 from tfjacreg.selection import LABELS, CellRuns, Run, Section
@@ -59,8 +58,9 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
         blocks += [f"### {section.label}", tables.all_cells(section)]
     blocks += ["## Runs and machines", *map(tables.environment, sections)]
     text = "\n\n".join(blocks) + "\n"
-    _write(out / "report.md", text)
-    _write(out / "report.html", page.render(text, out))
+    for name, content in (("report.md", text), ("report.html", page.render(text, out))):
+        with files.replacing(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return out / "report.html"
 
 
@@ -266,10 +266,3 @@ def _naming(path: Path, script: str) -> Iterator[None]:
         raise ValueError(
             f"{path} must be as benchmarks/{script} writes it. Received: {error!r}. Run it again."
         ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import functools
 import math
 import operator
@@ -241,13 +240,11 @@ def _read_run(folder: Path, config: RunConfig) -> Run:
 
 
 def _refuse_other_settings(path: Path, held: dict[str, Any], config: RunConfig) -> None:
-    # Where the data lies does not change what the run is.
-    for name, value in dataclasses.asdict(config).items():
-        if name != "data_dir" and held.get(name) != value:
-            raise ValueError(
-                f"{path} must be that of the sweep's run, with {name}={value!r}. Received: "
-                f"{name}={held.get(name)!r}. Move that run out of the sweep's folder."
-            )
+    for name, (theirs, planned) in config.differences(held).items():
+        raise ValueError(
+            f"{path} must be that of the sweep's run, with {name}={planned!r}. Received: "
+            f"{name}={theirs!r}. Move that run out of the sweep's folder."
+        )
 
 
 def _check_numbers(path: Path, metrics: dict[str, Any]) -> None:

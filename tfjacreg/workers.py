@@ -36,7 +36,7 @@ import tensorflow as tf
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from tfjacreg import datasets
+from tfjacreg import datasets, files
 from tfjacreg.experiment import RunConfig, RunError, run
 from tfjacreg.locks import FileLocks, ServerLocks, server_url
 from tfjacreg.sweep import Cell, Sweep
@@ -148,9 +148,8 @@ def _hold(sweep: Sweep, out: Path) -> None:
     copy = out / "sweep.toml"
     with FileLocks(out).ledger():
         if not copy.exists():
-            temporary = out / ".partial-sweep.toml"
-            temporary.write_bytes(sweep.content)
-            os.replace(temporary, copy)
+            with files.replacing(copy) as temporary:
+                temporary.write_bytes(sweep.content)
         elif copy.read_bytes() != sweep.content:
             raise RunError(
                 f"{out} holds another sweep: its sweep.toml differs from the file given. "
@@ -390,9 +389,8 @@ def _train(ledger: _Ledger, claim: _Claim, bar: _Bar) -> str:
         ledger.succeed(claim, metrics)
         values = metrics["val_loss"], metrics["test_accuracy"]
         return "{}: val_loss {:.4f}, test accuracy {:.4f}".format(claim.name, *values)
-    temporary = folder / ".partial-error.txt"
-    temporary.write_text(log)
-    os.replace(temporary, folder / "error.txt")
+    with files.replacing(folder / "error.txt") as temporary:
+        temporary.write_text(log)
     error = log.splitlines()[-1]
     ledger.fail(claim, error)
     return f"{claim.name}: failed: {error}"
