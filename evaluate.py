@@ -16,7 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from tfjacreg import attacks, datasets, evaluation, figures, report  # noqa: E402
+from tfjacreg import attacks, datasets  # noqa: E402
+from tfjacreg.experiments import evaluation, figures, report  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from tfjacreg import datasets, networks, regularizers  # noqa: E402
-from tfjacreg.experiment import SCHEDULES, RunConfig, RunError, run  # noqa: E402
+from tfjacreg.experiments.run import SCHEDULES, RunConfig, RunError, run  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -105,7 +105,7 @@ def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -
 
 
 def _sweep(*, sweep: Path, out: Path | None = None, **options: Any) -> int:
-    from tfjacreg import workers  # Optuna takes half a second, for sweeps only.
+    from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
 
     out = out or Path("runs") / sweep.stem
     try:

@@ -19,7 +19,9 @@ import numpy as np
 import tensorflow as tf
 from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient_descent
 
-from tfjacreg import attacks, datasets, evaluation, experiment, files
+from tfjacreg import attacks, datasets
+from tfjacreg.experiments import evaluation, files
+from tfjacreg.experiments import run as experiment
 
 with warnings.catch_warnings():
     # ART warns of the frameworks that are not installed.

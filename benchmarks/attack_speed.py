@@ -14,7 +14,9 @@ from pathlib import Path
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from tfjacreg import attacks, datasets, evaluation, experiment, files, robustness
+from tfjacreg import attacks, datasets, robustness
+from tfjacreg.experiments import evaluation, files
+from tfjacreg.experiments import run as experiment
 
 
 def main() -> None:

@@ -26,7 +26,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, experiment, figures, files, networks, norms
+from tfjacreg import datasets, networks, norms
+from tfjacreg.experiments import figures, files
+from tfjacreg.experiments import run as experiment
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.regularizers import Regularizer, SpectralNorm
 

@@ -19,8 +19,9 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tfjacreg import experiment, files  # noqa: E402
-from tfjacreg.experiment import RunConfig  # noqa: E402
+from tfjacreg.experiments import files
+from tfjacreg.experiments import run as experiment  # noqa: E402
+from tfjacreg.experiments.run import RunConfig  # noqa: E402
 
 
 def measure(config: RunConfig, examples: int, repeats: int) -> dict[str, float]:

@@ -25,7 +25,9 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from tfjacreg import experiment, figures, files, networks  # noqa: E402
+from tfjacreg import networks  # noqa: E402
+from tfjacreg.experiments import figures, files
+from tfjacreg.experiments import run as experiment  # noqa: E402
 from tfjacreg.model import RegularizedModel  # noqa: E402
 from tfjacreg.regularizers import FrobeniusNorm, SpectralBound, SpectralNorm  # noqa: E402
 

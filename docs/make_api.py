@@ -17,20 +17,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "tfjacreg"
 # A griffe.Module, Class, Function, Attribute or Alias of one: each has names of its own.
 Node: TypeAlias = Any
-# In the order of a reader's need: measure and train, judge, run many.
+# In the order of a reader's need: measure and train, judge, run many. Of the experiments only what
+# a script of one's own may call.
 MODULES = (
     "regularizers",
     "attacks",
     "robustness",
     "networks",
     "datasets",
-    "experiment",
-    "sweep",
-    "workers",
-    "evaluation",
-    "selection",
-    "report",
-    "figures",
+    "experiments.run",
+    "experiments.sweep",
 )
 HEAD = """\
 # API reference

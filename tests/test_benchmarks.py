@@ -13,7 +13,8 @@ import tensorflow as tf
 from keras import layers
 from reference import dense_jacobian, singular_values
 
-from tfjacreg import datasets, figures, norms, regularizers
+from tfjacreg import datasets, norms, regularizers
+from tfjacreg.experiments import figures
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 BATCH, N_IN, N_OUT = 4, 9, 5

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tfjacreg import figures, files, page, selection, tables
-from tfjacreg.evaluation import PERTURBATIONS, read_json
-from tfjacreg.figures import Evaluation
-from tfjacreg.selection import LABELS, CellRuns, Run, Section
+from tfjacreg.experiments import figures, files, selection, tables
+from tfjacreg.experiments import html as page
+from tfjacreg.experiments.evaluation import PERTURBATIONS, read_json
+from tfjacreg.experiments.figures import Evaluation
+from tfjacreg.experiments.selection import LABELS, CellRuns, Run, Section
 
 # The seed that draws the runs of Figure 4, and how many images the runs should be judged on.
 SEED = 0

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tfjacreg.evaluation import read_json
-from tfjacreg.experiment import RunConfig
-from tfjacreg.sweep import Cell, Sweep
+from tfjacreg.experiments.evaluation import read_json
+from tfjacreg.experiments.run import RunConfig
+from tfjacreg.experiments.sweep import Cell, Sweep
 
 # The paper's names of the methods, in the order of its Table 1.
 LABELS = {

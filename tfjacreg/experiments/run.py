@@ -25,7 +25,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, files, networks, norms, regularizers
+from tfjacreg import datasets, networks, norms, regularizers
+from tfjacreg.experiments import files
 from tfjacreg.model import RegularizedModel
 
 MOMENTUM = 0.8  # Appendix A.2, for every network.

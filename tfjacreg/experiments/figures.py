@@ -11,7 +11,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from tfjacreg import files
+from tfjacreg.experiments import files
 
 _TITLES = {"noise": "White noise", "pgd": "PGD", "tpgd": "TPGD", "square": "Square"}
 _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}

@@ -20,12 +20,13 @@ import pytest
 import sqlalchemy
 
 import train
-from tfjacreg import datasets, workers
-from tfjacreg.experiment import RunConfig, RunError
-from tfjacreg.locks import FileLocks, ServerLocks, server_url
-from tfjacreg.sweep import Sweep
+from tfjacreg import datasets
+from tfjacreg.experiments import workers
+from tfjacreg.experiments.locks import FileLocks, ServerLocks, server_url
+from tfjacreg.experiments.run import RunConfig, RunError
+from tfjacreg.experiments.sweep import Sweep
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEADLINE = 300
 PYTHON = sys.executable  # Tests put the stand-in below in its place.
 
@@ -603,7 +604,9 @@ for held in os.listdir("/proc/self/fd"):
 @pytest.mark.slow
 def test_the_process_of_a_run_ends_with_its_worker(tmp_path):
     config = {"epochs": 10_000, "batch_size": 128, "regularizer": "none"}
-    child = subprocess.Popen([PYTHON, "-m", "tfjacreg.workers"], cwd=ROOT, stdin=subprocess.PIPE)
+    child = subprocess.Popen(
+        [PYTHON, "-m", "tfjacreg.experiments.workers"], cwd=ROOT, stdin=subprocess.PIPE
+    )
     try:
         order = json.dumps({"config": config, "folder": str(tmp_path)})
         child.stdin.write(order.encode() + b"\n")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tfjacreg import regularizers
-from tfjacreg.experiment import RunConfig
-from tfjacreg.sweep import Cell, Sweep
+from tfjacreg.experiments.run import RunConfig
+from tfjacreg.experiments.sweep import Cell, Sweep
 
-SWEEPS = Path(__file__).parent.parent / "sweeps"
+SWEEPS = Path(__file__).parents[2] / "sweeps"
 METHODS = {"none", *regularizers.NAMES}
 
 GOOD = """
@@ -219,5 +219,5 @@ def test_a_sweep_cannot_be_changed(tmp_path):
 
 @pytest.mark.slow
 def test_reading_a_sweep_needs_no_optuna():
-    code = "import sys, tfjacreg.sweep; sys.exit('optuna' in sys.modules)"
+    code = "import sys, tfjacreg.experiments.sweep; sys.exit('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SWEEPS.parent).returncode == 0

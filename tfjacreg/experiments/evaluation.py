@@ -16,8 +16,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from tfjacreg import attacks, files, robustness
+from tfjacreg import attacks, robustness
 from tfjacreg.classifiers import check, predict
+from tfjacreg.experiments import files
 
 PERTURBATIONS = ("noise", "pgd", "tpgd", "square")
 # What each perturbation calls its strength in evaluation.json.

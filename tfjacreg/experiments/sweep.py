@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tfjacreg import norms, regularizers
-from tfjacreg.experiment import RunConfig
+from tfjacreg.experiments.run import RunConfig
 
 AXES = ("learning_rate", "batch_size", "factor")
 METHODS = ("none", *regularizers.NAMES)

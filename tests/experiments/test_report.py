@@ -19,11 +19,13 @@ import pytest
 from matplotlib import image
 from selenium import webdriver
 
-from tfjacreg import datasets, page, report, selection, tables
-from tfjacreg.experiment import RunConfig
-from tfjacreg.sweep import Sweep
+from tfjacreg import datasets
+from tfjacreg.experiments import html as page
+from tfjacreg.experiments import report, selection, tables
+from tfjacreg.experiments.run import RunConfig
+from tfjacreg.experiments.sweep import Sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOML = """
 dataset = "{dataset}"
 epochs = {epochs}

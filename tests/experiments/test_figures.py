@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from tfjacreg import figures
-from tfjacreg.figures import Evaluation
+from tfjacreg.experiments import figures
+from tfjacreg.experiments.figures import Evaluation
 
 
 def judged(clean=0.9, drops=(0.1, 0.5), distances=(1.0, None, 3.0), wrong=(1,), name="pgd"):

@@ -36,10 +36,11 @@ import tensorflow as tf
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from tfjacreg import datasets, files
-from tfjacreg.experiment import RunConfig, RunError, run
-from tfjacreg.locks import FileLocks, ServerLocks, server_url
-from tfjacreg.sweep import Cell, Sweep
+from tfjacreg import datasets
+from tfjacreg.experiments import files
+from tfjacreg.experiments.locks import FileLocks, ServerLocks, server_url
+from tfjacreg.experiments.run import RunConfig, RunError, run
+from tfjacreg.experiments.sweep import Cell, Sweep
 
 _POLL = 2.0  # Seconds between looks at the other workers.
 
@@ -411,7 +412,7 @@ def _process(ledger: _Ledger, claim: _Claim, bar: _Bar) -> str | None:
     order = json.dumps({"config": dataclasses.asdict(config), "folder": str(folder)})
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tfjacreg.workers"],
+            [sys.executable, "-m", "tfjacreg.experiments.workers"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from keras import layers
 
-from tfjacreg import attacks, datasets, evaluation, robustness
+from tfjacreg import attacks, datasets, robustness
+from tfjacreg.experiments import evaluation
 
-SCRIPT = Path(__file__).parents[1] / "evaluate.py"
+SCRIPT = Path(__file__).parents[2] / "evaluate.py"
 SMALL = {
     "noise": {"variance": [0.01, 0.1], "draws": 2},
     "pgd": {"iterations": [1, 4], "eps": 0.1, "step_size": 0.03},

@@ -15,10 +15,11 @@ import pytest
 import tensorflow as tf
 
 import tfjacreg
-from tfjacreg import datasets, experiment
-from tfjacreg.experiment import RunConfig, RunError, run
+from tfjacreg import datasets
+from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.run import RunConfig, RunError, run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = {"epochs": 2, "batch_size": 128}
 
 

@@ -7,9 +7,10 @@ import math
 import shlex
 from collections import Counter
 
-from tfjacreg import datasets, selection
-from tfjacreg.selection import LABELS, CellRuns, Run, Section, Statistic
-from tfjacreg.sweep import Cell
+from tfjacreg import datasets
+from tfjacreg.experiments import selection
+from tfjacreg.experiments.selection import LABELS, CellRuns, Run, Section, Statistic
+from tfjacreg.experiments.sweep import Cell
 
 # Table 1 of the paper: test accuracy in %, mean and standard deviation over five runs.
 PAPER = {
