@@ -1,6 +1,7 @@
 """Sweep files: what they mean, and what is wrong with a bad one."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -129,8 +130,27 @@ def test_chosen_factors_are_those_of_lowest_validation_loss():
         assert min(losses, key=losses.get) in own and len(own) <= 2
 
 
+GRID = "fashion_mnist_grid"
+
+
+def test_no_method_has_a_finer_grid_than_another():
+    """Every rate with every batch size, and half-decades of the factor around each one's best."""
+    grid = Sweep.load(SWEEPS / f"{GRID}.toml")
+    assert {cell.learning_rate for cell in grid.cells} == {0.01, 0.001}
+    assert {cell.batch_size for cell in grid.cells} == {16, 32}
+    assert {c.epochs for c in grid.configs().values()} == {50} and grid.repeats == 1
+    counts = {"none": 1, "spectral": 4, "frobenius": 5, "weight_decay": 4, "spectral_bound": 4}
+    for method in METHODS:
+        factors = {cell.factor for cell in grid.cells if cell.method == method}
+        assert len(factors) == counts[method]
+        assert len([c for c in grid.cells if c.method == method]) == 4 * counts[method]
+        if method != "none":
+            ratios = [b / a for a, b in itertools.pairwise(sorted(factors))]
+            assert all(3 <= ratio <= 10.01 for ratio in ratios)
+
+
 def test_every_file_is_tested():
-    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN}
+    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN, GRID}
 
 
 @pytest.mark.parametrize(
