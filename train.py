@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
     add("--network", choices=networks.NAMES, help=f"({default.network})")
     add("--width", type=float, help="of vgg16 and resnet20; 1 is published")
-    methods = ("none", *regularizers.NAMES)
+    methods = ("none", *regularizers.BY_NAME)
     add("--regularizer", choices=methods, help=f"({default.regularizer})")
     add("--factor", type=float, help=f"weight of the penalty ({default.factor})")
     add("--epochs", type=int, help="lenet: 50; others: 100")

@@ -5,6 +5,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from tfjacreg import JacobianOperator
+
 
 def finite_difference_jacobian(function, x, step=1e-6):
     """`d function(x_i) / d x_i` for every example, `[B, n_out, n_in]`, by central differences.
@@ -31,6 +33,13 @@ def dense_jacobian(network, x, training=False):
         outputs = tf.unstack(y, axis=1)
     rows = [tape.gradient(output, x).numpy().reshape(x.shape[0], -1) for output in outputs]
     return np.stack(rows, axis=1)
+
+
+def operator(network, x, forward_mode, tangent, **options):
+    """The operator whose product with `tangent` is computed as `forward_mode` says."""
+    if forward_mode == "accumulator":
+        options["tangent"] = tangent
+    return JacobianOperator(network, x, **options)
 
 
 def singular_values(jacobians):

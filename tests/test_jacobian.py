@@ -9,11 +9,13 @@ from reference import (
     conv_network,
     dense_jacobian,
     finite_difference_jacobian,
+    operator,
     seeded_input,
 )
 
 import tfjacreg
 from tfjacreg import JacobianOperator, hold_constant
+from tfjacreg.estimators import METHODS
 from tfjacreg.jacobian import FORWARD_MODES
 
 
@@ -33,11 +35,13 @@ class TestAgainstDense:
     def products(self, name, batch, forward_mode):
         network = build(name)
         x = seeded_input(network.input_shape[1:], batch)
-        op = JacobianOperator(network, x, forward_mode=forward_mode)
-        v, u = random_like(op.x, 1), random_like(op.primal, 2)
+        v = random_like(tf.constant(x), 1)
+        op = operator(network, x, forward_mode, v)
+        u = random_like(op.primal, 2)
         jacobians = dense_jacobian(network, x)
         np.testing.assert_array_equal(op.primal, network(x))
-        # Twice: the second product of each kind comes from a replay or from the same tape.
+        assert (op.tangent_out is None) == (forward_mode == "transpose")
+        # Twice: the second product of each kind comes from the same tape.
         for _ in range(2):
             expected = np.einsum("bij,bj->bi", jacobians, flat(v))
             yield flat(op.matvec(v)), expected
@@ -79,7 +83,7 @@ def test_eager_graph_and_xla_agree(name, forward_mode):
     v, u = random_like(x, 1), random_like(network(x), 2)
 
     def products(x):
-        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        op = operator(network, x, forward_mode, v)
         return op.matvec(v), op.rmatvec(u), op.matvec(2 * v)
 
     eager = products(x)
@@ -101,8 +105,8 @@ def test_training_mode_compiled(forward_mode, jit_compile):
 
     @tf.function(jit_compile=jit_compile)
     def products(x):
-        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
-        return op.primal, op.matvec(v), op.rmatvec(op.primal), op.matvec(v)
+        op = operator(network, x, forward_mode, v, training=True)
+        return op.primal, op.matvec(v), op.rmatvec(op.primal), op.matvec(tf.identity(v))
 
     primal, forward, backward, again = products(x)
     np.testing.assert_allclose(primal, expected, rtol=1e-5, atol=1e-6)
@@ -126,35 +130,81 @@ class Counter(layers.Layer):
         return x
 
 
-@pytest.mark.parametrize(
-    ("forward_mode", "order", "traced", "eager"),
-    [
-        ("accumulator", "r", 1, 1),
-        ("accumulator", "rrr", 1, 1),
-        ("accumulator", "m", 1, 2),
-        ("accumulator", "mr", 1, 2),
-        ("accumulator", "mrrmr", 2, 3),
-        ("accumulator", "rm", 2, 2),
-        ("transpose", "mrmrmm", 1, 1),
-        ("transpose", "rm", 1, 1),
-    ],
-)
-def test_forward_passes(forward_mode, order, traced, eager):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("order", ["", "m", "r", "t", "rrr", "mrrmr", "rm", "trm", "mrmrmmt"])
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_one_forward_pass_whatever_is_asked(forward_mode, order, compiled):
     network = keras.Sequential([keras.Input((3,)), Counter(), layers.Dense(2, activation="tanh")])
+    v = tf.ones((2, 3))
 
     def products(x):
-        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        op = operator(network, x, forward_mode, v)
         for product in order:
-            if product == "m":
-                op.matvec(np.ones((2, 3)))
-            else:
+            if product == "r":
                 op.rmatvec(np.ones((2, 2)))
+            else:
+                op.matvec(v if product == "t" else 2 * v)
         return op.primal
 
-    for run, passes in ((tf.function(products), traced), (products, eager)):
-        Counter.calls = 0
-        assert run(tf.ones((2, 3))).shape == (2, 2)
-        assert Counter.calls == passes
+    Counter.calls = 0
+    assert (tf.function(products) if compiled else products)(tf.ones((2, 3))).shape == (2, 2)
+    assert Counter.calls == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_outer_tape_sees_the_primal_and_the_tangent(float64, compiled):
+    """Gradients in the weights of both, against those of the pass alone and finite differences."""
+    network = build("conv_tanh")
+    x = tf.constant(seeded_input((8, 8, 2)))
+    v = random_like(x, 1)
+    u = random_like(network(x), 2)
+    weights = [w.value for w in network.trainable_variables]
+
+    def gradients():
+        with tf.GradientTape(persistent=True) as tape:
+            op = JacobianOperator(network, x, tangent=v)
+            # The operator stays; what it was computed along must too.
+            loss, product = tf.reduce_sum(u * op.primal), tf.reduce_sum(u * op.tangent_out)
+        return tape.gradient(loss, weights), tape.gradient(
+            product, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+
+    of_primal, of_tangent = (tf.function(gradients) if compiled else gradients)()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(u * network(x))
+    for got, expected in zip(of_primal, tape.gradient(loss, weights), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+    def value():
+        return float(tf.reduce_sum(u * JacobianOperator(network, x).matvec(v)))
+
+    rng = np.random.default_rng(8)
+    start = [w.numpy() for w in weights]
+    moves = [rng.normal(size=w.shape) for w in start]
+    values = []
+    for sign in (1, -1):
+        for weight, w, move in zip(weights, start, moves, strict=True):
+            weight.assign(w + sign * 1e-6 * move)
+        values.append(value())
+    expected = (values[0] - values[1]) / 2e-6
+    got = sum(np.sum(g * move) for g, move in zip(of_tangent, moves, strict=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert abs(expected) > 1e-3
+
+
+def test_without_a_path_there_is_no_jacobian():
+    """TensorFlow knows no derivative of a cast to integers: an error, not a sigma of 0."""
+    inputs = keras.Input((3,))
+    network = keras.Model(inputs, layers.Dense(2)(ops.cast(ops.cast(inputs, "int32"), "float32")))
+    for make in (
+        lambda: JacobianOperator(network, X).rmatvec(np.ones((2, 2))),
+        lambda: JacobianOperator(network, X).matvec(X),
+        lambda: JacobianOperator(network, X, tangent=X),
+        lambda: tfjacreg.spectral_norm(network, X),
+        lambda: tfjacreg.frobenius_norm(network, X),
+    ):
+        with pytest.raises(ValueError, match="no differentiable operation leads.*Received"):
+            make()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -169,7 +219,7 @@ def test_a_product_leaves_the_loss_gradient_alone(forward_mode, product, compile
     def loss(measured):
         if not measured:
             return tf.reduce_sum(tf.sin(network(x)))
-        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        op = operator(network, x, forward_mode, x)
         getattr(op, product)(x if product == "matvec" else tf.ones((3, 5)))
         return tf.reduce_sum(tf.sin(op.primal))
 
@@ -201,7 +251,7 @@ def test_weight_gradient_in_an_outer_tape(float64, forward_mode, product):
     v, u = random_like(tf.constant(x), 1), random_like(network(x), 2)
 
     def value():
-        op = JacobianOperator(network, x, forward_mode=forward_mode)
+        op = operator(network, x, forward_mode, v)
         if product == "matvec":
             return tf.reduce_sum(op.matvec(v) * u)
         return tf.reduce_sum(op.rmatvec(u) * v)
@@ -262,9 +312,10 @@ class TestBatchNorm:
         hidden = x @ k1 + b1
         mean, variance = hidden.mean(axis=0), hidden.var(axis=0)
         expected = finite_difference_jacobian(lambda x: by_hand(network, x, mean, variance), x)
-        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
         for seed in range(2):
-            v, u = random_like(op.x, seed), random_like(op.primal, seed)
+            v = random_like(tf.constant(x), seed)
+            op = operator(network, x, forward_mode, v, training=True)
+            u = random_like(op.primal, seed)
             np.testing.assert_allclose(
                 op.matvec(v), np.einsum("bij,bj->bi", expected, v), atol=1e-7
             )
@@ -286,7 +337,7 @@ class TestBatchNorm:
         other[[2, 3]] = x[[3, 2]]
         results = []
         for inputs in (x, other):
-            op = JacobianOperator(network, inputs, training=True, forward_mode=forward_mode)
+            op = operator(network, inputs, forward_mode, inputs, training=True)
             results.append(op.rmatvec(random_like(op.primal)).numpy())
         np.testing.assert_allclose(results[0][[0, 1, 4, 5]], results[1][[0, 1, 4, 5]], atol=1e-12)
         assert np.max(np.abs(results[0][2] - results[1][2])) > 1e-3
@@ -295,7 +346,7 @@ class TestBatchNorm:
         x = seeded_input((5,), 6)
         plain, network = batch_norm_network(), batch_norm_network()
         expected = plain(x, training=True)
-        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        op = operator(network, x, forward_mode, x, training=True)
         for _ in range(3):
             op.matvec(random_like(op.x))
             op.rmatvec(random_like(op.primal))
@@ -311,7 +362,7 @@ class TestBatchNorm:
             loss = tf.reduce_sum(tf.sin(network(x, training=True)))
         expected = tape.gradient(loss, weights)
         with tf.GradientTape() as tape:
-            op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+            op = operator(network, x, forward_mode, random_like(x), training=True)
             op.matvec(random_like(x))
             loss = tf.reduce_sum(tf.sin(op.primal))
         for a, b in zip(expected, tape.gradient(loss, weights), strict=True):
@@ -320,9 +371,8 @@ class TestBatchNorm:
     def test_nothing_is_left_on_the_layer(self, forward_mode):
         network = batch_norm_network()
         before = dict(network.get_layer("norm").__dict__)
-        op = JacobianOperator(
-            network, seeded_input((5,), 6), training=True, forward_mode=forward_mode
-        )
+        x = seeded_input((5,), 6)
+        op = operator(network, x, forward_mode, x, training=True)
         op.matvec(random_like(op.x))
         op.matvec(random_like(op.x))
         assert set(network.get_layer("norm").__dict__) == set(before)
@@ -336,7 +386,8 @@ class TestBatchNorm:
         y = distributed(layers.Activation("tanh")(distributed(inputs)))
         network = keras.Model(inputs, layers.Flatten()(y))
         x = seeded_input((3, 4), 5)
-        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        v = random_like(tf.constant(x))
+        op = operator(network, x, forward_mode, v, training=True)
         u = random_like(op.primal)
         # Alone in the sum: with statistics held, the cotangent of one example reaches no other.
         alone = np.zeros(u.shape)
@@ -344,7 +395,6 @@ class TestBatchNorm:
         pulled = op.rmatvec(alone).numpy()
         assert np.all(np.delete(pulled, 2, axis=0) == 0)
         np.testing.assert_allclose(pulled[2], op.rmatvec(u).numpy()[2], atol=1e-12)
-        v = random_like(op.x)
         np.testing.assert_allclose(np.sum(op.matvec(v) * u), np.sum(op.rmatvec(u) * v))
 
 
@@ -363,9 +413,10 @@ def test_dropout_keeps_the_mask_of_the_pass(forward_mode, order):
         ]
     )
     x = seeded_input((40,), 4)
-    op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+    x = tf.constant(x)
+    op = operator(network, x, forward_mode, x, training=True)
     for product in order[:-1]:
-        op.matvec(x) if product == "m" else op.rmatvec(np.ones((4, 20)))
+        op.matvec(2 * x) if product == "m" else op.rmatvec(np.ones((4, 20)))
     np.testing.assert_allclose(op.matvec(x), op.primal, rtol=1e-4, atol=1e-5)
     u = random_like(op.primal)
     np.testing.assert_allclose(
@@ -385,7 +436,7 @@ def test_dropout_draws_no_more_masks_than_training(forward_mode):
     x = seeded_input((40,), 4)
     plain, measured = network(), network()
     plain(x, training=True)
-    op = JacobianOperator(measured, x, training=True, forward_mode=forward_mode)
+    op = operator(measured, x, forward_mode, x, training=True)
     for _ in range(3):
         op.matvec(x)
     np.testing.assert_array_equal(measured(x, training=True), plain(x, training=True))
@@ -405,9 +456,9 @@ def test_losses_that_layers_add_are_those_of_the_pass(forward_mode):
     expected = [float(loss) for loss in network.losses]
 
     def losses(x):
-        op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+        op = operator(network, x, forward_mode, x, training=True)
         op.rmatvec(op.primal)
-        op.matvec(x)
+        op.matvec(2 * x)
         return network.losses
 
     assert len(expected) == 2
@@ -441,7 +492,7 @@ class Halving(layers.Layer):
 @pytest.mark.parametrize("forward_mode", FORWARD_MODES)
 @pytest.mark.parametrize("layer", [AlwaysDropout, Halving])
 def test_state_that_inference_changes(float64, layer, forward_mode):
-    """Replays start from the state of the one pass and leave what that pass left."""
+    """The products belong to the state of the one pass and leave what that pass left."""
     x = seeded_input((40,), 4)
 
     def network():
@@ -451,10 +502,11 @@ def test_state_that_inference_changes(float64, layer, forward_mode):
         return made
 
     plain, measured = network(), network()
-    op = JacobianOperator(measured, x, forward_mode=forward_mode)
-    u, v = random_like(op.primal, 1), random_like(op.x, 2)
-    for _ in range(2):
-        np.testing.assert_allclose(np.sum(op.matvec(v) * u), np.sum(op.rmatvec(u) * v), rtol=1e-10)
+    v = random_like(tf.constant(x), 2)
+    op = operator(measured, x, forward_mode, v)
+    u = random_like(op.primal, 1)
+    for w in (v, 2 * v):
+        np.testing.assert_allclose(np.sum(op.matvec(w) * u), np.sum(op.rmatvec(u) * w), rtol=1e-10)
     np.testing.assert_array_equal(op.primal, plain(x))
     np.testing.assert_array_equal(measured(x), plain(x))
 
@@ -472,11 +524,11 @@ class CentredInTraining(layers.Layer):
 def test_hold_constant_in_a_layer_of_ones_own(float64, forward_mode):
     network = keras.Sequential([keras.Input((4,)), CentredInTraining()])
     x = seeded_input((4,), 3)
-    op = JacobianOperator(network, x, training=True, forward_mode=forward_mode)
+    v = random_like(tf.constant(x))
+    op = operator(network, x, forward_mode, v, training=True)
     slope = 1 - np.tanh(x - x.mean(axis=0)) ** 2
-    v = random_like(op.x)
-    for _ in range(2):
-        np.testing.assert_allclose(op.matvec(v), slope * v, atol=1e-12)
+    for w in (v, 2 * v):
+        np.testing.assert_allclose(op.matvec(w), slope * w, atol=1e-12)
     np.testing.assert_allclose(op.rmatvec(v), slope * v, atol=1e-12)
 
 
@@ -525,8 +577,9 @@ def test_double_precision_input_of_a_single_precision_network(forward_mode):
     """What NumPy gives by default: products in the dtype of x, as exact as the network is."""
     network = build("conv_relu")
     x = seeded_input((8, 8, 2), dtype="float64")
-    op = JacobianOperator(network, x, forward_mode=forward_mode)
-    u, v = random_like(op.primal, 1), random_like(op.x, 2)
+    v = random_like(tf.constant(x), 2)
+    op = operator(network, x, forward_mode, v)
+    u = random_like(op.primal, 1)
     jacobians = dense_jacobian(network, tf.cast(x, tf.float32))
     for got, expected in (
         (op.matvec(v), np.einsum("bij,bj->bi", jacobians, flat(v))),
@@ -536,12 +589,11 @@ def test_double_precision_input_of_a_single_precision_network(forward_mode):
         np.testing.assert_allclose(flat(got), expected, atol=1e-4 * np.max(np.abs(expected)))
 
 
-@pytest.mark.parametrize("method", tfjacreg.norms.METHODS)
-@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
-def test_mixed_precision(forward_mode, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision(method):
     x = seeded_input((8, 8, 2), 8)
     network = build("conv_relu")
-    settings = {"method": method, "iterations": 5, "forward_mode": forward_mode}
+    settings = {"method": method, "iterations": 5}
     expected = tfjacreg.spectral_norm(network, x, **settings).sigma
     keras.config.set_dtype_policy("mixed_float16")
     half = conv_network("relu")
@@ -553,17 +605,18 @@ def test_mixed_precision(forward_mode, method):
 
 
 NETWORK = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+CODES = keras.Sequential([keras.Input((3,), dtype="int32"), layers.Embedding(5, 2)])
 TWO_OUTPUTS = keras.Model(NETWORK.inputs, [NETWORK.outputs[0], NETWORK.outputs[0]])
 X = np.ones((2, 3), "float32")
 BAD = {
-    "integer": (lambda: JacobianOperator(NETWORK, X.astype("int32")), TypeError, "floating.*int32"),
-    "string": (lambda: JacobianOperator(NETWORK, ["a"]), TypeError, "one floating tensor.*list"),
+    "integer": (lambda: JacobianOperator(CODES, X.astype("int32")), TypeError, "floating.*int32"),
+    "string": (lambda: JacobianOperator(NETWORK, ["a"]), TypeError, "floating input.*string"),
     "string_array": (
         lambda: JacobianOperator(NETWORK, np.array([["a"]])),
         TypeError,
         "floating input.*string",
     ),
-    "dict": (lambda: JacobianOperator(NETWORK, {"x": X}), TypeError, "Received: a dict"),
+    "nothing": (lambda: JacobianOperator(NETWORK, []), TypeError, r"floating input.*x=\[\]"),
     "empty": (
         lambda: JacobianOperator(NETWORK, X[:0]),
         ValueError,
@@ -571,11 +624,6 @@ BAD = {
     ),
     "rank_0": (lambda: JacobianOperator(NETWORK, np.float32(1)), ValueError, r"shape \(\)"),
     "not_a_layer": (lambda: JacobianOperator(np.tanh, X), TypeError, "must be a keras.Layer"),
-    "forward_mode": (
-        lambda: JacobianOperator(NETWORK, X, forward_mode="fast"),
-        ValueError,
-        "accumulator.*transpose.*Received: forward_mode=fast",
-    ),
     "tangent": (
         lambda: JacobianOperator(NETWORK, X).matvec(np.ones((2, 2))),
         ValueError,
@@ -606,10 +654,15 @@ BAD = {
         TypeError,
         "`u` must hold real numbers.*string",
     ),
+    "tangent_of_the_pass": (
+        lambda: JacobianOperator(NETWORK, X, tangent=np.ones((2, 2))),
+        ValueError,
+        r"`tangent` must have the shape of the input x, \(2, 3\). Received: tangent of shape",
+    ),
     "several_outputs": (
-        lambda: JacobianOperator(TWO_OUTPUTS, X).primal,
-        TypeError,
-        "one dense tensor.*get_layer.*list",
+        lambda: JacobianOperator(TWO_OUTPUTS, X),
+        ValueError,
+        r"several outputs.*`output=`.*0 or '0'.*, 1 or '1'.*Received: output=None",
     ),
 }
 

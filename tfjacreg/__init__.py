@@ -6,7 +6,8 @@ Mostad 2022).
 
 from tfjacreg import attacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.checks import check_network
-from tfjacreg.jacobian import JacobianOperator, hold_constant
+from tfjacreg.frozen import hold_constant
+from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
 

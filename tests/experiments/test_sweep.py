@@ -14,7 +14,7 @@ from tfjacreg.experiments.run import RunConfig
 from tfjacreg.experiments.sweep import Cell, Sweep
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
-METHODS = {"none", *regularizers.NAMES}
+METHODS = {"none", *regularizers.BY_NAME}
 
 GOOD = """
 dataset = "digits"

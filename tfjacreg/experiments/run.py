@@ -25,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, networks, norms, regularizers
+from tfjacreg import arguments, datasets, networks, norms, regularizers
 from tfjacreg.experiments import files
 from tfjacreg.model import RegularizedModel
 
@@ -60,7 +60,7 @@ class RunConfig:
         dataset: A name in `datasets.NAMES`.
         network: A name in `networks.NAMES`.
         width: Width of vgg16 and resnet20 relative to the published network.
-        regularizer: `"none"` or a name in `regularizers.NAMES`.
+        regularizer: `"none"` or a name in `regularizers.BY_NAME`.
         factor: The weight lambda of the penalty.
         epochs: Passes over the training split.
         batch_size: Examples in a step.
@@ -93,16 +93,16 @@ class RunConfig:
         """Fills in the defaults and checks every setting."""
         _one_of("dataset", self.dataset, datasets.NAMES)
         _one_of("network", self.network, networks.NAMES)
-        _one_of("regularizer", self.regularizer, ("none", *regularizers.NAMES))
+        _one_of("regularizer", self.regularizer, ("none", *regularizers.BY_NAME))
         for name, default in DEFAULTS[self.network].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if self.augment is None:
             object.__setattr__(self, "augment", self.dataset in AUGMENTED_DATASETS)
         _one_of("schedule", self.schedule, SCHEDULES)
-        norms.validate_positive("epochs", self.epochs)
-        norms.validate_positive("batch_size", self.batch_size)
-        norms.validate_seed(self.seed)
+        arguments.positive_integer("epochs", self.epochs)
+        arguments.positive_integer("batch_size", self.batch_size)
+        arguments.seed(self.seed)
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise ValueError(
                 f"`learning_rate` must be a positive number. Received: {self.learning_rate}"
@@ -119,7 +119,7 @@ class RunConfig:
         """The penalty that the settings mean."""
         if self.regularizer == "none":
             return None
-        penalty = regularizers.NAMES[self.regularizer]
+        penalty = regularizers.BY_NAME[self.regularizer]
         # Weight decay draws nothing at random.
         seed = {} if penalty is regularizers.WeightDecay else {"seed": self.seed}
         return penalty(factor=self.factor, **seed)
@@ -210,7 +210,7 @@ def mean_spectral_norm(network: keras.Model, x: np.ndarray) -> float:
 
     @tf.function(reduce_retracing=True)
     def sigma(batch: tf.Tensor) -> tf.Tensor:
-        return norms.spectral_norm(network, batch, method="exact", forward_mode="transpose").sigma
+        return norms.spectral_norm(network, batch, method="exact").sigma
 
     batches = [x[i : i + EVALUATION_BATCH] for i in range(0, len(x), EVALUATION_BATCH)]
     return float(np.mean(np.concatenate([sigma(tf.constant(b)).numpy() for b in batches])))

@@ -25,11 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tfjacreg import norms, regularizers
+from tfjacreg import arguments, regularizers
 from tfjacreg.experiments.run import RunConfig
 
 AXES = ("learning_rate", "batch_size", "factor")
-METHODS = ("none", *regularizers.NAMES)
+METHODS = ("none", *regularizers.BY_NAME)
 
 # A repeat is a seed, a method a regularizer, and where the data lies is not what a run is.
 SETTINGS = tuple(
@@ -46,7 +46,7 @@ class Cell:
     """A point of the grid: what the repeats of a run have in common.
 
     Attributes:
-        method: `"none"` or a name in `regularizers.NAMES`.
+        method: `"none"` or a name in `regularizers.BY_NAME`.
         factor: The weight of the penalty; None for the method `"none"`.
         learning_rate: Of SGD, at the start.
         batch_size: Examples in a step.
@@ -140,7 +140,7 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
     _known("The top level ", table, (*SETTINGS, "repeats", "grid", "methods"))
     if "repeats" not in table:
         raise ValueError("`repeats` is missing: how often each cell is run, such as `repeats = 5`.")
-    norms.validate_positive("repeats", table["repeats"])
+    arguments.positive_integer("repeats", table["repeats"])
     settings = {key: _typed(key, table[key]) for key in SETTINGS if key in table}
     default = RunConfig(**settings)
     grid = {name: [getattr(default, name)] for name in AXES}
