@@ -26,7 +26,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, networks, norms
+from tfjacreg import datasets, estimators, networks, norms, vectors
 from tfjacreg.experiments import figures, files
 from tfjacreg.experiments import run as experiment
 from tfjacreg.jacobian import JacobianOperator
@@ -42,7 +42,7 @@ class EstimatorConfig(experiment.RunConfig):
     """A run that also says how its spectral penalty finds the vector.
 
     Attributes:
-        method: A name in `norms.METHODS`.
+        method: A name in `estimators.METHODS`.
         iterations: The N of Algorithm 1, or the steps of Lanczos.
     """
 
@@ -78,10 +78,11 @@ def penalty_estimate(
     network: keras.Model, x: tf.Tensor, method: str, iterations: int
 ) -> tuple[np.ndarray, int]:
     """Estimates sigma, `[B]`, as `SpectralNorm` does in training; also the products spent."""
-    op = CountingOperator(network, x, forward_mode="transpose")
-    start = norms.random_unit(op.x, (0, 0))
-    u = norms.left_vector(op, method, iterations, start)
-    return norms.length(op.rmatvec(u)).numpy(), op.products
+    op = CountingOperator(network, x)
+    start = vectors.random_unit(op.x, (0, 0))
+    u = estimators.leading_left_vector(op, method, iterations, start)
+    sigma, _ = estimators.singular_value(op, u)
+    return sigma.numpy(), op.products
 
 
 def complete_estimate(
@@ -91,9 +92,10 @@ def complete_estimate(
 
     Lanczos knows all of its products then; as a penalty it does not know the last.
     """
-    op = CountingOperator(network, x, forward_mode="transpose")
-    _, w = norms.leading_pair(op, method, iterations, norms.random_unit(op.x, (0, 0)))
-    return norms.length(w).numpy(), op.products
+    op = CountingOperator(network, x)
+    start = vectors.random_unit(op.x, (0, 0))
+    _, w = estimators.leading_left_vector_and_product(op, method, iterations, start)
+    return vectors.length(w).numpy(), op.products
 
 
 # The power iteration is the same in both.
@@ -139,7 +141,7 @@ def errors(network: keras.Model, x: tf.Tensor) -> dict[str, Any]:
         an estimate of each point's sigma, and of the mean under `of_mean_sigma`; and `errors`: for
         each estimator a list over its iterations.
     """
-    exact = norms.spectral_norm(network, x, method="exact", forward_mode="transpose").sigma.numpy()
+    exact = norms.spectral_norm(network, x, method="exact").sigma.numpy()
     bound = norms.spectral_bound(network)
     mean = float(np.mean(exact))
     curves: dict[str, list[dict[str, float]]] = {}

@@ -51,6 +51,11 @@ def seeded_input(shape, batch=3, dtype=None):
     return rng.normal(size=(batch, *shape)).astype(dtype or keras.config.floatx())
 
 
+def random_like(tensor, seed=0):
+    values = np.random.default_rng(seed).normal(size=tensor.shape)
+    return tf.constant(values.astype(tensor.dtype.as_numpy_dtype))
+
+
 def conv_network(activation="relu", outputs=5, pooling=layers.MaxPooling2D):
     return keras.Sequential(
         [

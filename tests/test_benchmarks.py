@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import layers
 from reference import dense_jacobian, singular_values
 
-from tfjacreg import datasets, norms, regularizers
+from tfjacreg import datasets, regularizers, vectors
 from tfjacreg.experiments import figures
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -47,7 +47,7 @@ def x():
 
 def by_hand(network, x, method, iterations, complete):
     """The estimator written out on the dense Jacobians, from the start that the library draws."""
-    start = norms.random_unit(x, (0, 0)).numpy().astype(float)
+    start = vectors.random_unit(x, (0, 0)).numpy().astype(float)
     found = []
     for jacobian, v in zip(dense_jacobian(network, x), start, strict=True):
         jacobian = np.asarray(jacobian, float)
