@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import ml_dtypes
@@ -16,11 +16,11 @@ from tfjacreg import _keras, arguments, frozen, signature
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative
 from tfjacreg.vectors import inner, length, random_unit, unit
 
+_ANSI_ESCAPES = re.compile(r"\x1b\[\d*m")
 _MIXES_EXAMPLES = (
     "mixes the examples of a batch: the output of one depends on the input of another. Compute "
     "what it takes from the batch in `with tfjacreg.hold_constant():`"
 )
-_ANSI_ESCAPES = re.compile(r"\x1b\[\d*m")
 _LOSES_A_DERIVATIVE = (
     "has a derivative that TensorFlow loses: <u, J v> is not <J^T u, v>. Replace it by an "
     "operation with a second derivative"
@@ -29,6 +29,30 @@ _OTHER_TANGENT = (
     "has another J v by tf.autodiff.ForwardAccumulator than by transposing J^T u, as of a "
     "tf.custom_gradient, whose body it differentiates"
 )
+_NO_TANGENTS_OF_LOOPS = (
+    "cannot be differentiated forward: a loop or a branch in a graph (tf.while_loop, tf.cond) "
+    "holds values of dtype variant, which have no tangents"
+)
+_LOOPS = ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase")
+# Steps, whose derivative is 0 wherever it exists, and what says in words that it has none.
+_CONSTANT_OPERATIONS = {
+    *("Floor", "Ceil", "Round", "Rint", "Sign", "FloorDiv", "StopGradient", "PreventGradient"),
+    *("ZerosLike", "OnesLike", "Placeholder", "PlaceholderWithDefault"),
+}
+
+
+class _Fault(NamedTuple):
+    """What is wrong with a network's products.
+
+    Attributes:
+        text: What the network, or the layer, does; it follows a name.
+        layer: The layer that is known to do it, or None.
+        cause: The exception that told, or None.
+    """
+
+    text: str
+    layer: str | None = None
+    cause: Exception | None = None
 
 
 def check_network(
@@ -76,25 +100,45 @@ def check_network(
                 lambda t: keras.KerasTensor(t.shape, dtype=t.dtype.name), taken.packed()
             )
         )
-    fault, cause = _fault(network, taken, training, forward_mode, output)
-    if fault is None:
-        return
-    name = f"the network {network.name!r} ({type(network).__name__}) as a whole"
-    for layer, function, value in _calls(network, taken, training):
-        one = signature.Taken(value, [value], 0)
-        found, found_cause = _fault(function, one, training, forward_mode)
-        if found is not None:
-            name = f"layer {layer.name!r} ({type(layer).__name__})"
-            fault, cause = found, found_cause
-            break
-    transposed = forward_mode == "accumulator" and fault != _MIXES_EXAMPLES
-    if transposed and _fault(network, taken, training, "transpose", output)[0] is None:
-        fault += ". With forward_mode='transpose' it can be had"
+    with _restored(network) as variables:
+        fault = _fault(network, taken, training, forward_mode, output, variables)
+        if fault is None:
+            return
+        name = fault.layer or f"the network {network.name!r} ({type(network).__name__}) as a whole"
+        text, cause = fault.text, fault.cause
+        if fault.layer is None:
+            for layer, function, value in _calls(network, taken, training):
+                one = signature.Taken(value, [value], 0)
+                found = _fault(function, one, training, forward_mode, None, variables)
+                if found is not None:
+                    name, text, cause = _named(layer), found.text, found.cause
+                    break
+        if forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES:
+            if _fault(network, taken, training, "transpose", output, variables) is None:
+                text += ". With forward_mode='transpose' it can be had"
     raise ValueError(
         f"The Jacobian of network {network.name!r} cannot be had with "
-        f"forward_mode={forward_mode!r}: {name} {fault}. "
+        f"forward_mode={forward_mode!r}: {name} {text}. "
         f"Received: x of shape {shape}, training={training}"
     ) from cause
+
+
+def explained(error: Exception, network: keras.Layer, forward_mode: str) -> ValueError:
+    """The error of a penalty's gradient in words, for what a check cannot see before training.
+
+    Args:
+        error: What TensorFlow raised.
+        network: The network that is trained.
+        forward_mode: That of the penalty.
+    """
+    text, advice = _reason(error), ""
+    if forward_mode == "accumulator" and "variant" in text:
+        text = f"it {_NO_TANGENTS_OF_LOOPS}"
+        advice = " With forward_mode='transpose' it can be had."
+    return ValueError(
+        f"The gradient of the penalty of network {network.name!r} cannot be had with "
+        f"forward_mode={forward_mode!r}: {text}.{advice} Received: {type(error).__name__}"
+    )
 
 
 def _fault(
@@ -102,9 +146,13 @@ def _fault(
     taken: signature.Taken,
     training: bool,
     forward_mode: str,
-    output: signature.Name = None,
-) -> tuple[str | None, Exception | None]:
-    """What is wrong with a network's products, and the exception that said so, if one did."""
+    output: signature.Name,
+    variables: dict[int, tuple[tf.Variable, tf.Tensor]],
+) -> _Fault | None:
+    """What is wrong with a network's products, if anything is.
+
+    Adds to `variables` the values of those that the network keeps besides Keras'.
+    """
 
     def products(leaves: list[tf.Tensor]) -> tuple[tf.Tensor, ...]:
         given = taken._replace(leaves=leaves)
@@ -118,6 +166,7 @@ def _fault(
                 input=given.position,
                 output=output,
             )
+            graph.append((op.x, op.primal))
             # Of the first example alone: what the others have of it shows how examples mix.
             u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
             back = op.rmatvec(u)
@@ -128,29 +177,126 @@ def _fault(
                 return back[1:], forth[1:], *dots
             return back[1:], forth[1:], *dots, op.tangent_out, op.matvec(tf.identity(along))
 
+    graph: list[tuple[tf.Tensor, tf.Tensor]] = []
     try:
         # As training runs: a loop in a graph is another operation than an eager one.
-        graph = tf.function(products, autograph=False).get_concrete_function(taken.leaves)
+        traced = tf.function(products, autograph=False).get_concrete_function(taken.leaves)
+        for variable in traced.graph.variables:
+            variables.setdefault(id(variable), (variable, tf.identity(variable)))
         others, other_outputs, forward, backward, scale, *both = (
-            part.numpy() for part in graph(*taken.leaves)
+            part.numpy() for part in traced(*taken.leaves)
         )
     except LostDerivative as error:
-        return _LOSES_A_DERIVATIVE, error
+        return _Fault(_LOSES_A_DERIVATIVE, None, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
-        return f"cannot be differentiated as often as needed ({_reason(error)})", error
+        reason = _reason(error)
+        if "variant" in reason:
+            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", None, error)
+        return _Fault(f"cannot be differentiated as often as needed ({reason})", None, error)
+    finally:
+        _reset_dropout_masks(network)
+    lost = _without_derivative(*graph[0], network)
+    if lost is not None:
+        return lost
     if any(np.any(np.isfinite(part) & (part != 0)) for part in (others, other_outputs)):
-        return _MIXES_EXAMPLES, None
+        return _Fault(_MIXES_EXAMPLES)
     # Rounding loses at most half of the digits of the coarsest layer.
     dtypes = {taken.x.dtype.name, *(layer.compute_dtype for layer in _keras.layers_of(network))}
     tolerance = np.sqrt(max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes))
     if np.abs(forward - backward) > tolerance * scale:
-        return _LOSES_A_DERIVATIVE, None
+        return _Fault(_LOSES_A_DERIVATIVE)
     if both:
         along, across = (part.reshape(len(part), -1) for part in both)
         lengths = np.linalg.norm(across, axis=1)
         if np.any(np.linalg.norm(along - across, axis=1) > tolerance * lengths):
-            return _OTHER_TANGENT, None
-    return None, None
+            return _Fault(_OTHER_TANGENT)
+    return None
+
+
+@contextlib.contextmanager
+def _restored(network: keras.Layer) -> Iterator[dict[int, tuple[tf.Variable, tf.Tensor]]]:
+    """Puts back what a check has changed and `keras.StatelessScope` does not know.
+
+    These are plain `tf.Variable`s, which the user of the context collects.
+    """
+    own = {id(v.value) for v in network.variables}
+    variables: dict[int, tuple[tf.Variable, tf.Tensor]] = {}
+    try:
+        yield variables
+    finally:
+        for key, (variable, value) in variables.items():
+            if key not in own:
+                variable.assign(value)
+
+
+def _reset_dropout_masks(network: keras.Layer) -> None:
+    """Recurrent cells keep their masks when the trace of their loop fails."""
+    for layer in _keras.layers_of(network):
+        for name in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
+            getattr(layer, name, lambda: None)()
+
+
+def _without_derivative(x: tf.Tensor, primal: tf.Tensor, network: keras.Layer) -> _Fault | None:
+    """Finds an operation between x and the output that has a derivative and hides it.
+
+    TensorFlow gives None for operations that are registered without a derivative, such as
+    HSVToRGB, and the Jacobian would lack their part in silence.
+    """
+    reached = {x.ref()}
+    known: dict[str, bool] = {}
+    for op in x.graph.get_operations():
+        inputs = [t for t in op.inputs if t.ref() in reached]
+        outputs = [t for t in op.outputs if t.dtype.is_floating]
+        if not inputs or not outputs:
+            continue
+        if op.type not in _CONSTANT_OPERATIONS and not known.setdefault(
+            op.type, _has_derivative(outputs[0], inputs)
+        ):
+            if _leads_to(op, primal):
+                return _Fault(
+                    f"has an operation without a derivative, {op.type}: its part of the Jacobian "
+                    "would be lost",
+                    _layer_of(op, network),
+                )
+            continue
+        reached.update(t.ref() for t in outputs)
+        if op is primal.op:
+            break
+    return None
+
+
+def _has_derivative(output: tf.Tensor, inputs: list[tf.Tensor]) -> bool:
+    try:
+        with output.graph.as_default():
+            return any(g is not None for g in tf.gradients(output, inputs))
+    except Exception:  # No gradient is registered: the products themselves would have failed.
+        return True
+
+
+def _leads_to(op: tf.Operation, target: tf.Tensor) -> bool:
+    """Whether the target is computed from what the operation gives."""
+    waiting, seen = [target.op], set()
+    while waiting:
+        current = waiting.pop()
+        if current is op:
+            return True
+        if current.name not in seen:
+            seen.add(current.name)
+            waiting += [t.op for t in current.inputs]
+    return False
+
+
+def _layer_of(op: tf.Operation, network: keras.Layer) -> str | None:
+    """The innermost layer in whose name scope an operation was made."""
+    layers = {layer.name: layer for layer in _keras.layers_of(network) if layer is not network}
+    for part in reversed(op.name.split("/")[:-1]):
+        if part in layers:
+            return _named(layers[part])
+    return None
+
+
+def _named(layer: keras.Operation) -> str:
+    return f"layer {layer.name!r} ({type(layer).__name__})"
 
 
 def _first_alone(a: tf.Tensor) -> tf.Tensor:
@@ -159,9 +305,14 @@ def _first_alone(a: tf.Tensor) -> tf.Tensor:
 
 
 def _reason(error: Exception) -> str:
-    """The line of a message that says what happened: Keras wraps it in where it happened."""
-    said = str(error).split("Arguments received by ")[0].strip().splitlines() or [""]
-    return _ANSI_ESCAPES.sub("", said[-1]).strip()
+    """What happened, without where: Keras and TensorFlow wrap it in their own advice."""
+    said = str(error).split("Arguments received by ")[0].strip()
+    lines = [line for line in _ANSI_ESCAPES.sub("", said).splitlines() if line.strip()]
+    if "TraceType" in said:
+        return "tf.autodiff.ForwardAccumulator cannot trace the gradient of an operation of it"
+    if isinstance(error, LookupError):
+        return f"TensorFlow has no second derivative of it: {lines[-1].strip()}"
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 class _AtOneInput(keras.Layer):

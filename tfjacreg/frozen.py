@@ -115,7 +115,12 @@ def recording(
     """
     _passes.stack.append(_Pass(tape, accumulator, is_partial))
     try:
-        with _frozen_layers(network), tape, accumulator or contextlib.nullcontext():
+        with (
+            _frozen_layers(network),
+            max_pool.held_max_pool(),
+            tape,
+            accumulator or contextlib.nullcontext(),
+        ):
             yield
     finally:
         _passes.stack.pop()
@@ -130,21 +135,13 @@ def without_trace(network: keras.Layer) -> Iterator[keras.StatelessScope]:
 
 @contextlib.contextmanager
 def _frozen_layers(network: keras.Layer) -> Iterator[None]:
-    """Makes BatchNorm hold its batch's moments, and max-pooling the places of its maxima."""
+    """Makes BatchNorm hold its batch's moments."""
     with contextlib.ExitStack() as stack:
         for layer in _keras.layers_of(network):
             if isinstance(layer, keras.layers.BatchNormalization):
                 held = functools.partial(_frozen_moments, layer._moments)
                 stack.enter_context(substituted(layer, "_moments", held))
-            elif has_the_call_of(layer, max_pool.LAYERS):
-                held = max_pool.held_max_pool(layer, layer.call)
-                stack.enter_context(substituted(layer, "call", held))
         yield
-
-
-def has_the_call_of(layer: keras.Layer, classes: tuple[type[keras.Layer], ...]) -> bool:
-    """Whether the layer computes as one of `classes` does: a subclass may have its own `call`."""
-    return any(isinstance(layer, cls) and type(layer).call is cls.call for cls in classes)
 
 
 def _frozen_moments(moments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfjacreg import _keras, arguments, regularizers, signature
-from tfjacreg.checks import check_network
+from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
 
 
@@ -153,7 +155,9 @@ class RegularizedModel(keras.Model):
             subject, y_pred = self._forward(x)
             loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
             # Backward mode.
-            penalty, state = self.regularizer(subject, self._penalty_state)  # type: ignore[operator]
+            with self._explained():
+                regularizer: Any = self.regularizer
+                penalty, state = regularizer(subject, self._penalty_state)
             # Keras scales the loss by 1/replicas because gradients are summed; and so the penalty.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             penalty = tf.cast(penalty, loss.dtype)
@@ -161,7 +165,9 @@ class RegularizedModel(keras.Model):
             self._track(loss * replicas, penalty, x)
             loss = self.optimizer.scale_loss(loss)
         weights = self.trainable_weights
-        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        with self._explained():
+            gradients = tape.gradient(loss, weights)
+        self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
         for variable, value in zip(self._penalty_state, state, strict=True):
             variable.assign(value)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -174,6 +180,15 @@ class RegularizedModel(keras.Model):
         tangent = self.regularizer.tangent_of_the_pass(start, self._penalty_state)
         jacobian = JacobianOperator(self.network, x, training=True, tangent=tangent, **self._of)
         return jacobian, jacobian.outputs
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What TensorFlow cannot differentiate often enough, in words."""
+        try:
+            yield
+        except (TypeError, LookupError, AttributeError) as error:
+            mode = getattr(self.regularizer, "forward_mode", "transpose")
+            raise explained(error, self.network, mode) from error
 
     def _track(self, loss: tf.Tensor, penalty: tf.Tensor, x: Any) -> None:
         """Adds to the epoch's means of the loss and the penalty."""
