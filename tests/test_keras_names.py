@@ -45,8 +45,9 @@ def test_the_graph_of_a_network(network):
     sequential = keras.Sequential([keras.Input((3,)), layers.Dense(4), layers.ReLU()])
     for made in (network, sequential):
         order = [node.operation.name for node in _keras.nodes_in_order(_keras.graph_of(made))]
-        assert order == [layer.name for layer in made.layers if layer.name in order]
-        assert len(order) >= 2
+        inner = [name for name in order if not name.startswith(("input", "pixels"))]
+        assert inner == [layer.name for layer in made.layers if layer.name in inner]
+        assert len(inner) >= 2
     assert _keras.graph_of(Nested()) is None
 
 
