@@ -22,8 +22,9 @@ import sqlalchemy
 import train
 from tfjacreg import datasets
 from tfjacreg.experiments import workers
-from tfjacreg.experiments.locks import FileLocks, ServerLocks, server_url
-from tfjacreg.experiments.run import RunConfig, RunError
+from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.ledger import Ledger
+from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
 from tfjacreg.experiments.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -67,15 +68,23 @@ if select.select([0], [], [], random.uniform(0, 0.2))[0]:
     sys.exit(1)
 {special}
 note("made")
-with open(folder + "/partial", "w") as file:
-    json.dump({{"val_loss": order["config"]["seed"] + 1.5, "test_accuracy": 0.25}}, file)
-os.replace(folder + "/partial", folder + "/metrics.json")
+for name, content in (
+    ("config.json", order["config"]),
+    ("metrics.json", {metrics} | {{"val_loss": order["config"]["seed"] + 1.5}}),
+):
+    if order["config"]["whole_training_set"]:
+        content = {{name: value for name, value in content.items() if "val" not in name}}
+    with open(folder + "/partial", "w") as file:
+        json.dump(content, file)
+    os.replace(folder + "/partial", folder + "/" + name)
 """
+METRICS = {"test_accuracy": 0.25, "test_loss": 2.0, "test_spectral_norm": 1.0, "step_seconds": 0.1}
+METRICS = METRICS | {f"lowest_{split}_loss": METRICS for split in ("val", "test")}
 
 
 def _stand_in(tmp_path, special=""):
     path = tmp_path / "stand_in"
-    path.write_text(STAND_IN.format(python=PYTHON, special=special))
+    path.write_text(STAND_IN.format(python=PYTHON, special=special, metrics=METRICS))
     path.chmod(0o755)
     return str(path)
 
@@ -181,7 +190,7 @@ def undisturbed(tmp_path_factory):
     (folder / "small.toml").write_text(SMALL)
     return (
         folder / "small.toml",
-        workers.work(folder / "small.toml", folder / "out"),
+        workers.run_sweep(folder / "small.toml", folder / "out"),
         folder / "out",
     )
 
@@ -222,7 +231,7 @@ def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, 
         for row, other in zip(rows, expected, strict=True):
             for key in set(row) - {"step_seconds"}:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5), (name, key)
-    again = workers.work(path, out, storage=storage)
+    again = workers.run_sweep(path, out, storage=storage)
     assert not again.failures
     for result, other in zip(again.results, summary.results, strict=True):
         assert result.cell == other.cell
@@ -288,7 +297,7 @@ def _work(tmp_path, text, monkeypatch, special="", **options):
     """A worker in this process, with the stand-in for its runs."""
     monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path, special))
     (tmp_path / "some.toml").write_text(text)
-    return workers.work(tmp_path / "some.toml", tmp_path / "out", **options)
+    return workers.run_sweep(tmp_path / "some.toml", tmp_path / "out", **options)
 
 
 FEW = 'dataset = "digits"\nepochs = 4\nrepeats = 2\n[methods.none]\n[methods.spectral]\n'
@@ -326,6 +335,13 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch, capfd):
     assert len(notes.read_text().splitlines()) == 4
 
 
+def test_runs_on_the_whole_training_set_have_no_validation_loss(tmp_path, monkeypatch, capfd):
+    summary = _work(tmp_path, "whole_training_set = true\n" + FEW, monkeypatch)
+    assert [(r.val_loss, r.test_accuracy) for r in summary.results] == [([], [0.25, 0.25])] * 2
+    assert [line.split()[4] for line in str(summary).splitlines()[1:]] == ["-", "-"]
+    assert "seed0: test accuracy 0.2500" in capfd.readouterr().out
+
+
 def test_a_run_whose_process_is_killed_has_failed(tmp_path, monkeypatch):
     special = f'os.kill(os.getpid(), 9) if folder.endswith("{FAILED}") else None'
     summary = _work(tmp_path, FEW, monkeypatch, special)
@@ -338,12 +354,13 @@ def test_runs_are_found_by_their_folders(tmp_path, monkeypatch):
     out = tmp_path / "out"
     (tmp_path / "some.toml").write_text(FEW)
     configs = list(Sweep.load(tmp_path / "some.toml").configs().values())
-    other = RunConfig(regularizer="none", epochs=5, seed=1)
+    other = RunConfig.of(regularizer="none", epochs=5, seed=1)
     for config, made in ((configs[0], configs[0]), (configs[1], other)):
         folder = out / Sweep.folder(config)
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(vars(made)))
-        (folder / "metrics.json").write_text('{"val_loss": 0.125, "test_accuracy": 0.5}')
+        metrics = METRICS | {"val_loss": 0.125, "test_accuracy": 0.5}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
     summary = _work(tmp_path, FEW, monkeypatch)
     assert summary.results[0].val_loss == [0.125]
     assert summary.results[0].test_accuracy == [0.5]
@@ -357,16 +374,27 @@ def test_runs_are_found_by_their_folders(tmp_path, monkeypatch):
 
 
 def test_what_a_dying_worker_leaves_in_the_ledger_is_taken_up(tmp_path, monkeypatch):
-    """It may die between any two of Optuna's writes: as asked, before its cell is known, after."""
+    """It may die between any two of Optuna's writes: as it adds the runs, or once it has asked."""
     (tmp_path / "some.toml").write_text(FEW)
     sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
     out.mkdir()
-    with workers._Ledger.open(sweep, out, None, None) as ledger:
-        study = ledger._study
-        study._storage.create_new_trial(study._study_id)
-        study.ask()
-        study.ask().suggest_categorical("cell", [cell.name for cell in sweep.cells])
-        assert ledger.latest() == {}
+    add, added = optuna.Study.add_trial, []
+
+    def die(self, trial):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(trial)
+        add(self, trial)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "add_trial", die)
+        with pytest.raises(KeyboardInterrupt), Ledger.open(sweep, out, None, None):
+            pass
+    assert len(_trials(out, None)) == 2
+    with Ledger.open(sweep, out, None, None) as ledger:
+        assert len(ledger.latest()) == 4
+        ledger._study.ask()
+        ledger._study.ask()
     summary = _work(tmp_path, FEW, monkeypatch)
     assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
     assert len(_trials(out, None)) == 4
@@ -381,7 +409,7 @@ def test_workers_that_ask_at_once(tmp_path, storage):
     taken = []
 
     def ask():
-        with workers._Ledger.open(sweep, out, storage, None) as ledger:
+        with Ledger.open(sweep, out, storage, None) as ledger:
             start.wait()
             while (claim := ledger.take()) is not None:
                 taken.append(claim.name)
@@ -403,25 +431,25 @@ def test_locks_of_runs(tmp_path, storage):
     def locks():
         if storage is None:
             return FileLocks(tmp_path)
-        return ServerLocks(tmp_path, server_url(storage), "study")
+        return PostgresLocks(tmp_path, server_url(storage), "study")
 
     first, second = locks(), locks()
     with contextlib.closing(first), contextlib.closing(second):
-        held = first.take("run")
-        assert held is not None and second.take("run") is None
-        assert (other := second.take("other")) is not None
-        second.give("other", other)
+        held = first.acquire("run")
+        assert held is not None and second.acquire("run") is None
+        assert (other := second.acquire("other")) is not None
+        second.release("other", other)
         child = subprocess.Popen(["sleep", "60"], pass_fds=[held])
-        first.give("run", held)
-        assert second.take("run") is None
+        first.release("run", held)
+        assert second.acquire("run") is None
         child.kill()
         child.wait()
-        held = second.take("run")
-        assert held is not None and first.take("run") is None
-        second.give("run", held)
-        held = first.take("run")
+        held = second.acquire("run")
+        assert held is not None and first.acquire("run") is None
+        second.release("run", held)
+        held = first.acquire("run")
         assert held is not None
-        first.give("run", held)
+        first.release("run", held)
 
 
 def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
@@ -430,10 +458,10 @@ def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
     def enter():
         locks = FileLocks(tmp_path)
         if storage is not None:
-            locks = ServerLocks(tmp_path, server_url(storage), "study")
+            locks = PostgresLocks(tmp_path, server_url(storage), "study")
         with contextlib.closing(locks):
             for _ in range(5):
-                with locks.ledger():
+                with locks.exclusive():
                     inside.append(1)
                     time.sleep(0.01)
                     most.append(len(inside))
@@ -452,14 +480,14 @@ def test_locks_of_machines_without_a_common_folder(tmp_path, server):
     url = server_url(server)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first = ServerLocks(tmp_path / "a", url, "study")
-    second = ServerLocks(tmp_path / "b", url, "study")
+    first = PostgresLocks(tmp_path / "a", url, "study")
+    second = PostgresLocks(tmp_path / "b", url, "study")
     with contextlib.closing(second):
         with contextlib.closing(first):
-            assert first.take("run") is not None and second.take("run") is None
-            assert second.take("other") is not None
+            assert first.acquire("run") is not None and second.acquire("run") is None
+            assert second.acquire("other") is not None
         # The connection has ended, as that of a killed worker does.
-        _until(lambda: second.take("run") is not None, "lock")
+        _until(lambda: second.acquire("run") is not None, "lock")
 
 
 def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, server):
