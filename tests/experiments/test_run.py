@@ -1,4 +1,4 @@
-"""One run: what the folder holds, how it is interrupted and continued, what it refuses."""
+"""One run: what is in the folder, how it is interrupted and continued, what it refuses."""
 
 import csv
 import dataclasses

@@ -413,7 +413,7 @@ def test_workers_that_ask_at_once(tmp_path, storage):
             start.wait()
             while (claim := ledger.take()) is not None:
                 taken.append(claim.name)
-            start.wait()  # Who leaves frees what it holds.
+            start.wait()  # Who leaves frees its locks.
 
     start = threading.Barrier(4)
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -426,7 +426,7 @@ def test_workers_that_ask_at_once(tmp_path, storage):
 
 
 def test_locks_of_runs(tmp_path, storage):
-    """One holder among processes; the process of the run is one with its worker."""
+    """One owner among processes; the process of the run is one with its worker."""
 
     def locks():
         if storage is None:
@@ -435,21 +435,21 @@ def test_locks_of_runs(tmp_path, storage):
 
     first, second = locks(), locks()
     with contextlib.closing(first), contextlib.closing(second):
-        held = first.acquire("run")
-        assert held is not None and second.acquire("run") is None
+        lock = first.acquire("run")
+        assert lock is not None and second.acquire("run") is None
         assert (other := second.acquire("other")) is not None
         second.release("other", other)
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[held])
-        first.release("run", held)
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+        first.release("run", lock)
         assert second.acquire("run") is None
         child.kill()
         child.wait()
-        held = second.acquire("run")
-        assert held is not None and first.acquire("run") is None
-        second.release("run", held)
-        held = first.acquire("run")
-        assert held is not None
-        first.release("run", held)
+        lock = second.acquire("run")
+        assert lock is not None and first.acquire("run") is None
+        second.release("run", lock)
+        lock = first.acquire("run")
+        assert lock is not None
+        first.release("run", lock)
 
 
 def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
@@ -533,10 +533,10 @@ def test_other_storages_are_refused(tmp_path, monkeypatch, url):
 
 def test_another_sweeps_folder_is_refused(tmp_path, monkeypatch):
     _work(tmp_path, FEW, monkeypatch)
-    held = (tmp_path / "out" / "sweep.toml").read_bytes()
+    before = (tmp_path / "out" / "sweep.toml").read_bytes()
     with pytest.raises(RunError, match="another sweep.*Choose another --out"):
         _work(tmp_path, FEW + "# changed", monkeypatch)
-    assert (tmp_path / "out" / "sweep.toml").read_bytes() == held
+    assert (tmp_path / "out" / "sweep.toml").read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -552,7 +552,8 @@ def test_missing_data_is_no_failure_of_every_run(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load", missing)
     with pytest.raises(RunError, match="download or prepare"):
         _work(tmp_path, FEW, monkeypatch)
-    assert _trials(tmp_path / "out", None) == []
+    states = [trial.state for trial in _trials(tmp_path / "out", None)]
+    assert states == [optuna.trial.TrialState.WAITING] * 4
 
 
 @pytest.mark.slow
@@ -614,19 +615,19 @@ def test_stopped_by_hand(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "out" / "notes").read_text().splitlines()) == 4
 
 
-def test_the_process_of_a_run_holds_its_lock(tmp_path, monkeypatch):
+def test_the_process_of_a_run_has_its_lock(tmp_path, monkeypatch):
     """By inheritance: an orphan that is still writing keeps the next worker out."""
     special = """
-for held in os.listdir("/proc/self/fd"):
+for number in os.listdir("/proc/self/fd"):
     try:
-        if os.readlink("/proc/self/fd/" + held) == os.path.realpath(folder + "/.lock"):
-            note("holds")
+        if os.readlink("/proc/self/fd/" + number) == os.path.realpath(folder + "/.lock"):
+            note("locked")
     except OSError:
         pass
 """
     _work(tmp_path, FEW, monkeypatch, special)
     notes = (tmp_path / "out" / "notes").read_text().splitlines()
-    assert sum(line.startswith("holds") for line in notes) == 4 and len(notes) == 8
+    assert sum(line.startswith("locked") for line in notes) == 4 and len(notes) == 8
 
 
 @pytest.mark.slow
