@@ -1,16 +1,12 @@
 """Workers of a sweep: each run once, whoever is killed when; failures; one table at the end."""
 
-import contextlib
 import csv
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,7 +20,7 @@ from tfjacreg import datasets
 from tfjacreg.experiments import workers
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.ledger import Ledger
-from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
+from tfjacreg.experiments.locks import server_url
 from tfjacreg.experiments.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -94,54 +90,6 @@ def _until(condition, what):
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {DEADLINE} s"
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A PostgreSQL server on loopback, run by a user who is not root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found or (os.getuid() == 0 and shutil.which("runuser") is None):
-        if os.environ.get("CI"):
-            pytest.fail("PostgreSQL is not installed: apt-get install postgresql")
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    # Not in tmp_path: that is for its owner alone.
-    with tempfile.TemporaryDirectory(prefix="tfjacreg-postgresql-") as name:
-        prefix = []
-        if os.getuid() == 0:
-            shutil.chown(name, "postgres")
-            prefix = ["runuser", "-u", "postgres", "--"]
-
-        def control(program, *arguments):
-            command = [*prefix, str(found[-1] / program), "-D", f"{name}/data", *arguments]
-            subprocess.run(command, check=True, cwd=name, stdout=subprocess.DEVNULL)
-
-        Path(name, "password").write_text("secret")
-        Path(name, "password").chmod(0o644)
-        login = ("--username=tester", f"--pwfile={name}/password", "--auth=scram-sha-256")
-        control("initdb", *login, "--no-sync")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -F"
-        control("pg_ctl", "start", "-w", "-o", options, "-l", f"{name}/log")
-        yield f"postgresql://tester:secret@127.0.0.1:{port}/postgres"
-        control("pg_ctl", "stop", "-m", "immediate")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def storage(request):
-    """What --storage says: nothing, or a database of its own for each test."""
-    if request.param == "sqlite":
-        return None
-    server = sqlalchemy.make_url(request.getfixturevalue("server"))
-    server = server.set(drivername="postgresql+psycopg")
-    name = f"test{random.SystemRandom().randrange(10**9)}"
-    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    url = server.set(drivername="postgresql", database=name)
-    return url.render_as_string(hide_password=False)
 
 
 def _trials(out, storage):
@@ -399,95 +347,6 @@ def test_what_a_dying_worker_leaves_in_the_ledger_is_taken_up(tmp_path, monkeypa
     assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
     assert len(_trials(out, None)) == 4
     assert len((out / "notes").read_text().splitlines()) == 4
-
-
-def test_workers_that_ask_at_once(tmp_path, storage):
-    """Each run is handed out once, also the last ones; more trials than runs are never begun."""
-    (tmp_path / "some.toml").write_text(MANY)
-    sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
-    out.mkdir()
-    taken = []
-
-    def ask():
-        with Ledger.open(sweep, out, storage, None) as ledger:
-            start.wait()
-            while (claim := ledger.take()) is not None:
-                taken.append(claim.name)
-            start.wait()  # Who leaves frees its locks.
-
-    start = threading.Barrier(4)
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(taken) == sorted(sweep.folder(c) for c in sweep.configs().values())
-    assert len(_trials(out, storage)) == len(taken) == 36
-
-
-def test_locks_of_runs(tmp_path, storage):
-    """One owner among processes; the process of the run is one with its worker."""
-
-    def locks():
-        if storage is None:
-            return FileLocks(tmp_path)
-        return PostgresLocks(tmp_path, server_url(storage), "study")
-
-    first, second = locks(), locks()
-    with contextlib.closing(first), contextlib.closing(second):
-        lock = first.acquire("run")
-        assert lock is not None and second.acquire("run") is None
-        assert (other := second.acquire("other")) is not None
-        second.release("other", other)
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
-        first.release("run", lock)
-        assert second.acquire("run") is None
-        child.kill()
-        child.wait()
-        lock = second.acquire("run")
-        assert lock is not None and first.acquire("run") is None
-        second.release("run", lock)
-        lock = first.acquire("run")
-        assert lock is not None
-        first.release("run", lock)
-
-
-def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
-    inside, most = [], []
-
-    def enter():
-        locks = FileLocks(tmp_path)
-        if storage is not None:
-            locks = PostgresLocks(tmp_path, server_url(storage), "study")
-        with contextlib.closing(locks):
-            for _ in range(5):
-                with locks.exclusive():
-                    inside.append(1)
-                    time.sleep(0.01)
-                    most.append(len(inside))
-                    inside.pop()
-
-    threads = [threading.Thread(target=enter) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 15
-
-
-def test_locks_of_machines_without_a_common_folder(tmp_path, server):
-    """The server's locks alone: the first machine's folder is not the second's."""
-    url = server_url(server)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    first = PostgresLocks(tmp_path / "a", url, "study")
-    second = PostgresLocks(tmp_path / "b", url, "study")
-    with contextlib.closing(second):
-        with contextlib.closing(first):
-            assert first.acquire("run") is not None and second.acquire("run") is None
-            assert second.acquire("other") is not None
-        # The connection has ended, as that of a killed worker does.
-        _until(lambda: second.acquire("run") is not None, "lock")
 
 
 def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, server):

@@ -27,7 +27,8 @@ _AGAIN = "Train that run again, with train.py --overwrite."
 # What every config.json says, since the first version.
 _SETTINGS = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
 # Keys into metrics.json.
-_NUMBERS = (
+_Keys = tuple[str, ...]
+_NUMBERS: tuple[_Keys, ...] = (
     ("lowest_test_loss", "test_loss"),
     ("lowest_test_loss", "test_accuracy"),
     ("test_accuracy",),
@@ -35,7 +36,10 @@ _NUMBERS = (
     ("test_spectral_norm",),
     ("step_seconds",),
 )
-_VALIDATION_NUMBERS = (("val_loss",), ("lowest_val_loss", "test_accuracy"))
+_VALIDATION_NUMBERS: tuple[_Keys, ...] = (
+    ("val_loss",),
+    ("lowest_val_loss", "test_accuracy"),
+)
 
 
 class RunFolder:
@@ -191,6 +195,9 @@ class RunFolder:
         """
         metrics = self._read_json(self.metrics_file, _AGAIN)
         numbers = _NUMBERS if self._on_whole_training_set else _VALIDATION_NUMBERS + _NUMBERS
+        # Runs of version 0.1.0 did not record it.
+        if "training_seconds" in metrics:
+            numbers += (("training_seconds",),)
         for keys in numbers:
             value: Any = metrics
             for key in keys:
