@@ -4,7 +4,7 @@
     python train.py --dataset fashion_mnist --regularizer none --epochs 3
     python train.py --sweep sweeps/quick.toml  # many runs: docs/sweeps.md
 
-The same command goes on where it was interrupted. What a run folder holds is in README.md.
+The same command goes on where it was interrupted. What is in a run folder is in README.md.
 """
 
 import argparse
@@ -17,13 +17,15 @@ from typing import Any
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets, networks, regularizers  # noqa: E402
-from tfjacreg.experiments.run import SCHEDULES, RunConfig, RunError, run  # noqa: E402
+from tfjacreg import datasets, networks, regularizers
+from tfjacreg.experiments.config import SCHEDULES, RunConfig
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.run import run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; only what was given is in the result."""
-    default = RunConfig()
+    default = RunConfig.of()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,8 +34,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
     add("--out", type=Path, help="the folder; default: runs/<named after the settings or FILE>")
-    one = parser.add_argument_group("one run")
-    add = one.add_argument
+    single = parser.add_argument_group("one run")
+    add = single.add_argument
     add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
     add("--network", choices=networks.NAMES, help=f"({default.network})")
     add("--width", type=float, help="of vgg16 and resnet20; 1 is published")
@@ -53,8 +55,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="random crops and flips; the default is only for cifar10",
     )
+    add(
+        "--whole-training-set",
+        action="store_true",
+        help="train on the validation split too; there are no validation figures then",
+    )
     add("--seed", type=int, help=f"({default.seed})")
-    add("--overwrite", action="store_true", help="throw away the run that --out holds")
+    add("--overwrite", action="store_true", help="throw away the run that is in --out")
     many = parser.add_argument_group("many runs")
     add = many.add_argument
     add("--sweep", metavar="FILE", type=Path, help="TOML that names the runs; goes with --out")
@@ -76,22 +83,22 @@ def main(argv: list[str] | None = None) -> int:
     settings = vars(parse(argv))
     try:
         return _sweep(**settings) if "sweep" in settings else _one(**settings)
-    except (RunError, ValueError) as error:
+    except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
 
 def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -> int:
-    config = RunConfig(**settings)
+    config = RunConfig.of(**settings)
     out = out or config.default_folder()
-    finished = (out / "metrics.json").exists() and not overwrite
+    finished = RunFolder(out).finished and not overwrite
     try:
         metrics = run(config, out, overwrite=overwrite, verbose=1 if sys.stdout.isatty() else 2)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from the last finished epoch, kept in {out}.")
         return 130
     if finished:
-        print(f"{out} holds this run, finished; --overwrite repeats it.")
+        print(f"{out} has this run, finished; --overwrite repeats it.")
     print(f"\n{config.dataset}, {config.network}, {config.regularizer}, factor {config.factor:g}")
     for label, value in (
         ("test accuracy", f"{metrics['test_accuracy']:.4f}"),
@@ -109,7 +116,7 @@ def _sweep(*, sweep: Path, out: Path | None = None, **options: Any) -> int:
 
     out = out or Path("runs") / sweep.stem
     try:
-        summary = workers.work(sweep, out, **options)
+        summary = workers.run_sweep(sweep, out, **options)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from the last finished epochs, kept in {out}.")
         return 130

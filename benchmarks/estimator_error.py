@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import _setup  # noqa: F401
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfjacreg import datasets, estimators, networks, norms, vectors
 from tfjacreg.experiments import figures, files
-from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.environment import environment
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.run import run
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.regularizers import Regularizer, SpectralNorm
 
@@ -38,7 +38,7 @@ ITERATIONS = {"power": 10, "lanczos": 6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EstimatorConfig(experiment.RunConfig):
+class EstimatorConfig(RunConfig):
     """A run that also says how its spectral penalty finds the vector.
 
     Attributes:
@@ -165,15 +165,15 @@ def configs(arguments: argparse.Namespace) -> list[tuple[str, float | None, Esti
     shared["data_dir"] = arguments.data_dir
     found = []
     for seed in arguments.seeds:
-        config = EstimatorConfig(regularizer="none", seed=seed, **shared)
+        config = EstimatorConfig.of(regularizer="none", seed=seed, **shared)
         found.append(("none", None, config))
     for factor in arguments.factors:
         for seed in arguments.seeds:
             common = {"factor": factor, "seed": seed, **shared}
-            config = EstimatorConfig(regularizer="spectral_bound", **common)
+            config = EstimatorConfig.of(regularizer="spectral_bound", **common)
             found.append(("spectral_bound", factor, config))
             for method, iterations in TRAINED_WITH:
-                config = EstimatorConfig(method=method, iterations=iterations, **common)
+                config = EstimatorConfig.of(method=method, iterations=iterations, **common)
                 name = method if method == "exact" else f"{method}_{iterations}"
                 found.append((name, factor, config))
     return found
@@ -191,10 +191,10 @@ def measure(arguments: argparse.Namespace, x: tf.Tensor) -> list[dict[str, Any]]
         keras.utils.clear_session()
         folder = name + ("" if factor is None else f"-{factor:g}") + f"-seed{config.seed}"
         out = arguments.runs / f"{config.dataset}-{config.epochs}-epochs" / folder
-        metrics = experiment.run(config, out, verbose=0)
+        metrics = run(config, out, verbose=0)
         print(f"{out}: test accuracy {metrics['test_accuracy']:.4f}", flush=True)
         # The layers of a classifier: its input, the normalization, the network.
-        network = keras.models.load_model(out / "classifier.keras").layers[-1]
+        network = keras.models.load_model(RunFolder(out).classifier_file).layers[-1]
         entry = {"name": name, "factor": factor, "seed": config.seed}
         entry["test_accuracy"] = metrics["test_accuracy"]
         entries.append(entry | errors(network, x))
@@ -265,7 +265,7 @@ def main() -> None:
     print(table(entries))
     settings = {k: getattr(arguments, k) for k in ("dataset", "epochs", "factors", "seeds")}
     settings["points"] = arguments.points
-    content = {"settings": settings, "environment": experiment.environment(), "networks": entries}
+    content = {"settings": settings, "environment": environment(), "networks": entries}
     if arguments.json:
         files.write_json(arguments.json, content)
     if arguments.plot:

@@ -17,6 +17,7 @@ from tfjacreg import datasets, regularizers, vectors
 from tfjacreg.experiments import figures
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))  # As Python does for a script in it.
 BATCH, N_IN, N_OUT = 4, 9, 5
 ESTIMATORS = ["power", "lanczos", "complete_lanczos"]
 

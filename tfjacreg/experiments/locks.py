@@ -1,4 +1,4 @@
-"""Locks that die with their holder: among the processes of one machine, and among machines."""
+"""Locks that die with their owner: among the processes of one machine, and among machines."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ _CONNECTION = {
 
 
 class FileLocks:
-    """Locks among the processes of one machine, freed by the kernel when their holder dies."""
+    """Locks among the processes of one machine, freed by the kernel when their owner dies."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
 
     @contextlib.contextmanager
-    def ledger(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger."""
         with (self._out / ".lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def take(self, name: str) -> int | None:
+    def acquire(self, name: str) -> int | None:
         """The descriptor of the lock of a run, or None if somebody has it.
 
-        A process that inherits the descriptor holds the lock too.
+        A process that inherits the descriptor has the lock too.
         """
         folder = self._out / name
         folder.mkdir(exist_ok=True)
@@ -50,18 +50,18 @@ class FileLocks:
             return None
         return descriptor
 
-    def give(self, name: str, descriptor: int) -> None:
+    def release(self, name: str, descriptor: int) -> None:
         """Frees the lock of a run."""
         os.close(descriptor)
 
-    def check(self) -> None:
+    def ensure_alive(self) -> None:
         """Raises if the locks may be lost, which the kernel does to no living process."""
 
     def close(self) -> None:
         """Frees what is not the kernel's."""
 
 
-class ServerLocks(FileLocks):
+class PostgresLocks(FileLocks):
     """Locks among machines too: PostgreSQL's advisory locks, which live as long as a connection."""
 
     def __init__(self, out: Path, url: sqlalchemy.URL, study: str) -> None:
@@ -80,31 +80,31 @@ class ServerLocks(FileLocks):
         return self._connection.execute(statement, {"key": key}).scalar()
 
     @contextlib.contextmanager
-    def ledger(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger, on all machines."""
         # One for all studies: Optuna's tables, which the first worker makes, are theirs in common.
-        with super().ledger():
+        with super().exclusive():
             self._call("pg_advisory_lock", "tfjacreg")
             try:
                 yield
             finally:
                 self._call("pg_advisory_unlock", "tfjacreg")
 
-    def take(self, name: str) -> int | None:
+    def acquire(self, name: str) -> int | None:
         """As for files; None too if a worker on another machine has the lock."""
         if not self._call("pg_try_advisory_lock", f"{self._study}/{name}"):
             return None
-        descriptor = super().take(name)
+        descriptor = super().acquire(name)
         if descriptor is None:
             self._call("pg_advisory_unlock", f"{self._study}/{name}")
         return descriptor
 
-    def give(self, name: str, descriptor: int) -> None:
+    def release(self, name: str, descriptor: int) -> None:
         """Frees the lock of a run."""
-        super().give(name, descriptor)
+        super().release(name, descriptor)
         self._call("pg_advisory_unlock", f"{self._study}/{name}")
 
-    def check(self) -> None:
+    def ensure_alive(self) -> None:
         """Raises if the connection, and the locks with it, is lost."""
         self._connection.execute(sqlalchemy.text("SELECT 1"))
 
