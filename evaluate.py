@@ -16,8 +16,10 @@ from pathlib import Path
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from tfjacreg import attacks, datasets  # noqa: E402
-from tfjacreg.experiments import evaluation, figures, report  # noqa: E402
+from tfjacreg import attacks, datasets, extras
+
+with extras.script_importing("experiments", "evaluate.py"):
+    from tfjacreg.experiments import evaluation, figures, report
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         write_report(args) if args.report else run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, extras.MissingExtraError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,7 +9,8 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets  # noqa: E402
+from tfjacreg import datasets
+from tfjacreg.extras import MissingExtraError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         folder = datasets.prepare(arguments.name, arguments.source_dir, arguments.data_dir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{arguments.name} is in {folder}")
