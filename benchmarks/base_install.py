@@ -51,14 +51,14 @@ def install(folder: Path, requirements: list[str]) -> Path:
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     python = environment / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, source, *requirements], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*map(str, pip), str(source), *requirements], check=True)
     return python
 
 
 def measure(folder: Path, requirements: list[str]) -> dict[str, Any]:
     """Installs, counts, times and runs the session."""
-    python = install(folder, requirements)
+    python: Any = install(folder, requirements)
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     listed = json.loads(_output([*pip, "list", "--format", "json"], folder))
     versions = {p["name"]: p["version"] for p in listed if p["name"] not in ("pip", "setuptools")}

@@ -37,7 +37,7 @@ def block_extras() -> None:
 
 def normalized(requirement: str) -> str:
     """The name of a distribution as PyPI compares it."""
-    name = re.match(r"[\w.-]+", requirement).group()
+    name = re.split(r"[^\w.-]", requirement)[0]
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
