@@ -15,13 +15,13 @@ from pathlib import Path
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import keras
+import numpy as np
+import tensorflow as tf
 
 from tfjacreg.experiments import files
-from tfjacreg.experiments import run as experiment  # noqa: E402
-from tfjacreg.experiments.run import RunConfig  # noqa: E402
+from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.run import RunConfig
 
 
 def measure(config: RunConfig, examples: int, repeats: int) -> dict[str, float]:

@@ -21,15 +21,15 @@ from typing import Any
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import keras
+import numpy as np
+import tensorflow as tf
 
-from tfjacreg import networks  # noqa: E402
+from tfjacreg import networks
 from tfjacreg.experiments import figures, files
-from tfjacreg.experiments import run as experiment  # noqa: E402
-from tfjacreg.model import RegularizedModel  # noqa: E402
-from tfjacreg.regularizers import FrobeniusNorm, SpectralBound, SpectralNorm  # noqa: E402
+from tfjacreg.experiments import run as experiment
+from tfjacreg.model import RegularizedModel
+from tfjacreg.regularizers import FrobeniusNorm, SpectralBound, SpectralNorm
 
 
 class Analytic(SpectralNorm):

@@ -27,6 +27,7 @@ if sys.argv[0].endswith(".py"):
 else:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+SERVER = "postgresql://nobody@localhost/none"
 ALL = "import base_session; base_session.block_extras()"
 
 
@@ -63,8 +64,7 @@ def test_the_base_measures_trains_saves_and_attacks(tmp_path):
         (ALL, ["train.py", "--sweep", "sweeps/quick.toml", "--out", "OUT"], "experiments"),
         (
             "sys.modules['psycopg'] = None",
-            ["train.py", "--sweep", "sweeps/quick.toml", "--out", "OUT"]
-            + ["--storage", "postgresql://nobody@localhost/none"],
+            ["train.py", "--sweep", "sweeps/quick.toml", "--out", "OUT", "--storage", SERVER],
             "postgresql",
         ),
         (ALL, ["evaluate.py", "results/digits-none-seed0", "--out", "OUT"], "experiments"),

@@ -221,10 +221,8 @@ def _from_tfds(name: str, data_dir: str | Path | None) -> tuple[Split, Split]:
 
 def _ask(host: str) -> None:
     request = urllib.request.Request(host, method="HEAD")
-    try:
+    with contextlib.suppress(urllib.error.HTTPError):  # Somebody answers.
         urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # Somebody answers.
 
 
 def _digits() -> tuple[Split, Split]:
