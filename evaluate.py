@@ -17,7 +17,10 @@ from pathlib import Path
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg.experiments import evaluation
+from tfjacreg import extras
+
+with extras.script_importing("experiments", "evaluate.py"):
+    from tfjacreg.experiments import evaluation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, extras.MissingExtraError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

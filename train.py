@@ -17,10 +17,12 @@ from typing import Any
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets, networks, regularizers
-from tfjacreg.experiments.config import SCHEDULES, RunConfig
-from tfjacreg.experiments.folder import RunFolder
-from tfjacreg.experiments.run import run
+from tfjacreg import datasets, extras, networks, regularizers
+
+with extras.script_importing("experiments", "train.py"):
+    from tfjacreg.experiments.config import SCHEDULES, RunConfig
+    from tfjacreg.experiments.folder import RunFolder
+    from tfjacreg.experiments.run import run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = vars(parse(argv))
     try:
         return _sweep(**settings) if "sweep" in settings else _one(**settings)
-    except ValueError as error:
+    except (ValueError, extras.MissingExtraError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
@@ -112,7 +114,8 @@ def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -
 
 
 def _sweep(*, sweep: Path, out: Path | None = None, **options: Any) -> int:
-    from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
+    with extras.importing("experiments", "A sweep"):
+        from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
 
     out = out or Path("runs") / sweep.stem
     try:

@@ -163,7 +163,7 @@ def configs(arguments: argparse.Namespace) -> list[tuple[str, float | None, Esti
     """Name, factor and configuration of every trained network; the first factor's come first."""
     shared = {"dataset": arguments.dataset, "epochs": arguments.epochs}
     shared["data_dir"] = arguments.data_dir
-    found = []
+    found: list[tuple[str, float | None, EstimatorConfig]] = []
     for seed in arguments.seeds:
         config = EstimatorConfig.of(regularizer="none", seed=seed, **shared)
         found.append(("none", None, config))

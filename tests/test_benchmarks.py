@@ -75,7 +75,7 @@ def test_the_relative_error_is_that_of_each_point():
 
 @pytest.mark.parametrize("bad", [0.0, np.nan])
 def test_the_relative_error_needs_a_slope(bad):
-    with pytest.raises(ValueError, match="sigma > 0 at every point.*1 points of 2 without"):
+    with pytest.raises(ValueError, match=r"sigma > 0 at every point.*1 points of 2 without"):
         estimator_error.relative_error(np.ones(2), np.array([1.0, bad]))
 
 

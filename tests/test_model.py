@@ -504,6 +504,7 @@ def test_sigma_in_half_precision(policy):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("forward_mode", tfjacreg.jacobian.FORWARD_MODES)
 def test_an_xla_step_costs_at_most_three_plain_ones(forward_mode):
     """LeNet, batch 32: TensorFlow's own derivative of max-pooling takes seconds for a step."""

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "tfjacreg"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIMIT = 400
 # Modules that are still longer; one that no longer is has to leave the list.
-TOO_LONG = {"attacks.py", "jacobian.py", "norms.py"}
+TOO_LONG = {"attacks.py"}
 
 
 def named(path):
@@ -57,6 +57,10 @@ def test_no_module_is_too_long(path):
     assert (lines > LIMIT) == (named(path) in TOO_LONG), lines
 
 
+def test_the_heart_is_short():
+    assert len((PACKAGE / "jacobian.py").read_text().splitlines()) <= 260
+
+
 FILES = (
     "config.json",
     "history.csv",
@@ -80,9 +84,12 @@ def strings(path):
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 docstrings.add(first.value)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node not in docstrings:
-                yield node.value
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node not in docstrings
+        ):
+            yield node.value
 
 
 def test_a_run_folder_has_one_owner():

@@ -11,7 +11,7 @@ from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "JacobianOperator",

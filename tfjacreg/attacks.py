@@ -15,8 +15,8 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
-from cleverhans.tf2.utils import compute_gradient, optimize_linear
 
+from tfjacreg import extras
 from tfjacreg.classifiers import (
     Array,
     Progress,
@@ -201,6 +201,8 @@ def _ascend(
     check_positive(eps=eps, step_size=step_size)
     check_counts(batch_size=batch_size)
     stops = _stops(iterations)
+    with extras.importing("experiments", "A PGD attack"):
+        from cleverhans.tf2.utils import compute_gradient, optimize_linear
     x_adv = np.empty_like(subject.x)
     correct = np.empty((len(stops), len(x_adv)), bool)
 

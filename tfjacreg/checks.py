@@ -113,9 +113,9 @@ def check_network(
                 if found is not None:
                     name, text, cause = _named(layer), found.text, found.cause
                     break
-        if forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES:
-            if _fault(network, taken, training, "transpose", output, variables) is None:
-                text += ". With forward_mode='transpose' it can be had"
+        other = forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES
+        if other and _fault(network, taken, training, "transpose", output, variables) is None:
+            text += ". With forward_mode='transpose' it can be had"
     raise ValueError(
         f"The Jacobian of network {network.name!r} cannot be had with "
         f"forward_mode={forward_mode!r}: {name} {text}. "

@@ -197,10 +197,9 @@ def _checked_vector(name: str, a: Any, like: tf.Tensor, what: str) -> tf.Tensor:
         )
     if a.dtype != like.dtype:
         a = tf.cast(a, like.dtype)
-    if a.shape.rank is not None and like.shape.rank is not None:
-        if a.shape.rank != like.shape.rank or not a.shape.is_compatible_with(like.shape):
-            raise ValueError(
-                f"`{name}` must have the shape of {what}, {tuple(like.shape)}. "
-                f"Received: {name} of shape {tuple(a.shape)}"
-            )
+    if not a.shape.is_compatible_with(like.shape):
+        raise ValueError(
+            f"`{name}` must have the shape of {what}, {tuple(like.shape)}. "
+            f"Received: {name} of shape {tuple(a.shape)}"
+        )
     return a

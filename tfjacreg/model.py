@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +47,7 @@ class RegularizedModel(keras.Model):
     def __init__(
         self,
         network: keras.Layer,
-        regularizer: None | str | dict[str, Any] | regularizers.Regularizer = None,
+        regularizer: str | dict[str, Any] | regularizers.Regularizer | None = None,
         input: signature.Name = None,
         output: signature.Name = None,
         **kwargs: Any,
@@ -99,7 +100,7 @@ class RegularizedModel(keras.Model):
             self._penalty_state = [
                 self.add_weight(
                     shape=value.shape,
-                    initializer=lambda shape, dtype, value=value: tf.constant(value, dtype),
+                    initializer=functools.partial(_starting_at, value),
                     dtype=value.dtype.name,
                     trainable=False,
                     aggregation="only_first_replica",
@@ -224,6 +225,11 @@ class RegularizedModel(keras.Model):
                 config[key], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:
+    """An initializer of a variable that starts with a given value."""
+    return tf.constant(value, dtype, shape)
 
 
 def _without_size(shape: tf.TensorShape) -> tf.TensorShape:

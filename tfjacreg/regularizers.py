@@ -334,7 +334,7 @@ BY_NAME: dict[str, Callable[..., Regularizer]] = {
 }
 
 
-def get(identifier: None | str | dict[str, Any] | Regularizer) -> Regularizer | None:
+def get(identifier: str | dict[str, Any] | Regularizer | None) -> Regularizer | None:
     """Returns the regularizer that `identifier` means.
 
     Args:

@@ -11,6 +11,8 @@ from typing import Any
 
 import sqlalchemy
 
+from tfjacreg import extras
+
 # A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
 # after 60, hands its run to another.
 _CONNECTION = {
@@ -118,11 +120,14 @@ def server_url(storage: str) -> sqlalchemy.URL:
 
     Raises:
         ValueError: If it is not one.
+        ImportError: If the driver is not installed.
     """
     try:
         url = sqlalchemy.make_url(storage)
         if url.get_backend_name() == "postgresql":
             # psycopg 3, whichever driver SQLAlchemy's version takes for the bare name.
+            with extras.importing("postgresql", "A sweep on a PostgreSQL server"):
+                import psycopg  # noqa: F401
             return url.set(drivername="postgresql+psycopg")
     except sqlalchemy.exc.ArgumentError:
         pass
