@@ -76,7 +76,7 @@ def _upsample(
         resampling.size_along(inputs, axis) * factor
         for axis, factor in zip(axes, layer.size, strict=True)
     ]
-    resized = resampling.resize(inputs, axes, sizes, layer.interpolation, antialias=False)
+    resized = resampling.resize(inputs, axes, sizes, layer.interpolation)
     return tf.cast(resized, inputs.dtype)
 
 
@@ -144,18 +144,21 @@ def _resize(
     data_format: str | None = None,
 ) -> tf.Tensor:
     axes = resampling.spatial_axes(images, data_format)
-    if crop_to_aspect_ratio:
-        images = resampling.crop_to_aspect_ratio(images, axes, size)
-    elif pad_to_aspect_ratio:
-        images = resampling.pad_to_aspect_ratio(images, axes, size, fill_value)
-    shape = list(images.shape)
-    if isinstance(layer, keras.layers.RandomCrop) and None in [shape[axis] for axis in axes]:
+    shape = [resampling.size_along(images, axis) for axis in range(len(images.shape))]
+    if isinstance(layer, keras.layers.RandomCrop) and None in images.shape[axes[0] : axes[1] + 1]:
         # In a graph it ends with a resize of what it has cropped to `size` already, because
         # TensorFlow cannot tell the size of a slice that begins at a random place.
-        for axis, n in zip(axes, size, strict=True):
-            shape[axis] = n
-        return tf.ensure_shape(images, shape)
-    return resampling.resize(images, axes, size, interpolation, antialias)
+        shape[axes[0] : axes[1] + 1] = size
+        return tf.reshape(images, shape)
+    return resampling.resize(
+        images,
+        axes,
+        size,
+        interpolation,
+        antialias=antialias,
+        aspect="crop" if crop_to_aspect_ratio else "pad" if pad_to_aspect_ratio else None,
+        fill_value=fill_value,
+    )
 
 
 def _affine_transform(

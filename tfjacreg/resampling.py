@@ -8,7 +8,6 @@ that reveal them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +15,6 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-
-# What is picked along one axis: places and their weights, for every place of the result.
-_Taps = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def spatial_axes(images: tf.Tensor, data_format: str | None) -> list[int]:
@@ -62,7 +58,10 @@ def resize(
     axes: Sequence[int],
     sizes: Sequence[Any],
     interpolation: str,
-    antialias: bool,
+    *,
+    antialias: bool = False,
+    aspect: str | None = None,
+    fill_value: float = 0.0,
 ) -> tf.Tensor:
     """Resizes along both axes, one after the other: every interpolation is a product of two.
 
@@ -72,22 +71,53 @@ def resize(
         sizes: The sizes along them: integers, or tensors where they are not known yet.
         interpolation: One of `tf.image.resize`.
         antialias: Whether to filter where an axis shrinks.
+        aspect: "crop" cuts the largest window of the aspect ratio of `sizes` out of the middle
+            first, "pad" puts the images into the middle of the smallest such frame.
+        fill_value: What the frame is filled with.
 
     Returns:
-        The images in at least float32, or as they are if they have the `sizes` already.
+        The images in at least float32.
     """
-    known = {axis: (size_along(images, axis), n) for axis, n in zip(axes, sizes, strict=True)}
-    if not all(isinstance(n, int) for pair in known.values() for n in pair):
-        matrices = [_matrix(*known[axis], interpolation, antialias) for axis in axes]
-        return _multiply(matrices, _in_float32(images), axes)
-    # First the axis that shrinks.
-    order = sorted(
-        (axis for axis in axes if len(set(known[axis])) > 1),
-        key=lambda a: known[a][1] / known[a][0],
-    )
-    if not order:
-        return images
-    taps = [(axis, *_taps(*known[axis], interpolation, antialias)) for axis in order]
+    before = [size_along(images, axis) for axis in axes]
+    is_known = all(isinstance(n, int) for n in (*before, *sizes))
+    if is_known:
+        apply, row_sums = _known_resize(
+            tuple(axes), tuple(before), tuple(sizes), interpolation, antialias, aspect
+        )
+    else:
+        matrices = _matrices(before, sizes, interpolation, antialias, aspect)
+        apply = functools.partial(_multiply, matrices, axes)
+        row_sums = [tf.reduce_sum(matrix, axis=1) for matrix in matrices]
+    resized = apply(_in_float32(images))
+    if aspect == "pad" and fill_value:
+        rows, columns = (
+            _along(axis, tf.cast(sums, resized.dtype), resized)
+            for axis, sums in zip(axes, row_sums, strict=True)
+        )
+        resized += fill_value * (1 - rows * columns)
+    return resized
+
+
+@functools.lru_cache
+def _known_resize(
+    axes: tuple[int, ...],
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    interpolation: str,
+    antialias: bool,
+    aspect: str | None,
+) -> tuple[Callable[[tf.Tensor], tf.Tensor], list[np.ndarray]]:
+    """The map between sizes that are known, and the row sums of its matrices."""
+    with tf.init_scope():
+        matrices = [m.numpy() for m in _matrices(before, after, interpolation, antialias, aspect)]
+    changed = [
+        (axis, matrix)
+        for axis, matrix in zip(axes, matrices, strict=True)
+        if not np.array_equal(matrix, np.eye(*matrix.shape))
+    ]
+    # First the axis that shrinks most.
+    changed.sort(key=lambda pair: pair[1].shape[0] / pair[1].shape[1])
+    taps = [(axis, _taps(matrix), _taps(matrix.T)) for axis, matrix in changed]
 
     def forward(t: tf.Tensor) -> tf.Tensor:
         for axis, picked, _ in taps:
@@ -95,91 +125,81 @@ def resize(
         return t
 
     def backward(t: tf.Tensor) -> tf.Tensor:
-        for axis, _, spread in reversed(taps):
-            t = _pick(t, spread, axis)
+        for axis, _, picked in reversed(taps):
+            t = _pick(t, picked, axis)
         return t
 
-    return _pair(forward, backward)(_in_float32(images))
+    apply = _pair(forward, backward) if taps else tf.identity
+    return apply, [matrix.sum(axis=1) for matrix in matrices]
 
 
-def _matrix(before: Any, after: Any, interpolation: str, antialias: bool) -> tf.Tensor:
-    """The matrix `[after, before]` of a resize along one axis: TensorFlow's values on a basis."""
-    basis = tf.reshape(tf.eye(before), [before, before, 1, 1])
-    resized = tf.image.resize(basis, [after, 1], interpolation, antialias=antialias)
-    return tf.transpose(tf.reshape(resized, [before, after]))
+def _matrices(
+    before: Sequence[Any], after: Sequence[Any], interpolation: str, antialias: bool, aspect: Any
+) -> list[tf.Tensor]:
+    """A matrix `[after, before]` for each axis: what TensorFlow makes of a basis."""
+    matrices = []
+    for n, target, (margin, framed) in zip(
+        before, after, _frames(before, after, aspect), strict=True
+    ):
+        basis = tf.reshape(tf.eye(framed), [framed, framed, 1, 1])
+        resized = tf.image.resize(basis, [target, 1], interpolation, antialias=antialias)
+        matrix = tf.transpose(tf.reshape(resized, [framed, target]))
+        if aspect == "crop":
+            matrix = tf.pad(matrix, [[0, 0], [margin, n - margin - framed]])
+        elif aspect == "pad":
+            matrix = matrix[:, margin : margin + n]
+        matrices.append(matrix)
+    return matrices
 
 
-@functools.lru_cache
-def _taps(before: int, after: int, interpolation: str, antialias: bool) -> tuple[_Taps, _Taps]:
-    """What each place after a resize picks from those before it, and the transpose of that."""
-    with tf.init_scope():
-        matrix = _matrix(before, after, interpolation, antialias).numpy()
-    return _entries(matrix), _entries(matrix.T)
+def _frames(before: Sequence[Any], after: Sequence[Any], aspect: str | None) -> list[Any]:
+    """The margins and the sizes of the window or frame of the aspect ratio of `after`.
+
+    Computed and rounded as Keras does.
+    """
+    if aspect is None:
+        return [(0, n) for n in before]
+    frames = []
+    for axis in (0, 1):
+        n, target = before[axis], after[axis]
+        fitting = tf.cast(before[1 - axis] * target, tf.float32) / after[1 - axis]
+        fitting = tf.cast(fitting, tf.int32)
+        is_crop = aspect == "crop"
+        size = tf.maximum(tf.minimum(n, fitting), 1) if is_crop else tf.maximum(n, fitting)
+        margin = tf.cast(tf.cast(tf.abs(size - n), tf.float32) / 2, tf.int32)
+        frames.append((margin, size if is_crop else n + 2 * margin))
+    return frames
 
 
-def _entries(matrix: np.ndarray) -> _Taps:
+def _taps(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """The nonzero entries of every row, in as few columns and weights as hold them."""
     is_zero = matrix == 0
     count = max(1, int((~is_zero).sum(axis=1).max()))
-    columns = np.argsort(is_zero, axis=1, kind="stable")[:, :count].astype(np.int32)
-    return list(zip(columns.T, np.take_along_axis(matrix, columns, 1).T, strict=True))
+    places = np.argsort(is_zero, axis=1, kind="stable")[:, :count].astype(np.int32)
+    return list(zip(places.T, np.take_along_axis(matrix, places, 1).T, strict=True))
 
 
-def _pick(t: tf.Tensor, taps: _Taps, axis: int) -> tf.Tensor:
-    shape = [-1 if a == axis else 1 for a in range(len(t.shape))]
+def _pick(t: tf.Tensor, taps: list[tuple[np.ndarray, np.ndarray]], axis: int) -> tf.Tensor:
+    """Picks weighted places along an axis."""
     return tf.add_n(
         [
-            tf.gather(t, places, axis=axis) * tf.constant(weights.reshape(shape), t.dtype)
+            tf.gather(t, places, axis=axis) * _along(axis, tf.constant(weights, t.dtype), t)
             for places, weights in taps
         ]
     )
 
 
-def _multiply(matrices: Sequence[tf.Tensor], t: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
+def _along(axis: int, vector: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(vector, [-1 if a == axis else 1 for a in range(len(t.shape))])
+
+
+def _multiply(matrices: Sequence[tf.Tensor], axes: Sequence[int], t: tf.Tensor) -> tf.Tensor:
     """Products along the axes with matrices that are known only when the graph runs."""
     for matrix, axis in zip(matrices, axes, strict=True):
         before = "abcd"[: len(t.shape)]
         after = before.replace(before[axis], "z")
         t = tf.einsum(f"z{before[axis]},{before}->{after}", tf.cast(matrix, t.dtype), t)
     return t
-
-
-def crop_to_aspect_ratio(images: tf.Tensor, axes: Sequence[int], size: Sequence[int]) -> tf.Tensor:
-    """Cuts the largest window of the aspect ratio of `size` out of the middle."""
-    begin, kept = [0] * len(images.shape), [-1] * len(images.shape)
-    for axis, n, margin in _at_aspect_ratio(images, axes, size, is_larger=False):
-        begin[axis], kept[axis] = margin, n
-    return tf.slice(images, begin, kept)
-
-
-def pad_to_aspect_ratio(
-    images: tf.Tensor, axes: Sequence[int], size: Sequence[int], fill_value: float
-) -> tf.Tensor:
-    """Puts the images into the middle of the smallest frame of the aspect ratio of `size`."""
-    padding = [[0, 0] for _ in images.shape]
-    for axis, _, margin in _at_aspect_ratio(images, axes, size, is_larger=True):
-        padding[axis] = [margin, margin]
-    return tf.pad(images, padding, constant_values=tf.cast(fill_value, images.dtype))
-
-
-def _at_aspect_ratio(
-    images: tf.Tensor, axes: Sequence[int], size: Sequence[int], is_larger: bool
-) -> list[tuple[int, Any, Any]]:
-    """The frame or window of the aspect ratio of `size`: each axis, size along it, and margin.
-
-    Computed as Keras does, rounding among it.
-    """
-    ours = [size_along(images, axis) for axis in axes]
-    is_known = all(isinstance(n, int) for n in ours)
-    # Sizes that are known must stay so in a graph.
-    with tf.init_scope() if is_known else contextlib.nullcontext():
-        found = []
-        for n, other, target, other_target in zip(ours, ours[::-1], size, size[::-1], strict=True):
-            fitting = tf.cast(tf.cast(other * target, tf.float32) / other_target, tf.int32)
-            wanted = tf.maximum(n, fitting) if is_larger else tf.maximum(tf.minimum(n, fitting), 1)
-            margin = tf.cast(tf.cast(tf.abs(wanted - n), tf.float32) / 2, tf.int32)
-            found.append((int(wanted), int(margin)) if is_known else (wanted, margin))
-    return [(axis, *pair) for axis, pair in zip(axes, found, strict=True)]
 
 
 def warp(
@@ -207,7 +227,7 @@ def warp(
     warped = tf.cast(_warp_by(taps, _in_float32(batch), fill_value), batch.dtype)
     if is_first:
         warped = tf.transpose(warped, [0, 3, 1, 2])
-    return tf.ensure_shape(warped[0] if rank == 3 else warped, images.shape)
+    return warped[0] if rank == 3 else warped
 
 
 def _warp_taps(
@@ -267,7 +287,7 @@ def _warp_taps(
 def _warp_by(
     taps: list[tuple[tf.Tensor, tf.Tensor]], images: tf.Tensor, fill_value: float
 ) -> tf.Tensor:
-    shape = tf.shape(images)
+    shape = [size_along(images, axis) for axis in range(4)]
     weighted = [(places, tf.cast(weights, images.dtype)) for places, weights in taps]
 
     def forward(t: tf.Tensor) -> tf.Tensor:
