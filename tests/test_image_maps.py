@@ -417,7 +417,7 @@ def check_weight_gradient(network, x):
             values = [tf.reduce_sum(u * forward), tf.reduce_sum(backward * v)]
             values.append(tf.reduce_sum(u * transposed))
             total = values[0] + 2 * values[1] + 4 * values[2]  # All three forms at once.
-        return values, tape.gradient(total, weights)
+        return values, tape.gradient(total, weights, unconnected_gradients="zero")
 
     def value(step):
         for weight, direction in zip(weights, directions, strict=True):
