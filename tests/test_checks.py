@@ -67,18 +67,25 @@ def by_operation():
 
 
 REFUSED = {
-    "bilinear": (
-        lambda: images(layers.UpSampling2D(2, interpolation="bilinear", name="culprit")),
-        "'culprit' (UpSampling2D)",
-    ),
-    "bicubic": (
-        lambda: images(layers.UpSampling2D(2, interpolation="bicubic", name="culprit")),
-        "'culprit' (UpSampling2D)",
-    ),
-    "resizing": (lambda: images(layers.Resizing(6, 6, name="culprit")), "'culprit' (Resizing)"),
     "operation": (by_operation, "(Resize)"),
     "mixing": (lambda: inside(Centred(False, name="culprit")), "'culprit' (Centred) mixes"),
 }
+
+
+TAKEN = {
+    "bilinear": lambda: layers.UpSampling2D(2, interpolation="bilinear"),
+    "bicubic": lambda: layers.UpSampling2D(2, interpolation="bicubic"),
+    "resizing": lambda: layers.Resizing(6, 6),
+    "random_crop": lambda: layers.RandomCrop(3, 3),
+    "random_rotation": lambda: layers.RandomRotation(0.2),
+}
+
+
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+@pytest.mark.parametrize("name", TAKEN)
+def test_linear_maps_of_images_are_taken(name, forward_mode):
+    network = images(TAKEN[name]())
+    check_network(network, seeded_input((4, 4, 2), 3), forward_mode=forward_mode)
 
 
 @pytest.mark.parametrize("forward_mode", FORWARD_MODES)

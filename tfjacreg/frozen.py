@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, max_pool
+from tfjacreg import _keras, image_maps, max_pool
 
 NEEDS_THE_WHOLE_BATCH = (
     "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
@@ -135,12 +135,15 @@ def without_trace(network: keras.Layer) -> Iterator[keras.StatelessScope]:
 
 @contextlib.contextmanager
 def _frozen_layers(network: keras.Layer) -> Iterator[None]:
-    """Makes BatchNorm hold its batch's moments."""
+    """Makes BatchNorm hold its batch's moments, and image layers the linear maps they are."""
     with contextlib.ExitStack() as stack:
         for layer in _keras.layers_of(network):
             if isinstance(layer, keras.layers.BatchNormalization):
                 held = functools.partial(_frozen_moments, layer._moments)
                 stack.enter_context(substituted(layer, "_moments", held))
+            elif image_maps.is_linear_image_map(layer):
+                linear = image_maps.linear_image_map(layer, layer.call)
+                stack.enter_context(substituted(layer, "call", linear))
         yield
 
 
