@@ -158,10 +158,12 @@ def flat(a):
 
 def products(network, x, v, u):
     """The output, `J v` by an accumulator and by transposition, and `J^T u`, in one pass."""
-    with tf.autodiff.ForwardAccumulator(x, v) as accumulator:
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(x)
-            y = network(x, training=True)
+    with (
+        tf.autodiff.ForwardAccumulator(x, v) as accumulator,
+        tf.GradientTape(persistent=True) as tape,
+    ):
+        tape.watch(x)
+        y = network(x, training=True)
     with tf.GradientTape() as transposing:
         transposing.watch(u)
         with tape:
