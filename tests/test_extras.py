@@ -1,5 +1,6 @@
 """A base install, without any extra: what works, and what is said about the rest."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from tfjacreg import extras
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 SENTENCE = re.compile(
     r"[^.]+(\.py)? needs the package (\w+), which is not installed: "
     r'run pip install "tfjacreg\[(\w+)\]"\.'
@@ -109,3 +111,32 @@ def test_every_extra_named_in_a_message_exists():
         for name in re.findall(r"importing\(\s*\"(\w+)\"", source.read_text())
     }
     assert named == {"experiments", "postgresql"} and named <= EXTRAS.keys()
+
+
+def names(requirements):
+    """The distributions' names, without versions and extras."""
+    return [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
+
+
+def test_the_docs_list_what_is_installed():
+    page = (ROOT / "docs" / "installing.md").read_text()
+    rows = dict(re.findall(r"^\| (?:`(\w+)`|\(none\)) \| (.*?) \|", page, re.M))
+    assert rows.keys() == {"", *EXTRAS}
+    assert rows[""].split(", ") == names(PROJECT["dependencies"])
+    added = [name for name in names(EXTRAS["experiments"]) if name != "importlib_resources"]
+    assert rows["experiments"].split(", ") == added
+
+
+def test_the_readme_names_the_oldest_versions():
+    oldest = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
+    readme = (ROOT / "README.md").read_text()
+    for name, package in (("TensorFlow", "tensorflow"), ("Keras", "keras")):
+        assert f"{name} {oldest[package]} or newer" in readme
+    spec = importlib.util.spec_from_file_location(
+        "base_install", ROOT / "benchmarks" / "base_install.py"
+    )
+    base_install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(base_install)
+    assert base_install.oldest() == [
+        f"{package}=={oldest[package]}.*" for package in ("tensorflow", "keras")
+    ]
