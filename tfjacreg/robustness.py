@@ -13,13 +13,13 @@ from tfjacreg.classifiers import (
     Array,
     Progress,
     batches,
-    check,
+    check_classifier,
     check_counts,
     check_positive,
-    fill,
+    concrete_function,
     image_rng,
+    pad_rows,
     predict,
-    trace,
 )
 
 _NOISE, _DIRECTIONS = 10, 11
@@ -57,7 +57,7 @@ def noise_accuracy(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check`).
+            `classifiers.check_classifier`).
     """
     squares = np.asarray(variances, np.float64)
     if squares.ndim != 1 or not len(squares) or not (squares >= 0).all() or np.isinf(squares).any():
@@ -66,21 +66,21 @@ def noise_accuracy(
         )
     scales = np.sqrt(squares)
     check_counts(draws=draws, batch_size=batch_size)
-    subject = check(classifier, x, y)
-    logits = trace(subject.logits, subject.x)
-    rngs = [image_rng(seed, _NOISE, i) for i in range(len(subject.x))]
+    checked = check_classifier(classifier, x, y)
+    logits = concrete_function(checked.logits, checked.x)
+    rngs = [image_rng(seed, _NOISE, i) for i in range(len(checked.x))]
     correct = np.zeros(len(scales), np.int64)
     for _ in range(draws):
-        for s in batches(len(subject.x), batch_size):
-            images = subject.x[s]
+        for s in batches(len(checked.x), batch_size):
+            images = checked.x[s]
             noise = np.stack([rng.standard_normal(images.shape[1:]) for rng in rngs[s]])
             for row, scale in enumerate(scales):
                 noisy = np.clip(images + scale * noise, 0, 1).astype(np.float32)
-                predicted = logits(fill(noisy)).numpy()[: len(images)].argmax(axis=1)
-                correct[row] += (predicted == subject.y[s]).sum()
+                predicted = logits(pad_rows(noisy)).numpy()[: len(images)].argmax(axis=1)
+                correct[row] += (predicted == checked.y[s]).sum()
                 if progress is not None:
                     progress(len(images))
-    return correct / (len(subject.x) * draws)
+    return correct / (len(checked.x) * draws)
 
 
 def boundary_distance(
@@ -129,11 +129,11 @@ def boundary_distance(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check`).
+            `classifiers.check_classifier`).
     """
     check_counts(samples=samples, spheres=spheres, batch_size=batch_size)
-    subject = check(classifier, x, y)
-    shape = subject.x.shape[1:]
+    checked = check_classifier(classifier, x, y)
+    shape = checked.x.shape[1:]
     max_radius = float(np.sqrt(np.prod(shape))) if max_radius is None else max_radius
     check_positive(max_radius=max_radius, resolution=resolution)
     spacing = max_radius / spheres
@@ -143,7 +143,7 @@ def boundary_distance(
     ) -> tf.Tensor:
         rays = tf.reshape(radii, [-1, *[1] * len(directions.shape[1:])]) * directions
         points = tf.reshape(images[:, None] + rays, [-1, *shape])
-        classes = tf.argmax(subject.logits(points), axis=1, output_type=tf.int32)
+        classes = tf.argmax(checked.logits(points), axis=1, output_type=tf.int32)
         return tf.reduce_any(tf.reshape(classes, [-1, samples]) != labels[:, None], axis=1)
 
     def directions_of(index: npt.NDArray[np.int64]) -> Array:
@@ -155,14 +155,14 @@ def boundary_distance(
         unit = flat / np.linalg.norm(flat, axis=2, keepdims=True)
         return unit.reshape(len(index), samples, *shape)
 
-    correct = np.flatnonzero(predict(subject).argmax(axis=1) == subject.y)
-    distance = np.full(len(subject.x), np.nan)
+    correct = np.flatnonzero(predict(checked).argmax(axis=1) == checked.y)
+    distance = np.full(len(checked.x), np.nan)
     if progress is not None:
-        progress(len(subject.x) - len(correct))
+        progress(len(checked.x) - len(correct))
     if not len(correct):
         return distance
-    changed = trace(
-        changed, subject.x, subject.y, directions_of(correct[:1]), distance.astype(np.float32)
+    changed = concrete_function(
+        changed, checked.x, checked.y, directions_of(correct[:1]), distance.astype(np.float32)
     )
     for s in batches(len(correct), max(1, batch_size // samples)):
         index = correct[s]
@@ -175,7 +175,7 @@ def boundary_distance(
                 break
             radii = np.where(searching, inner + spacing, (inner + outer) / 2)[busy]
             hit = changed(
-                *(tf.constant(a[index[busy]]) for a in (subject.x, subject.y)),
+                *(tf.constant(a[index[busy]]) for a in (checked.x, checked.y)),
                 tf.constant(directions[busy]),
                 tf.constant(radii, tf.float32),
             ).numpy()

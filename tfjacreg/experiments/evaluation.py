@@ -17,7 +17,8 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from tfjacreg import attacks, robustness
-from tfjacreg.classifiers import check, predict
+from tfjacreg.classifiers import check_classifier as check
+from tfjacreg.classifiers import predict
 from tfjacreg.experiments import files
 
 PERTURBATIONS = ("noise", "pgd", "tpgd", "square")
