@@ -178,6 +178,12 @@ def check_counts(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1. Received: {value}.")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` is an integer of at least 0."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
+
+
 def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
     """Returns the generator of one image (and block): the same in whatever batch it comes.
 
@@ -186,8 +192,7 @@ def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
         stream: Number that keeps apart the uses of the same seed.
         *keys: The image's index, and the block of draws where there are several.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
+    check_seed(seed)
     return np.random.default_rng([seed, stream, *keys])
 
 
