@@ -138,10 +138,11 @@ class RegularizedModel(keras.Model):
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
         self._check()
         super().make_train_function(force)
-        function: Any = self.train_function
+        function = vars(self)["train_function"]
         if self.regularizer is not None and not isinstance(function, _WithFactor):
-            self.train_function = _WithFactor(self, function)
-        return self.train_function
+            function = _WithFactor(self, function)
+            self.train_function = function
+        return function
 
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
