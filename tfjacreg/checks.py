@@ -44,12 +44,10 @@ class _Fault(NamedTuple):
 
     Attributes:
         text: What the network, or the layer, does; it follows a name.
-        layer: The layer that is known to do it, or None.
         cause: The exception that told, or None.
     """
 
     text: str
-    layer: str | None = None
     cause: Exception | None = None
 
 
@@ -102,17 +100,16 @@ def check_network(
         fault = _fault(network, taken, training, forward_mode, output, variables)
         if fault is None:
             return
-        name = fault.layer or _as_a_whole(network)
+        name = f"the network {network.name!r} ({type(network).__name__}) as a whole"
         text, cause = fault.text, fault.cause
-        if fault.layer is None:
-            for layer, function, value in _calls(network, taken, training):
-                one = signature.Taken(value, [value], 0)
-                found = _fault(function, one, training, forward_mode, None, variables)
-                # A layer may well take a tensor that says nothing of its output.
-                is_idle = found is not None and found.text == _NOT_CONNECTED != text
-                if found is not None and not is_idle:
-                    name, text, cause = _named(layer), found.text, found.cause
-                    break
+        for layer, function, value in _calls(network, taken, training):
+            one = signature.Taken(value, [value], 0)
+            found = _fault(function, one, training, forward_mode, None, variables)
+            # A layer may well take a tensor that says nothing of its output.
+            is_idle = found is not None and found.text == _NOT_CONNECTED != fault.text
+            if found is not None and not is_idle:
+                name, text, cause = _named(layer), found.text, found.cause
+                break
         other = forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES
         if other and _fault(network, taken, training, "transpose", output, variables) is None:
             text += ". With forward_mode='transpose' it can be had"
@@ -144,18 +141,17 @@ def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
     tells. It is traced once for each network and shape of x.
 
     Raises:
-        ValueError: If there is such an operation; the message names its layer.
+        ValueError: If there is such an operation.
     """
     network = jacobian.network
     try:
-        fault = jacobian.of_graph("hides", lambda op: _hidden(op.x, op.primal, network))
+        fault = jacobian.of_graph("hides", lambda op: _hidden(op.x, op.primal))
     except Exception:  # It runs eagerly only: then nothing is to be seen.
         return
     if fault is not None:
         raise ValueError(
-            f"The Jacobian of network {network.name!r} is not known: "
-            f"{fault.layer or _as_a_whole(network)} {fault.text}. "
-            f"Received: x of shape {tuple(jacobian.x.shape)}"
+            f"The Jacobian of network {network.name!r} is not known: it {fault}. `check_network` "
+            f"names the layer. Received: x of shape {tuple(jacobian.x.shape)}"
         )
 
 
@@ -223,19 +219,19 @@ def _fault(
             part.numpy() for part in traced(*taken.leaves)
         )
     except LostDerivative as error:
-        return _Fault(_LOSES_A_DERIVATIVE, None, error)
+        return _Fault(_LOSES_A_DERIVATIVE, error)
     except NotConnected as error:
-        return _Fault(_NOT_CONNECTED, None, error)
+        return _Fault(_NOT_CONNECTED, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
         reason = _reason(error)
         if "variant" in reason:
-            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", None, error)
-        return _Fault(f"cannot be differentiated as often as needed ({reason})", None, error)
+            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
+        return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
     finally:
         _reset_dropout_masks(network)
-    lost = _hidden(*passes[0], network)
+    lost = _hidden(*passes[0])
     if lost is not None:
-        return lost
+        return _Fault(lost)
     if any(np.any(np.isfinite(part) & (part != 0)) for part in (others, other_outputs)):
         return _Fault(_MIXES_EXAMPLES)
     tolerance = contradiction_tolerance(network, taken.x.dtype.name)
@@ -272,34 +268,16 @@ def _reset_dropout_masks(network: keras.Layer) -> None:
             getattr(layer, name, lambda: None)()
 
 
-def _hidden(x: tf.Tensor, primal: tf.Tensor, network: keras.Layer) -> _Fault | None:
-    """An operation between x and the output whose part of the Jacobian TensorFlow would hide."""
+def _hidden(x: tf.Tensor, primal: tf.Tensor) -> str | None:
+    """What an operation between x and the output does whose part of the Jacobian is lost."""
     found = graphs.without_derivative(x, primal)
-    if not found:
+    if found is None:
         return None
-    names = [_layer_of(op, network) for op in reversed(found)]
-    return _Fault(
-        f"has an operation without a derivative, {found[-1].type}: its part of the Jacobian would "
-        "be lost",
-        next(filter(None, names), None),
-    )
-
-
-def _layer_of(op: tf.Operation, network: keras.Layer) -> str | None:
-    """The innermost layer in whose name scope an operation was made."""
-    layers = {layer.name: layer for layer in _keras.layers_of(network) if layer is not network}
-    for part in reversed(op.name.split("/")[:-1]):
-        if part in layers:
-            return _named(layers[part])
-    return None
+    return f"has an operation without a derivative, {found}: its part of the Jacobian would be lost"
 
 
 def _named(layer: keras.Operation) -> str:
     return f"layer {layer.name!r} ({type(layer).__name__})"
-
-
-def _as_a_whole(network: keras.Layer) -> str:
-    return f"the network {network.name!r} ({type(network).__name__}) as a whole"
 
 
 def _first_alone(a: tf.Tensor) -> tf.Tensor:
@@ -354,9 +332,13 @@ def _calls(
         operations.update({id(found): found for found in getattr(model, "operations", [])})
     with contextlib.ExitStack() as stack:
         for operation in operations.values():
-            stack.enter_context(
-                frozen.substituted(operation, "call", recording(operation, operation.call))
-            )
+            # A layer after `quantize("int8")` is called by its second name.
+            for name in ("call", "quantized_call"):
+                own = getattr(operation, name, None)
+                if own is not None:
+                    stack.enter_context(
+                        frozen.substituted(operation, name, recording(operation, own))
+                    )
         with frozen.without_trace(network):
             network(taken.packed(), training=training)
 

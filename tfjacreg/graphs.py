@@ -24,7 +24,7 @@ _DRAWS_OR_ASSIGNS = re.compile(
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
-def without_derivative(x: tf.Tensor, y: tf.Tensor) -> list[tf.Operation]:
+def without_derivative(x: tf.Tensor, y: tf.Tensor) -> str | None:
     """Finds an operation between x and y that would hide a part of the Jacobian.
 
     Args:
@@ -32,10 +32,9 @@ def without_derivative(x: tf.Tensor, y: tf.Tensor) -> list[tf.Operation]:
         y: A floating tensor of the same graph.
 
     Returns:
-        The operation, after the calls of functions, branches and loops that it is in, outermost
-        first; empty if there is none.
+        The type of the operation, which may be in a function, branch or loop; None without one.
     """
-    return _Search(x.graph).of({x.ref()}, [y])[0]
+    return _search(x.graph, {x.ref()}, [y])[0]
 
 
 def draws_or_assigns(operations: Sequence[tf.Operation]) -> str | None:
@@ -55,61 +54,51 @@ def draws_or_assigns(operations: Sequence[tf.Operation]) -> str | None:
     return None
 
 
-class _Search:
-    """Follows what depends on x through one graph, and through the functions that it calls."""
-
-    def __init__(self, graph: tf.Graph) -> None:
-        self.graph = graph
-
-    def of(
-        self, reached: set[Any], targets: Sequence[tf.Tensor]
-    ) -> tuple[list[tf.Operation], list[bool]]:
-        """The operation that hides, with those around it, and which targets depend on x."""
-        needed = _needed(targets)
-        for op in self.graph.get_operations():
-            inputs = [n for n, t in enumerate(op.inputs) if t.ref() in reached]
-            if _has_own_gradient(op):
-                # Its first inputs are the results of a body that the gradient does not go through.
-                inputs = [n for n in inputs if n >= _number_of_results(op)]
-            outputs = [n for n, t in enumerate(op.outputs) if t.ref() in needed and _carries(t)]
-            if not inputs or not outputs:
-                continue
-            bodies = list(_bodies(op))
-            if bodies:
-                for body in bodies:
-                    found, depends = _in_body(op, body, inputs, outputs)
-                    if found:
-                        return [op, *found], []
-                    reached |= {op.outputs[n].ref() for n in outputs if depends[n]}
-            elif _has_own_gradient(op) or _has_derivative(op, tuple(inputs)):
-                reached |= {op.outputs[n].ref() for n in outputs}
-            elif op.type not in _CONSTANT_OPERATIONS:
-                return [op], []
-        return [], [t.ref() in reached for t in targets]
+def _search(
+    graph: tf.Graph, reached: set[Any], targets: Sequence[tf.Tensor]
+) -> tuple[str | None, list[bool]]:
+    """The operation that hides, and which targets depend on the tensors of `reached`."""
+    needed = _needed(targets)
+    for op in graph.get_operations():
+        inputs = [n for n, t in enumerate(op.inputs) if t.ref() in reached]
+        if _has_own_gradient(op):
+            # Its first inputs are the results of a body that the gradient does not go through.
+            inputs = [n for n in inputs if n >= _number_of_results(op)]
+        outputs = [n for n, t in enumerate(op.outputs) if t.ref() in needed and _carries(t)]
+        if not inputs or not outputs:
+            continue
+        bodies = list(_bodies(op))
+        for body in bodies:
+            found, depends = _search_body(op, body, inputs, outputs)
+            if found:
+                return found, []
+            reached |= {op.outputs[n].ref() for n in depends}
+        if bodies:
+            continue
+        if _has_derivative(op, tuple(inputs)):
+            reached |= {op.outputs[n].ref() for n in outputs}
+        elif op.type not in _CONSTANT_OPERATIONS:
+            return op.type, []
+    return None, [t.ref() in reached for t in targets]
 
 
-def _in_body(
-    op: tf.Operation, body: tf.Graph, inputs: list[int], outputs: list[int]
-) -> tuple[list[tf.Operation], list[bool]]:
-    """The same in a function that `op` calls."""
-    # A branch's operation also takes the index of the branch.
-    skipped = 0 if op.type in _CALLS or op.type.endswith("While") else 1
-    reached = {n - skipped for n in inputs}
+def _search_body(
+    op: tf.Operation, body: Any, inputs: list[int], outputs: list[int]
+) -> tuple[str | None, list[int]]:
+    """The same in a function that `op` calls: which outputs depend on its inputs."""
     is_loop = op.type.endswith("While")
-    targets = body.outputs if is_loop else [body.outputs[n] for n in outputs]
+    # A branch's operation also takes which branch it is to be.
+    skipped = 0 if is_loop or op.type in _CALLS else 1
+    reached = {n - skipped for n in inputs if n >= skipped}
+    numbers = list(range(len(body.outputs))) if is_loop else outputs
+    targets = [body.outputs[n] for n in numbers]
     while True:
-        found, depends = _Search(body).of(
-            {body.inputs[n].ref() for n in reached if n >= 0}, targets
-        )
+        found, depends = _search(body, {body.inputs[n].ref() for n in reached}, targets)
+        dependent = [n for n, yes in zip(numbers, depends, strict=False) if yes]
         # What one turn of a loop gives is what the next one takes.
-        again = {n for n, yes in enumerate(depends) if yes} - reached if is_loop else set()
-        if found or not again:
-            break
-        reached |= again
-    if is_loop:
-        return found, depends or [False] * len(op.outputs)
-    by_output = dict(zip(outputs, depends, strict=False))
-    return found, [by_output.get(n, False) for n in range(len(op.outputs))]
+        if found or not is_loop or reached.issuperset(dependent):
+            return found, dependent
+        reached |= set(dependent)
 
 
 def _bodies(op: tf.Operation) -> Iterator[Any]:
