@@ -10,17 +10,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Until `command.run` knows better: as TensorFlow is imported there is nothing to keep.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:
+            signal.signal(_number, lambda *_: os._exit(130))
 
 # Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import extras
+from tfjacreg import datasets, extras
 
 with extras.script_importing("experiments", "evaluate.py"):
-    from tfjacreg.experiments import evaluation
+    from tfjacreg.experiments import command, evaluation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,9 +45,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--boundary", action="store_true", help="measure the boundary distance too")
     parser.add_argument("--limit", type=_count, help="judge on the first LIMIT test images only")
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and attacks (0)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the figures (out)")
-    parser.add_argument("--dataset", help="data set of bare .keras files")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of noise and attacks (0)")
+    parser.add_argument(
+        "--out", type=command.path, default=Path("out"), help="folder of the figures (out)"
+    )
+    parser.add_argument("--dataset", choices=datasets.NAMES, help="data set of bare .keras files")
     parser.add_argument("--data-dir", help="folder of the data sets")
     parser.add_argument(
         "--adversarial-examples",
@@ -50,6 +59,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="start afresh where there is an evaluation.json"
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for processes that work in the run folders"
     )
     return parser.parse_args(argv)
 
@@ -61,36 +73,42 @@ def _count(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1. Received: {value}.")
+    return value
+
+
 def run(args: argparse.Namespace) -> None:
     """Judges every run given and prints the tables."""
-    targets = evaluation.find_targets(
-        args.runs, dataset=args.dataset, data_dir=args.data_dir, out=args.out
-    )
-    tables = evaluation.judge(
-        targets,
-        args.out,
-        perturbations=args.attacks,
-        boundary=args.boundary,
-        limit=args.limit,
-        examples=args.adversarial_examples,
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
+    with evaluation.owned(args.runs, args.out, wait=args.wait):
+        targets = evaluation.find_targets(
+            args.runs, dataset=args.dataset, data_dir=args.data_dir, out=args.out
+        )
+        tables = evaluation.judge(
+            targets,
+            args.out,
+            perturbations=args.attacks,
+            boundary=args.boundary,
+            limit=args.limit,
+            examples=args.adversarial_examples,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
     print(tables)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = parse(argv)
-    try:
+
+    def judge() -> int:
         run(args)
-    except (ValueError, OSError, extras.MissingExtraError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the last finished measurement.")
-        return 130
-    return 0
+        return 0
+
+    stopped = "Stopped. The same command goes on after the last finished measurement."
+    return command.run("evaluate.py", judge, stopped)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,16 @@ The same command goes on where it was interrupted. docs/training.md says what a 
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Until `command.run` knows better: as TensorFlow is imported there is nothing to keep.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:
+            signal.signal(_number, lambda *_: os._exit(130))
 
 # Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -20,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from tfjacreg import datasets, extras, networks, regularizers
 
 with extras.script_importing("experiments", "train.py"):
+    from tfjacreg.experiments import command
     from tfjacreg.experiments.config import SCHEDULES, RunConfig
     from tfjacreg.experiments.folder import RunFolder
     from tfjacreg.experiments.run import run
@@ -35,7 +43,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
-    add("--out", type=Path, help="the folder; default: runs/<named after the settings or FILE>")
+    add(
+        "--out",
+        type=command.path,
+        help="the folder; default: runs/<named after the settings or FILE>",
+    )
     single = parser.add_argument_group("one run")
     add = single.add_argument
     add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
@@ -64,6 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, help=f"({default.seed})")
     add("--overwrite", action="store_true", help="throw away the run that is in --out")
+    add("--wait", action="store_true", help="wait for a process that works in --out")
     many = parser.add_argument_group("many runs")
     add = many.add_argument
     add("--sweep", metavar="FILE", type=Path, help="TOML that names the runs; goes with --out")
@@ -83,22 +96,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs one configuration or a sweep and prints what came of it."""
     settings = vars(parse(argv))
-    try:
-        return _sweep(**settings) if "sweep" in settings else _one(**settings)
-    except (ValueError, extras.MissingExtraError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    if "sweep" in settings:
+        out = settings.setdefault("out", Path("runs") / settings["sweep"].stem)
+        stopped = f"Stopped. The same command goes on from the last finished epochs, kept in {out}."
+        return command.run("train.py", lambda: _sweep(**settings), stopped)
+    stopped = "Stopped. The same command goes on from the last finished epoch"
+    out = settings.get("out")
+    stopped += f", kept in {out}." if out else ", kept in its folder."
+    return command.run("train.py", lambda: _one(**settings), stopped)
 
 
-def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -> int:
+def _one(
+    *, out: Path | None = None, overwrite: bool = False, wait: bool = False, **settings: Any
+) -> int:
     config = RunConfig.of(**settings)
     out = out or config.default_folder()
     finished = RunFolder(out).finished and not overwrite
-    try:
-        metrics = run(config, out, overwrite=overwrite, verbose=1 if sys.stdout.isatty() else 2)
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from the last finished epoch, kept in {out}.")
-        return 130
+    verbose = 1 if sys.stdout.isatty() else 2
+    metrics = run(config, out, overwrite=overwrite, wait=wait, verbose=verbose)
     if finished:
         print(f"{out} has this run, finished; --overwrite repeats it.")
     print(f"\n{config.dataset}, {config.network}, {config.regularizer}, factor {config.factor:g}")
@@ -113,16 +128,11 @@ def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -
     return 0
 
 
-def _sweep(*, sweep: Path, out: Path | None = None, **options: Any) -> int:
+def _sweep(*, sweep: Path, out: Path, **options: Any) -> int:
     with extras.importing("experiments", "A sweep"):
         from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
 
-    out = out or Path("runs") / sweep.stem
-    try:
-        summary = workers.run_sweep(sweep, out, **options)
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from the last finished epochs, kept in {out}.")
-        return 130
+    summary = workers.run_sweep(sweep, out, **options)
     print(f"\n{summary}\n  in {out}")
     return 1 if summary.failures else 0
 

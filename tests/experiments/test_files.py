@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tfjacreg import temporary
 from tfjacreg.experiments import files
 
 RESULTS = sorted((Path(__file__).parents[2] / "results").rglob("*.json"))
@@ -37,13 +38,13 @@ def test_lists_of_numbers_are_on_one_line(tmp_path):
 def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     path = tmp_path / "some.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.atomic_write(path) as temporary:
-        temporary.write_text("half")
-        assert temporary.parent == tmp_path and temporary.suffix == ".txt"
+    with pytest.raises(KeyboardInterrupt), temporary.replacing(path) as file:
+        file.write_text("half")
+        assert file.parent == tmp_path and file.suffix == ".txt"
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with files.atomic_write(path) as temporary:
-        temporary.write_text("new")
+    with temporary.replacing(path) as file:
+        file.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 

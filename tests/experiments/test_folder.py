@@ -8,6 +8,8 @@ import keras
 import pytest
 from keras import layers
 
+from tfjacreg import temporary
+from tfjacreg.experiments import files
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 
@@ -46,9 +48,12 @@ def test_what_was_written_is_read_again(folder, model):
     model.optimizer.iterations.assign(3)
     folder.write_epoch(history, model)
     assert folder.read_state(steps_per_epoch=3)[1] == history[:1]
-    folder.write_result(model, METRICS)
+    written = folder.write_result(model, METRICS)
     assert folder.finished and folder.problem is None and not folder.checkpoint_file.exists()
-    assert folder.read_metrics() == METRICS and folder.saved_model.is_dir()
+    assert folder.read_metrics() == written == json.loads(folder.metrics_file.read_text())
+    assert {k: v for k, v in written.items() if k not in ("files", "sha256")} == METRICS
+    assert written["files"].keys() == {"settings", "history.csv", "classifier.keras", "saved_model"}
+    assert folder.saved_model.is_dir()
     folder.require_classifier()
     assert len(folder.classifier_digest()) == 64
     folder.write_evaluation({"clean_accuracy": 0.5})
@@ -80,9 +85,8 @@ def test_files_that_nobody_owns_are_not_taken_over(folder):
     with pytest.raises(RunError, match=r"Received: \['metrics.json'\] without.*--overwrite"):
         folder.claim(CONFIG)
     assert not folder.claimed
-    folder.clear()
-    folder.claim(CONFIG)
-    assert not folder.finished
+    folder.claim(CONFIG, overwrite=True)
+    assert folder.claimed and not folder.metrics_file.exists()
 
 
 def test_clearing_leaves_what_is_not_the_runs(folder, model):
@@ -92,29 +96,63 @@ def test_clearing_leaves_what_is_not_the_runs(folder, model):
     folder.write_error("it failed")
     (folder.path / "mine.txt").write_text("keep me")
     (folder.path / "saved_model.txt").write_text("keep me")
-    folder.clear()
-    assert {path.name for path in folder.path.iterdir()} == {"mine.txt", "saved_model.txt"}
+    folder.claim(CONFIG, overwrite=True)
+    assert {path.name for path in folder.path.iterdir()} == {
+        *("mine.txt", "saved_model.txt"),
+        "config.json",
+    }
 
 
-def test_clearing_that_is_stopped_leaves_no_finished_run(folder, model, monkeypatch):
-    """At whatever file: the folder is that of the old run, not finished, and can be cleared."""
+PRODUCTS = [
+    *("metrics.json", "evaluation.json", "adversarial_examples.png", "classifier.keras"),
+    *("saved_model", "checkpoint.keras", "history.csv", "error.txt"),
+]
+
+
+@pytest.mark.parametrize("stop", range(len(PRODUCTS) + 1))
+def test_overwriting_that_is_stopped_is_of_the_new_run(folder, model, monkeypatch, stop):
+    """At whatever file: the folder is the old run's, whole, or the new one's, not finished."""
     folder.write_epoch([ROW], model)
     folder.write_result(model, METRICS)
-    unlink, gone = type(folder.path).unlink, []
+    folder.write_epoch([ROW], model)
+    folder.write_error("it failed")
+    folder.write_evaluation({})
+    folder.examples_file.write_bytes(b"")
+    new = dataclasses.replace(CONFIG, seed=7)
+    remove, removed = temporary.remove, []
 
-    def stop(path, **kwargs):
-        if len(gone) == 1:
-            raise KeyboardInterrupt
-        gone.append(path)
-        unlink(path, **kwargs)
+    def killed(path):
+        if not path.name.startswith("."):
+            if len(removed) == stop:
+                raise KeyboardInterrupt
+            removed.append(path.name)
+        remove(path)
+
+    def unwritable(*_):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(folder.path), "unlink", stop)
-        with pytest.raises(KeyboardInterrupt):
-            folder.clear()
+        patch.setattr(files, "write_json", unwritable)
+        with pytest.raises(RunError, match="No space left"):
+            folder.claim(new, overwrite=True)
+    folder.check_products()  # Nothing has gone.
+    with monkeypatch.context() as patch:
+        patch.setattr(temporary, "remove", killed)
+        if stop < len(PRODUCTS):
+            with pytest.raises(KeyboardInterrupt):
+                folder.claim(new, overwrite=True)
+        else:
+            folder.claim(new, overwrite=True)
+    assert sorted(removed) == sorted(PRODUCTS[:stop])
     assert folder.claimed and not folder.finished
-    folder.clear()
-    assert not folder.claimed
+    with pytest.raises(RunError, match="has not finished"):
+        folder.require_classifier()
+    with pytest.raises(RunError, match="seed is 7 there, 0 here"):
+        folder.claim(CONFIG)
+    folder.claim(new)  # Goes on where it was stopped.
+    assert [path.name for path in folder.path.iterdir()] == ["config.json"]
+    assert not new.differences(folder.read_config()) and not folder.is_clearing
+    assert folder.read_state(3) == (None, [])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,30 +73,44 @@ class RunConfig:
             ValueError: If a setting is out of range; the message lists what is valid.
         """
         network = given.get("network", cls.network)
-        _one_of("network", network, networks.NAMES)
+        arguments.one_of("network", network, networks.NAMES)
         augment = given.get("dataset", cls.dataset) in AUGMENTED_DATASETS
         return cls(**{**DEFAULTS[network], "augment": augment, **given})
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the settings."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
     def __post_init__(self) -> None:
         """Checks every setting."""
-        _one_of("dataset", self.dataset, datasets.NAMES)
-        _one_of("network", self.network, networks.NAMES)
-        _one_of("regularizer", self.regularizer, ("none", *regularizers.BY_NAME))
-        _one_of("schedule", self.schedule, SCHEDULES)
-        arguments.positive_integer("epochs", self.epochs)
-        arguments.positive_integer("batch_size", self.batch_size)
-        arguments.seed(self.seed)
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(
-                f"`learning_rate` must be a positive number. Received: {self.learning_rate}"
-            )
+        for name, valid in (
+            ("dataset", datasets.NAMES),
+            ("network", networks.NAMES),
+            ("regularizer", ("none", *regularizers.BY_NAME)),
+            ("schedule", SCHEDULES),
+        ):
+            arguments.one_of(name, getattr(self, name), valid)
+        checked: dict[str, Any] = {
+            "width": arguments.positive("width", self.width),
+            "factor": arguments.non_negative("factor", self.factor),
+            "epochs": arguments.positive_integer("epochs", self.epochs),
+            "batch_size": arguments.positive_integer("batch_size", self.batch_size),
+            "learning_rate": arguments.positive("learning_rate", self.learning_rate),
+            "augment": arguments.boolean("augment", self.augment),
+            "whole_training_set": arguments.boolean("whole_training_set", self.whole_training_set),
+            "seed": arguments.seed(self.seed, below=2**32),  # NumPy's own limit.
+        }
+        if self.seed is None:
+            raise ValueError("`seed` must be an integer: a run can be repeated. Received: None")
+        if self.data_dir is not None:
+            checked["data_dir"] = str(arguments.path("data_dir", self.data_dir))
         if self.network == "lenet" and self.width != 1:
             raise ValueError(
                 f"`width` is for vgg16 and resnet20; lenet has one. Received: width={self.width}"
             )
-        if not self.width > 0 or not math.isfinite(self.width):
-            raise ValueError(f"`width` must be a positive number. Received: {self.width}")
-        self.make_regularizer()
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # As Python's own numbers, for JSON.
 
     def make_regularizer(self) -> regularizers.Regularizer | None:
         """The penalty that the settings mean."""
@@ -130,8 +143,3 @@ class RunConfig:
         if self.whole_training_set:
             method += "-whole"
         return Path("runs") / f"{self.dataset}-{self.network}-{method}-seed{self.seed}"
-
-
-def _one_of(name: str, value: Any, valid: Any) -> None:
-    if value not in valid:
-        raise ValueError(f"`{name}` must be one of {tuple(valid)}. Received: {name}={value!r}")

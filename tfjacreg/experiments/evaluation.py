@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tfjacreg import attacks, datasets, robustness
-from tfjacreg.classifiers import check, predict
-from tfjacreg.experiments import curves, environment, figures, files
+from tfjacreg.classifiers import check_classifier, predict
+from tfjacreg.experiments import checkpoint, curves, environment, figures, files
+from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
 
@@ -54,6 +56,29 @@ class Target(NamedTuple):
     data_dir: str | None
     method: str
     seed: int | None
+
+
+@contextlib.contextmanager
+def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out of the folders where the evaluations go.
+
+    Args:
+        paths: Those of `find_targets`.
+        out: That of `find_targets`.
+        wait: Whether to wait for a process that works in one of them.
+
+    Raises:
+        RunError: If another process works there.
+    """
+    folders = {
+        RunFolder(Path(out) / path.stem if path.suffix == ".keras" else path).path.absolute()
+        for path in map(Path, paths)
+        if (path.suffix == ".keras" and path.is_file()) or RunFolder(path).claimed
+    }
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(folders):  # In one order, so that no two wait for each other.
+            stack.enter_context(RunFolder(folder).owned(wait=wait))
+        yield
 
 
 def find_targets(
@@ -228,7 +253,7 @@ def evaluate(
     classifier = load(target.classifier)
     try:
         if result is None:
-            subject = check(classifier, x, y)
+            subject = check_classifier(classifier, x, y)
             clean = float((predict(subject).argmax(axis=1) == subject.y).mean())
             result = {**header, "clean_accuracy": clean}
         for name in wanted:
@@ -294,22 +319,20 @@ def adversarial_examples(
         ValueError: If the classifier cannot be loaded or judged, or gets no image right.
     """
     classifier = load(target.classifier)
-    correct = np.flatnonzero(predict(check(classifier, x, y)).argmax(axis=1) == y)[:count]
+    correct = np.flatnonzero(predict(check_classifier(classifier, x, y)).argmax(axis=1) == y)[
+        :count
+    ]
     if not len(correct):
         raise ValueError(f"{target.classifier}: there is no correctly classified image to attack.")
     clean, labels = x[correct], y[correct]
     x_adv = attacks.pgd(classifier, clean, labels, iterations=_STEPS[-1], seed=seed).x_adv
-    fooled = predict(check(classifier, x_adv, labels)).argmax(axis=1)
+    fooled = predict(check_classifier(classifier, x_adv, labels)).argmax(axis=1)
     return clean, x_adv, labels, fooled
 
 
 def load(path: Path) -> keras.Model:
     """Loads a classifier without its training state; raises ValueError where that fails."""
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:
-        # Keras answers a broken file with errors of many kinds.
-        raise ValueError(f"{path} cannot be loaded as a Keras model: {error}") from error
+    return checkpoint.load(path, compile=False)
 
 
 def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
@@ -317,12 +340,14 @@ def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
     name = str(config["regularizer"])
     if name != "none":
         name += f" {config['factor']:g}"
-    named = {"dataset", "regularizer", "factor", "seed", "data_dir", "environment"}
+    named = {"dataset", "regularizer", "factor", "seed", "data_dir"}
     rivals = [c for c in configs if c["dataset"] == config["dataset"]]
     others = [
         f"{key}={value}"
         for key, value in config.items()
-        if key not in named and any(rival.get(key) != value for rival in rivals)
+        if key in RunConfig.names()
+        and key not in named
+        and any(rival.get(key) != value for rival in rivals)
     ]
     return " ".join([name, *others])
 

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from tfjacreg.experiments import curves, files
+from tfjacreg import temporary
+from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Evaluation
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -364,5 +365,5 @@ def _band(ax: Axes, x: Any, low: Any, high: Any, style: _Style) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with files.atomic_write(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
+    with temporary.replacing(Path(path)) as file:
+        figure.savefig(file, format="png")

@@ -1,36 +1,16 @@
-"""Files, written whole or not at all, and JSON."""
+"""JSON files, written whole or not at all, with a digest of what they hold."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tfjacreg import temporary
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder to write to, and then puts the file in place.
-
-    The folder is made if it is not there. What was at `path` before is untouched until the end.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: If the file cannot be put in place.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+_SEAL = "sha256"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -43,8 +23,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: If the file cannot be written; what was there before is then untouched.
     """
-    with atomic_write(path) as temporary:
-        temporary.write_text(json_text(content))
+    with temporary.replacing(path) as file:
+        file.write_text(json_text(content), encoding="utf-8")
 
 
 def json_text(content: dict[str, Any]) -> str:
@@ -68,10 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: If the file cannot be read or is no JSON object; the message names it.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:  # Of the decoder or of JSON.
+    except (ValueError, RecursionError) as error:  # Of the decoder or of JSON.
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
@@ -80,4 +60,41 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal; raises OSError if it cannot be read."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_sha256(folder: Path) -> str:
+    """The SHA-256 of the names and contents of all files in a folder; raises OSError."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return content_sha256({str(path.relative_to(folder)): sha256(path) for path in files})
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """The SHA-256 of what JSON represents, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with its own digest, under `sha256`."""
+    return {**content, _SEAL: content_sha256(content)}
+
+
+def check_seal(path: Path, content: dict[str, Any]) -> None:
+    """Checks that content that was sealed is what it was then; older files have no seal.
+
+    Args:
+        path: Where it was read.
+        content: What `read_json` read there.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    held = unsealed(content)
+    if len(held) < len(content) and content[_SEAL] != content_sha256(held):
+        raise ValueError(f"{path} is damaged or was changed: its content and its sha256 differ.")
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` without its own digest."""
+    return {name: value for name, value in content.items() if name != _SEAL}

@@ -22,7 +22,7 @@ import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
 from tfjacreg.experiments.sweep import Cell, Sweep
@@ -197,6 +197,25 @@ class Ledger:
                 ):
                     again.add(name)
             self._add(again)
+
+    def check_folders(self) -> None:
+        """Compares what runs came to with their folders, where those are here and finished.
+
+        Raises:
+            RunError: If a folder is another run's, is damaged, or has other figures.
+        """
+        for name, trial in self.latest().items():
+            folder = RunFolder(self.out / name)
+            if trial.state != TrialState.COMPLETE or not folder.finished:
+                continue
+            folder.check_settings(self.configs[name], "Move that run out of the sweep's folder.")
+            here, known = folder.read_metrics()["test_accuracy"], trial.user_attrs["test_accuracy"]
+            if here != known:
+                raise RunError(
+                    f"{folder.metrics_file} is not of the run that this sweep has made: its test "
+                    f"accuracy is {here!r}, that of the run was {known!r}. Move it out of the "
+                    "sweep's folder, and this command makes it again."
+                )
 
     def take(self) -> Claim | None:
         """A run that a dead worker left or nobody has begun; None if there is none."""

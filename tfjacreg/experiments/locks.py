@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import sqlalchemy
 
 from tfjacreg import extras
+from tfjacreg.experiments import owner
 
 # A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
 # after 60, hands its run to another.
@@ -25,7 +25,10 @@ _CONNECTION = {
 
 
 class FileLocks:
-    """Locks among the processes of one machine, freed by the kernel when their owner dies."""
+    """Locks among the processes of one machine, freed by the kernel when their owner dies.
+
+    The lock of a run is that of its folder, which train.py and evaluate.py take too.
+    """
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -33,7 +36,7 @@ class FileLocks:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger."""
-        with (self._out / ".lock").open("a") as file:
+        with (self._out / ".sweep.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -42,19 +45,11 @@ class FileLocks:
 
         A process that inherits the descriptor has the lock too.
         """
-        folder = self._out / name
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return owner.acquire(self._out / name)
 
     def release(self, name: str, descriptor: int) -> None:
         """Frees the lock of a run."""
-        os.close(descriptor)
+        owner.release(self._out / name, descriptor)
 
     def ensure_alive(self) -> None:
         """Raises if the locks may be lost, which the kernel does to no living process."""
@@ -119,19 +114,38 @@ def server_url(storage: str) -> sqlalchemy.URL:
     """The URL of a PostgreSQL server, with the driver that is used.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If it is not one; the message has nothing of a password in it.
         ImportError: If the driver is not installed.
     """
-    try:
+    # Neither message nor cause: SQLAlchemy's errors quote the URL.
+    with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
         url = sqlalchemy.make_url(storage)
-        if url.get_backend_name() == "postgresql":
+        if url.get_backend_name() in ("postgresql", "postgres"):
             # psycopg 3, whichever driver SQLAlchemy's version takes for the bare name.
             with extras.importing("postgresql", "A sweep on a PostgreSQL server"):
                 import psycopg  # noqa: F401
             return url.set(drivername="postgresql+psycopg")
-    except sqlalchemy.exc.ArgumentError:
-        pass
     raise ValueError(
         "`--storage` must be the URL of a PostgreSQL database, such as postgresql://user@host/name."
-        f" Received: {storage}. Leave it out for an SQLite file in the sweep's folder."
+        f" Received: {_without_password(storage)}. Leave it out for an SQLite file in the sweep's "
+        "folder."
     )
+
+
+def _without_password(text: str) -> str:
+    """A URL, or what was meant as one, without what may be a password."""
+    scheme, separator, rest = text.rpartition("://")
+    rest = rest.partition("?")[0]
+    _, at, host = rest.rpartition("@")
+    if at:
+        return f"{scheme}{separator}***@{host}"
+    host, colon, _ = rest.partition(":")
+    return f"{scheme}{separator}{host}{colon}{'***' * bool(colon)}"
+
+
+def hidden(text: str, storage: str | None) -> str:
+    """`text`, such as an error of the storage, without the password that its URL has."""
+    password = None
+    with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
+        password = sqlalchemy.make_url(storage or "").password
+    return text.replace(str(password), "***") if password else text

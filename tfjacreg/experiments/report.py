@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tfjacreg import temporary
 from tfjacreg.experiments import curves, figures, files, html, selection, tables
 from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.evaluation import PERTURBATIONS
@@ -61,8 +62,8 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
     blocks += ["## Runs and machines", *map(tables.machines, sweeps)]
     text = "\n\n".join(blocks) + "\n"
     for name, content in (("report.md", text), ("report.html", html.render(text, out))):
-        with files.atomic_write(out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        with temporary.replacing(out / name) as file:
+            file.write_text(content, encoding="utf-8")
     return out / "report.html"
 
 

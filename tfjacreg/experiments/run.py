@@ -25,14 +25,20 @@ STEPS_PER_EXECUTION = 50
 
 
 def run(
-    config: RunConfig, out: Path | str, *, overwrite: bool = False, verbose: Any = 2
+    config: RunConfig,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    wait: bool = False,
+    verbose: Any = 2,
 ) -> dict[str, Any]:
     """Trains, judges and exports one network; goes on where an earlier call was interrupted.
 
     Args:
         config: The settings.
-        out: The run folder; made if needed.
+        out: The run folder; made if needed. No other process may work in it meanwhile.
         overwrite: Whether to throw away what the folder has of a run and start anew.
+        wait: Whether to wait for a process that works in the folder.
         verbose: Keras' own setting for `fit`: 1 is a progress bar, 2 a line per epoch, 0 silence.
 
     Returns:
@@ -43,25 +49,42 @@ def run(
         training steps took; and under `lowest_val_loss` and `lowest_test_loss` the line of
         `history.csv` where that loss is lowest. The first chooses the epoch on held-out training
         data. The second chooses it on the test split itself, as Section 4.1 of the paper seems to,
-        and flatters. With `config.whole_training_set` there are no validation figures.
+        and flatters. With `config.whole_training_set` there are no validation figures. `files` are
+        digests of what belongs to these figures, `sha256` that of the figures themselves.
 
     Raises:
-        RunError: If the folder is that of another configuration, is damaged or cannot be written,
-            the data is missing or has a number that is not finite, or training diverges.
+        RunError: If another process works in the folder, the folder is that of another
+            configuration, is damaged or cannot be written, the data is missing or has a number that
+            is not finite, or training diverges.
+        ValueError: If the network does not take the images.
     """
     folder = RunFolder(out)
-    if overwrite:
-        folder.clear()
-    folder.claim(config)
-    if folder.finished:
-        return folder.read_metrics()
+    if folder.finished and not overwrite:
+        if folder.untidy:
+            folder.tidy()
+        return _finished(config, folder)  # Needs no lock: the folder may be read-only.
+    with folder.owned(wait=wait):
+        return train(config, folder, overwrite=overwrite, verbose=verbose)
 
+
+def train(
+    config: RunConfig, folder: RunFolder, *, overwrite: bool = False, verbose: Any = 2
+) -> dict[str, Any]:
+    """As `run`, in a folder that this process owns already."""
+    if not overwrite:
+        folder.check_claim(config)
+        if folder.finished:
+            return _finished(config, folder)
+
+    # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
     keras.utils.set_random_seed(config.seed)
+    fresh = compiled_model(config, data.input_shape, data.num_classes, len(data.train.x))
+    folder.claim(config, overwrite=overwrite)
     steps = data.steps_per_epoch(config.batch_size)
     model, history = folder.read_state(steps)
     if model is None:
-        model = compiled_model(config, data.input_shape, data.num_classes, len(data.train.x))
+        model = fresh
     if len(history) < config.epochs:
         _fit(model, config, data, history, folder, verbose)
 
@@ -70,8 +93,13 @@ def run(
     pixels = keras.Input(data.input_shape, name="pixels")
     # Of nothing but Keras' own layers: it loads where tfjacreg is not installed.
     logits = model.network(data.normalization(pixels))
-    folder.write_result(keras.Model(pixels, logits, name="classifier"), metrics)
-    return metrics
+    return folder.write_result(keras.Model(pixels, logits, name="classifier"), metrics)
+
+
+def _finished(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    folder.check_claim(config)
+    folder.check_products()
+    return folder.read_metrics()
 
 
 def compiled_model(

@@ -25,13 +25,12 @@ import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from tfjacreg import datasets
-from tfjacreg.experiments import files
+from tfjacreg import datasets, temporary
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.ledger import Claim, Ledger, Summary
-from tfjacreg.experiments.locks import FileLocks
-from tfjacreg.experiments.run import run
+from tfjacreg.experiments.locks import FileLocks, hidden
+from tfjacreg.experiments.run import train
 from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
 
 _POLL = 2.0  # Seconds between looks at the other workers.
@@ -67,6 +66,7 @@ def run_sweep(
             claim_folder(sweep, out)
             ledger = stack.enter_context(Ledger.open(sweep, out, storage, data_dir))
             ledger.reopen(failed=retry_failed, lost=storage is None)
+            ledger.check_folders()
             if not ledger.finished():
                 _check_data(ledger)
             bar = stack.enter_context(_Bar(ledger))
@@ -87,8 +87,9 @@ def run_sweep(
             f"Cannot write the sweep's folder {out}: {error}. Choose a writable --out."
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = hidden(str(error), storage)
         raise RunError(
-            f"Cannot use the sweep's storage: {error}\nThe same command goes on when it is there."
+            f"Cannot use the sweep's storage: {reason}\nThe same command goes on when it is there."
         ) from error
 
 
@@ -102,8 +103,8 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
     copy = out / SWEEP_FILE
     with FileLocks(out).exclusive():
         if not copy.exists():
-            with files.atomic_write(copy) as temporary:
-                temporary.write_bytes(sweep.content)
+            with temporary.replacing(copy) as file:
+                file.write_bytes(sweep.content)
         elif copy.read_bytes() != sweep.content:
             raise RunError(
                 f"{out} is that of another sweep: its {SWEEP_FILE} differs from the file given."
@@ -153,6 +154,7 @@ class _Bar(tqdm):
 def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
     """Makes a run and records what came of it, which it returns in a line."""
     folder = RunFolder(ledger.out / claim.name)
+    folder.clear_temporaries()
     if folder.finished:
         log = _adopted(ledger.configs[claim.name], folder)
     else:
@@ -172,7 +174,8 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
 def _adopted(config: RunConfig, folder: RunFolder) -> str | None:
     """Checks that a finished run, perhaps made by hand, is the sweep's; returns what is wrong."""
     try:
-        run(config, folder.path)
+        folder.check_claim(config)
+        folder.check_products(alone=True)
     except RunError as error:
         return f"RunError: {error}"
     return None
@@ -184,7 +187,8 @@ def _process(ledger: Ledger, claim: Claim, bar: _Bar) -> str | None:
     order = json.dumps({"config": dataclasses.asdict(config), "folder": str(folder)})
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tfjacreg.experiments.workers"],
+            # -P: the present folder is no place to import from, as it is none for train.py.
+            [sys.executable, "-P", "-m", "tfjacreg.experiments.workers"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -228,7 +232,8 @@ def _run_for_worker() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_worker, daemon=True).start()
     try:
-        run(RunConfig.of(**order["config"]), order["folder"], verbose=0)
+        # The worker has the lock, and this process with it.
+        train(RunConfig.of(**order["config"]), RunFolder(order["folder"]), verbose=0)
     except Exception as error:
         traceback.print_exc()
         # The last line of the log is the error in short.
