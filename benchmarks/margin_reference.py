@@ -4,7 +4,7 @@ AutoPGD follows the difference of logits ratio (DLR) with steps, momentum and re
 none of its code is ours or cleverhans'. Every attack runs on the logits as they are and times 300:
 an attack on the margin must not notice.
 
-python benchmarks/margin_reference.py runs/none-0 runs/spectral-0 --out results/margin_reference.json
+python benchmarks/margin_reference.py RUN [RUN ...] --out results/margin_reference.json
 """
 
 from __future__ import annotations
