@@ -4,7 +4,7 @@
     python train.py --dataset fashion_mnist --regularizer none --epochs 3
     python train.py --sweep sweeps/quick.toml  # many runs: docs/sweeps.md
 
-The same command goes on where it was interrupted. What is in a run folder is in README.md.
+The same command goes on where it was interrupted. docs/training.md says what a run folder holds.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Attacks against closed forms, cleverhans, ART and a plain NumPy search."""
 
 import functools
+import sys
 import warnings
 
 import keras
@@ -12,15 +13,17 @@ from cleverhans.tf2.utils import compute_gradient
 from keras import layers
 from sklearn.datasets import load_digits
 
-from tfjacreg import attacks
-from tfjacreg.classifiers import image_rng
+from tfjacreg import attacks, square
+from tfjacreg.classifiers import image_rng, scaled_margin
 
 EPS, STEP = 32 / 255, 2 / 255
 ATTACKS = {
     "pgd": functools.partial(attacks.pgd, iterations=[1, 3, 8]),
+    "pgd_margin": functools.partial(attacks.pgd, loss="margin", iterations=[1, 3, 8]),
     "tpgd": functools.partial(attacks.tpgd, iterations=[1, 3, 8]),
     "square": functools.partial(attacks.square, iterations=[5, 30, 150]),
 }
+each_loss = pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 
 
@@ -57,6 +60,11 @@ def linear(shape=(6, 5, 2), classes=2, seed=0):
     weights = rng.normal(size=model.layers[-1].kernel.shape), rng.normal(size=classes)
     model.layers[-1].set_weights(weights)
     return model, *(w.astype("float32") for w in weights)
+
+
+def scaled(model, factor):
+    """The classifier with all its logits multiplied by a number."""
+    return keras.Sequential([keras.Input(model.input_shape[1:]), model, layers.Rescaling(factor)])
 
 
 def margins(model, x, y):
@@ -105,11 +113,12 @@ def soft_loss(labels, logits):
 # --- PGD and TPGD ---
 
 
-def test_pgd_reaches_the_corner_that_is_optimal_for_a_linear_classifier():
+@each_loss
+def test_pgd_reaches_the_corner_that_is_optimal_for_a_linear_classifier(loss):
     model, kernel, _ = linear()
     x = random_images((6, 5, 2)).astype("float32")
     y = np.array([0, 1] * 3, "int32")
-    found = attacks.pgd(model, x, y, eps=0.1, step_size=0.02, iterations=12).x_adv
+    found = attacks.pgd(model, x, y, eps=0.1, step_size=0.02, iterations=12, loss=loss).x_adv
     slope = (kernel[:, 1] - kernel[:, 0]).reshape(6, 5, 2) * np.where(y == 0, 1, -1)[
         :, None, None, None
     ]
@@ -182,6 +191,186 @@ def test_pgd_accuracy_does_not_rise(cnn):
     assert accuracy[0] - accuracy[-1] > 0.3
 
 
+# --- the margin loss, and gradients that fade ---
+
+
+@pytest.mark.parametrize("factor", [1, 300, 1e-3])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_margin_is_scaled_as_in_the_dlr_loss(classes, factor):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, classes)), rng.integers(0, classes, 50)
+    ranked = -np.sort(-logits, axis=1)
+    expected = margins_of(logits.copy(), labels) / (ranked[:, 0] - ranked[:, min(2, classes - 1)])
+    found = scaled_margin(labels, tf.constant(factor * logits, tf.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [300, 1e-3, 1e-30])
+def test_the_margin_loss_does_not_see_the_scale_of_the_logits(cnn, factor):
+    x, y = digits(1200, 1500)
+    other = scaled(cnn, factor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (
+            attacks.pgd(model, x, y, loss="margin", iterations=[1, 4, 16]) for model in (cnn, other)
+        )
+    np.testing.assert_allclose(second.accuracy, first.accuracy, atol=0.01)
+    assert np.ptp(first.accuracy) > 0.3
+    assert not first.faded.any() and not second.faded.any()
+
+
+def test_large_logits_blunt_the_cross_entropy_and_the_result_says_so(cnn):
+    x, y = digits(1200, 1500)
+    plain = attacks.pgd(cnn, x, y, iterations=[1, 4, 16])
+    with pytest.warns(UserWarning, match="of the first 64 images has zero gradient.*the margin"):
+        blunted = attacks.pgd(scaled(cnn, 300), x, y, iterations=[1, 4, 16])
+    assert blunted.accuracy[-1] > plain.accuracy[-1] + 0.3
+    # Where the attack still had a gradient it succeeded as on the plain classifier.
+    rest = (blunted.correct & ~blunted.faded).mean(axis=1)
+    assert blunted.faded[-1].mean() > 0.3 and rest[-1] < plain.accuracy[-1] + 0.01
+    assert not (blunted.faded & ~blunted.correct).any()
+    assert plain.faded.mean() < 0.05
+
+
+def test_the_margin_loss_is_as_strong_as_the_cross_entropy_where_that_works(cnn):
+    # Later its last iterate, which goes to and fro between the other classes, is weaker by .03.
+    x, y = digits(1200, 1797)
+    entropy, margin = (
+        np.mean(
+            [
+                attacks.pgd(cnn, x, y, loss=loss, iterations=[1, 2, 4, 8, 16], seed=seed).accuracy
+                for seed in range(2)
+            ],
+            axis=0,
+        )
+        for loss in ("cross_entropy", "margin")
+    )
+    assert (margin <= entropy + 0.03).all()
+    assert np.ptp(entropy) > 0.3
+
+
+def test_a_step_on_the_margin_goes_from_the_label_to_the_best_other_class():
+    model, kernel, bias = linear(classes=4)
+    x = random_images((6, 5, 2), count=40).astype("float32")
+    logits = x.reshape(40, -1).astype(float) @ kernel + bias
+    # The label is the best, second, third and last class, ten times each.
+    y = np.argsort(-logits, axis=1)[np.arange(40), np.repeat(np.arange(4), 10)]
+    found = attacks.pgd(
+        model, x, y, loss="margin", eps=0.1, step_size=0.02, iterations=1, random_start=False
+    ).x_adv
+    np.put_along_axis(logits, y[:, None], -np.inf, axis=1)
+    slope = (kernel[:, logits.argmax(axis=1)] - kernel[:, y]).T.reshape(x.shape)
+    np.testing.assert_allclose(found, np.clip(x + 0.02 * np.sign(slope), 0, 1), atol=1e-6)
+
+
+@each_loss
+@pytest.mark.parametrize("classes", [2, 5])
+def test_equal_logits_are_left_where_there_is_a_slope(loss, classes):
+    model, kernel, _ = linear.__wrapped__(classes=classes)
+    model.layers[-1].set_weights([kernel, np.zeros(classes, "float32")])
+    x, y = np.zeros((3, 6, 5, 2)), np.zeros(3, int)
+    found = attacks.pgd(model, x, y, loss=loss, iterations=4, random_start=False)
+    assert (found.x_adv > 0).any() and not found.correct.any()
+    assert (margins(model, found.x_adv, y) < 0).all()
+
+
+@each_loss
+@pytest.mark.filterwarnings("ignore:The loss of 3")
+def test_constant_logits_leave_the_images_and_count_as_faded(loss):
+    model, kernel, _ = linear.__wrapped__(classes=3)
+    model.layers[-1].set_weights([0 * kernel, np.full(3, 0.7, "float32")])
+    x = np.full((3, 6, 5, 2), 0.5, "float32")
+    found = attacks.pgd(model, x, np.arange(3), loss=loss, iterations=[1, 4], random_start=False)
+    np.testing.assert_array_equal(found.x_adv, x)
+    # The first of equal logits counts as the prediction; who is wrong anyway has lost nothing.
+    np.testing.assert_array_equal(found.correct, [[True, False, False]] * 2)
+    np.testing.assert_array_equal(found.faded, found.correct)
+
+
+@pytest.mark.filterwarnings("ignore:The loss of 6")
+@pytest.mark.parametrize("margin, faded", [(12, False), (20, True), (60, True), (200, True)])
+def test_the_loss_fades_where_its_rounding_says(margin, faded):
+    # log(1 + exp(-margin)) is 0 in float32 from 16.6 on.
+    model, kernel, _ = linear.__wrapped__()
+    model.layers[-1].set_weights([1e-6 * kernel, np.array([margin, 0], "float32")])
+    x = random_images((6, 5, 2)).astype("float32")
+    found = attacks.pgd(model, x, np.zeros(6, int), iterations=2)
+    np.testing.assert_array_equal(found.faded, np.full((1, 6), faded))
+    assert found.correct.all()
+
+
+@pytest.mark.filterwarnings("ignore:The loss of 2")
+def test_a_flat_place_counts_as_faded_though_the_loss_is_large():
+    model = keras.Sequential(
+        [keras.Input((4, 4, 1)), layers.ReLU(threshold=0.5), layers.Flatten(), layers.Dense(3)]
+    )
+    x = np.concatenate([np.full((2, 4, 4, 1), 0.2), np.full((3, 4, 4, 1), 0.8)])
+    y = model.predict(x, verbose=0).argmax(axis=1)
+    found = attacks.pgd(model, x, y, eps=0.01, iterations=1)
+    np.testing.assert_array_equal(found.faded[0], [True, True, False, False, False])
+
+
+def test_square_follows_no_gradient():
+    model, _, _ = linear()
+    x = random_images((6, 5, 2))
+    assert attacks.square(model, x, np.zeros(6, int), iterations=2).faded is None
+
+
+@pytest.mark.parametrize("attack", [ATTACKS["pgd"], ATTACKS["pgd_margin"]])
+def test_misclassified_images_stay_so(cnn, attack):
+    x, y = digits(1200, 1300)
+    wrong = (y + 1) % 10
+    wrong[margins(cnn, x, wrong) > 0] -= 1
+    assert not attack(cnn, x, wrong % 10).correct.any()
+
+
+class Breaks(keras.Model):
+    """A linear classifier that gives `value` beyond the images that it was checked on."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.inner = value, linear((4, 4, 1))[0]
+
+    def call(self, x):
+        outside = tf.reduce_max(x, axis=[1, 2, 3], keepdims=True)[:, 0, 0] > 0.5
+        return tf.where(outside, self.value, self.inner(x))
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_become_nan_or_infinite_are_refused(attack, value):
+    model = Breaks(value)
+    x = np.full((3, 4, 4, 1), 0.45)
+    y = model(x).numpy().argmax(axis=1)
+    with pytest.raises(ValueError, match="(finite logits|gradient).*Received: NaN.* of 3 images"):
+        attack(model, x, y)
+
+
+@each_loss
+def test_a_gradient_that_becomes_nan_is_refused(loss):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear((4, 4, 1))[0]
+
+        def call(self, x):
+            # The branch that is not taken has an infinite slope at 0, and 0 times it is NaN.
+            return self.inner(tf.where(x > 0, x, tf.sqrt(tf.abs(x))))
+
+    x = np.full((3, 4, 4, 1), 0.1)
+    with pytest.raises(ValueError, match="finite gradients. Received: NaN"):
+        attacks.pgd(Model(), x, np.zeros(3, int), loss=loss, iterations=8)
+
+
+@pytest.mark.parametrize("name", ["pgd", "tpgd"])
+def test_cleverhans_is_optional(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "cleverhans.tf2.utils", None)
+    x = random_images((6, 5, 2))
+    with pytest.raises(ImportError, match=r"pip install 'tfjacreg\[experiments\]'"):
+        getattr(attacks, name)(linear()[0], x, np.zeros(6, int))
+    attacks.square(linear()[0], x, np.zeros(6, int), iterations=1)
+
+
 # --- Square ---
 
 
@@ -193,9 +382,7 @@ def reference_square(margin_of, x, y, *, eps, iterations, seed):
         if clean <= 0:
             continue
         _, height, width, channels = x.shape
-        stripes = image_rng(seed, attacks._SQUARE_START, i).choice(
-            [-eps, eps], (1, width, channels)
-        )
+        stripes = image_rng(seed, square.STRIPES, i).choice([-eps, eps], (1, width, channels))
         low, high = np.maximum(x[i] - eps, 0), np.minimum(x[i] + eps, 1)
         best = np.clip(x[i] + stripes, low, high).astype("float32")
         best_margin = margin_of(best[None], y[i : i + 1])[0]
@@ -207,9 +394,9 @@ def reference_square(margin_of, x, y, *, eps, iterations, seed):
                 if int(query / iterations * 10000) > limit:
                     share /= 2
             side = max(round((share * height * width) ** 0.5), 1)
-            draws = image_rng(seed, attacks._SQUARE_DRAWS, i, query // 64).random(
-                (64, 2 + channels)
-            )[query % 64]
+            draws = image_rng(seed, square.WINDOWS, i, query // 64).random((64, 2 + channels))[
+                query % 64
+            ]
             top = int(draws[0] * (height - side + 1))
             left = int(draws[1] * (width - side + 1))
             candidate = best.astype("float64")
@@ -251,15 +438,15 @@ def test_square_equals_a_plain_search():
     + [(2001, 3), (4001, 2), (6001, 2), (8001, 1), (9999, 1)],
 )
 def test_square_schedule(query, side):
-    assert attacks._window_size(query, 10_000, 28, 28) == side
-    assert attacks._window_size(query // 10, 1000, 28, 28) == attacks._window_size(
+    assert square.window_size(query, 10_000, 28, 28) == side
+    assert square.window_size(query // 10, 1000, 28, 28) == square.window_size(
         query // 10 * 10, 10_000, 28, 28
     )
 
 
 def test_square_windows_fit_and_reach_every_edge():
     sizes = np.full(64, 5)
-    corners, signs = attacks._windows(np.arange(50), 0, 0, sizes, (9, 7, 3))
+    corners, signs = square.windows(np.arange(50), 0, 0, sizes, (9, 7, 3))
     assert corners.shape == (50, 64, 2) and signs.shape == (50, 64, 3)
     np.testing.assert_array_equal(np.unique(corners[..., 0]), np.arange(5))
     np.testing.assert_array_equal(np.unique(corners[..., 1]), np.arange(3))
@@ -485,6 +672,10 @@ def softmax_classifier():
     )
 
 
+def one_logit():
+    return keras.Sequential([keras.Input((6, 5, 2)), layers.Flatten(), layers.Dense(1)])
+
+
 class Random(keras.Model):
     def call(self, x):
         return tf.random.normal([tf.shape(x)[0], 3])
@@ -510,6 +701,7 @@ BAD = {
     "negative label": (dict(y=np.array([0, -1])), ValueError, "from 0 to 1"),
     "softmax": (dict(classifier=softmax_classifier), ValueError, "probabilities"),
     "random": (dict(classifier=Random), ValueError, "same logits"),
+    "one logit": (dict(classifier=one_logit), ValueError, r"K >= 2.*\[0, z\]"),
     "nan logits": (dict(classifier=NotFinite), ValueError, "finite logits"),
     "eps": (dict(eps=0), ValueError, "eps must be a positive number. Received: 0"),
     "iterations": (dict(iterations=0), ValueError, "at least 1"),
@@ -526,7 +718,7 @@ def test_bad_input(case):
     change, error, message = BAD[case]
     arguments = dict(classifier=linear()[0], x=np.full((2, 6, 5, 2), 0.5), y=np.array([0, 1]))
     arguments |= change
-    if case in ("softmax", "random", "nan logits"):
+    if case in ("softmax", "random", "nan logits", "one logit"):
         arguments["classifier"] = arguments["classifier"]()
     for attack in ATTACKS.values():
         with pytest.raises(error, match=message):
@@ -539,6 +731,12 @@ def test_bad_step_size(name):
         getattr(attacks, name)(
             linear()[0], np.full((2, 6, 5, 2), 0.5), np.array([0, 1]), step_size=-1
         )
+
+
+@pytest.mark.parametrize("loss", ["dlr", "", None])
+def test_bad_loss(loss):
+    with pytest.raises(ValueError, match="loss must be one of cross_entropy, margin. Received"):
+        attacks.pgd(linear()[0], np.full((2, 6, 5, 2), 0.5), np.array([0, 1]), loss=loss)
 
 
 def test_square_wants_images():

@@ -106,7 +106,7 @@ def double():
 
 @contextlib.contextmanager
 def linear_maps(network):
-    """What the recorded pass of a `JacobianOperator` does to the layers of `network`."""
+    """Puts the maps in place of the layers' calls, as for a recorded pass."""
     mapped = [layer for layer in network._flatten_layers() if is_linear_image_map(layer)]
     assert mapped
     with frozen._frozen_layers(network):
@@ -298,6 +298,22 @@ def test_unknown_sizes(name, signature, double):
     np.testing.assert_allclose(flat(forward), np.einsum("bij,bj->bi", matrices, flat(v)), atol=1e-6)
     np.testing.assert_allclose(transposed, forward, atol=1e-12)
     np.testing.assert_allclose(np.sum(u * forward), np.sum(backward * v), atol=1e-12)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+@pytest.mark.parametrize("shape", [(3, 5000), (5000, 3)])
+def test_large_image(shape, interpolation):
+    """The numbers of rows and columns are read exactly, also where nothing is moved."""
+    x = normal((1, *shape, 1)).astype("float32")
+    for factor in (0.0, 0.3):
+        layer = layers.RandomTranslation(factor, factor, "wrap", interpolation, seed=3)
+        expected = plain(layer, x)
+        assert np.array_equal(expected, x) == (factor == 0)
+        restart(layer)
+        with linear_maps(layer):
+            y = layer(x, training=True)
+        exact = factor == 0 or interpolation == "nearest"
+        np.testing.assert_allclose(y, expected, rtol=0, atol=0 if exact else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["resize_bilinear", "rotation_constant_bilinear", "crop"])

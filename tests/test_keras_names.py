@@ -53,7 +53,7 @@ def test_the_graph_of_a_network(network):
 
 def test_input_structure(network):
     assert _keras.input_structure(network).name == "pixels"
-    a, b = keras.Input((2,), name="a"), keras.Input((3,), name="b")
+    a, b = keras.Input((2,), name="x"), keras.Input((3,), name="y")
     joined = layers.Dense(1)(layers.Concatenate()([a, b]))
     assert set(_keras.input_structure(keras.Model({"x": a, "y": b}, joined))) == {"x", "y"}
     assert _keras.input_structure(Nested()) is None

@@ -83,6 +83,28 @@ def test_close_values_under_xla():
     assert float(product(tf.constant(x))[0, 0, 0, 0]) == 20
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: keras.ops.max_pool(x, 2),
+        lambda x: tf.nn.max_pool(x, 2, 2, "VALID"),
+        lambda x: tf.nn.max_pool2d(x, 2, 2, "VALID"),
+    ],
+    ids=["keras.ops", "max_pool", "max_pool2d"],
+)
+def test_operations_are_held_as_the_layer_is(pool):
+    """The values of `test_close_values_under_xla`, pooled without a layer of pooling."""
+    x = np.float32([1.0, 1.001, 0.5, 0.2]).reshape(1, 2, 2, 1)
+    v = np.float32([10, 20, 30, 40]).reshape(1, 2, 2, 1)
+    network = keras.Sequential([keras.Input((2, 2, 1)), layers.Lambda(pool)])
+
+    @tf.function(jit_compile=True)
+    def product(x):
+        return JacobianOperator(network, x).matvec(v)
+
+    assert float(product(tf.constant(x))[0, 0, 0, 0]) == 20
+
+
 @pytest.mark.parametrize("name", ["tiles", "overlap"])
 def test_ties_have_one_winner(name):
     """All equal: every window has one maximum, so that J is a selection with rows of norm 1."""

@@ -11,30 +11,68 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def run(code, folder):
+    """What a script prints, given as text and run in an empty folder."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_example_runs(tmp_path):
     example = re.findall(r"```python\n(import keras.*?)```", README, re.DOTALL)
     assert len(example) == 1 and len(example[0].splitlines()) <= 12
-    done = subprocess.run(
-        [sys.executable, "-c", example[0]], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "penalty" in done.stdout and "shape=(5,)" in done.stdout
+    printed = run(example[0], tmp_path)
+    assert "penalty" in printed and "shape=(5,)" in printed
     assert (tmp_path / "network.keras").exists()
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1000
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "results").rglob("README.md")),
+    ROOT / "benchmarks" / "NOTES.md",
+]
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page, and those set by hand."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    kept = (re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*kept, *re.findall(r'<a id="(.*?)">', text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_links_name_files_that_exist(page):
     text = page.read_text()
     for name in re.findall(r"python ((?:\w+/)?\w+\.py)", text):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([\w/.-]+)(?:#[\w-]+)?\)", text):
+    for name, anchor in re.findall(r"\]\(([\w/.-]+)(?:#([\w-]+))?\)", text):
         assert (page.parent / name).exists(), name
+        assert not anchor or anchor in anchors(page.parent / name), f"{name}#{anchor}"
     for name in re.findall(r"`((?:sweeps|docs|results|benchmarks|tests)/[\w/.-]+\.\w+)", text):
         assert (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in README, page.name
+
+
+def test_tests_that_the_page_of_layers_names():
+    text = (ROOT / "docs" / "layers.md").read_text()
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for file, name in re.findall(r"`(?:tests/)?(\w+\.py)::(\w+)", text):
+        assert re.search(rf"\b(def|class) {name}\b", files[file]), f"{file}::{name}"
+    named = re.findall(r"\b(test_\w+)`", text)
+    assert len(named) > 20
+    for name in named:
+        assert f"def {name}(" in "".join(files.values()), name
 
 
 def examples(page):
@@ -43,40 +81,30 @@ def examples(page):
 
 @pytest.mark.slow
 def test_the_guide_runs(tmp_path):
-    """Its blocks one after the other; names that stand for the reader's own are made up."""
-    whole, parts, step = examples("guide.md")
-    # Of the parts, several and behind are the reader's own models.
-    parts = "\n".join(line for line in parts.splitlines() if "several" not in line)
-    parts = "\n".join(line for line in parts.splitlines() if "behind" not in line)
-    own = (
-        "import tensorflow as tf\n"
-        "x_batch, logits = x[:8].astype('float32'), network\n"
-        "your_loss = lambda y: tf.reduce_mean(y**2)\n"
-    )
-    script = "\n".join([whole, own, parts, step, "print(len(gradients), float(penalty))"])
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    """Its blocks one after the other."""
+    blocks = examples("guide.md")
+    assert len(blocks) == 5
+    show = "print(len(gradients), float(penalty), t.sigma.shape, op.primal.shape)"
+    printed = run("\n".join([*blocks, show]), tmp_path)
     assert (tmp_path / "network.keras").exists() and (tmp_path / "run.keras").exists()
-    count, penalty = done.stdout.split("\n")[-2].split()
+    count, penalty, *shapes = printed.split("\n")[-2].split(maxsplit=2)
     assert int(count) == 6 and float(penalty) > 0
+    assert shapes == ["(4,) (256, 5)"]
 
 
 @pytest.mark.slow
 def test_the_example_of_several_gpus_runs(tmp_path):
     (example,) = (block for block in examples("sweeps.md") if "MirroredStrategy" in block)
-    done = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "penalty" in done.stdout
+    assert "penalty" in run(example, tmp_path)
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_options_in_the_readme_are_options_of_the_script(script):
+@pytest.mark.parametrize(
+    ("page", "script"), [("training.md", "train.py"), ("robustness.md", "evaluate.py")]
+)
+def test_options_in_the_docs_are_options_of_the_script(page, script):
     """Every --option on the lines of the script's synopsis is in its --help."""
-    synopsis = re.search(rf"```\n(python {script} .*?)```", README, re.DOTALL).group(1)
+    text = (ROOT / "docs" / page).read_text()
+    synopsis = re.search(rf"```\n(python {script} .*?)```", text, re.DOTALL).group(1)
     done = subprocess.run(
         [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "tfjacreg"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIMIT = 400
 # Modules that are still longer; one that no longer is has to leave the list.
-TOO_LONG = {"attacks.py"}
+TOO_LONG: set[str] = set()
 
 
 def named(path):

@@ -4,7 +4,7 @@ After "Exact Spectral Norm Regularization for Neural Networks" (Johansson, Engsn
 Mostad 2022).
 """
 
-from tfjacreg import attacks, datasets, networks, norms, regularizers, robustness
+from tfjacreg import attacks, callbacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.checks import check_network
 from tfjacreg.frozen import hold_constant
 from tfjacreg.jacobian import JacobianOperator
@@ -18,6 +18,7 @@ __all__ = [
     "RegularizedModel",
     "SingularTriplet",
     "attacks",
+    "callbacks",
     "check_network",
     "datasets",
     "frobenius_norm",

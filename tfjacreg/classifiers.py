@@ -17,11 +17,11 @@ Progress = Callable[[int], object]
 # Products of few rows take another code path than those of many and round differently; a gradient
 # that is nearly zero then changes its sign. Batches filled up to a multiple of this many rows gave
 # equal images for LeNet, ResNet-20 and VGG16 on a CPU; 8 was too few for VGG16.
-_ROWS = 16
-_PROBED = 64
+_ROW_MULTIPLE = 16
+_PROBE_SIZE = 64
 
 
-class Subject(NamedTuple):
+class CheckedClassifier(NamedTuple):
     """A classifier that passed the checks, with its examples.
 
     Attributes:
@@ -35,17 +35,21 @@ class Subject(NamedTuple):
     logits: Callable[[tf.Tensor], tf.Tensor]
 
 
-def check(
-    classifier: keras.Model, x: npt.ArrayLike, y: npt.ArrayLike, *, gradients: bool = False
-) -> Subject:
+def check_classifier(
+    classifier: keras.Model,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    *,
+    loss: Callable[..., tf.Tensor] | None = None,
+) -> CheckedClassifier:
     """Refuses what would make a judgement meaningless, after the checks of AutoAttack.
 
     Args:
         classifier: Keras model from pixels `[B, *in]` to logits `[B, K]`.
         x: Pixels in [0, 1], floating point, `[N, *in]`.
         y: Integer labels `[N]`.
-        gradients: Whether the loss must be differentiable, with a warning where its gradient is
-            zero.
+        loss: `loss(labels=, logits=)` `[B]` that must be differentiable, with a warning where its
+            gradient is zero. None where no gradient is needed.
 
     Returns:
         The classifier's logits function and the examples as float32 and int32 arrays.
@@ -54,8 +58,8 @@ def check(
         TypeError: If the classifier is no Keras model, the pixels are not floating point or the
             labels are not integers.
         ValueError: If shapes disagree, the set is empty, pixels lie outside [0, 1], a label is not
-            a class, or the outputs are probabilities, random, not finite, not `[B, K]` or, where
-            asked for, not differentiable.
+            a class, the outputs are probabilities, random, not finite or not `[B, K]`, or the loss
+            is not differentiable.
     """
     if not isinstance(classifier, keras.Model):
         raise TypeError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
@@ -64,15 +68,15 @@ def check(
     def logits(images: tf.Tensor) -> tf.Tensor:
         return tf.cast(classifier(images, training=False), tf.float32)
 
-    classes = _check_outputs(logits, pixels[:_PROBED])
+    classes = _check_outputs(logits, pixels[:_PROBE_SIZE])
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"y must hold labels from 0 to {classes - 1}, one per output of the classifier. "
             f"Received: labels from {labels.min()} to {labels.max()}."
         )
-    if gradients:
-        _check_gradients(logits, pixels[:_PROBED], labels[:_PROBED])
-    return Subject(pixels, labels, logits)
+    if loss is not None:
+        _check_gradients(logits, loss, pixels[:_PROBE_SIZE], labels[:_PROBE_SIZE])
+    return CheckedClassifier(pixels, labels, logits)
 
 
 def _check_examples(
@@ -112,10 +116,10 @@ def _check_outputs(logits: Callable[[tf.Tensor], tf.Tensor], x: Array) -> int:
     first, second = (logits(tf.constant(x)).numpy() for _ in range(2))
     if first.ndim != 2 or first.shape[1] < 2:
         raise ValueError(
-            f"The classifier must give logits [B, K] with K >= 2. Received: shape {first.shape}."
+            f"The classifier must give logits [B, K] with K >= 2. Received: shape {first.shape}. "
+            "A single logit z becomes two as [0, z]."
         )
-    if not np.isfinite(first).all():
-        raise ValueError("The classifier must give finite logits. Received: NaN or infinity.")
+    finite(first, "logits")
     if not np.allclose(first, second, rtol=1e-4, atol=1e-5):
         raise ValueError(
             "The classifier must give the same logits for the same images. Received: outputs that "
@@ -132,13 +136,16 @@ def _check_outputs(logits: Callable[[tf.Tensor], tf.Tensor], x: Array) -> int:
 
 
 def _check_gradients(
-    logits: Callable[[tf.Tensor], tf.Tensor], x: Array, y: npt.NDArray[np.int32]
+    logits: Callable[[tf.Tensor], tf.Tensor],
+    loss: Callable[..., tf.Tensor],
+    x: Array,
+    y: npt.NDArray[np.int32],
 ) -> None:
     images = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(images)
-        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits(images))
-    gradient = tape.gradient(loss, images)
+        value = loss(labels=tf.constant(y), logits=logits(images))
+    gradient = tape.gradient(value, images)
     if gradient is None:
         raise ValueError(
             "The classifier must be differentiable. Received: one whose loss has no gradient with "
@@ -149,7 +156,8 @@ def _check_gradients(
         warnings.warn(
             f"The loss of {dead} of the first {len(x)} images has zero gradient: attacks that "
             "follow the gradient cannot move them and overstate the robustness. "
-            "Compare with `square`, which needs no gradient.",
+            "Compare with the margin as loss, which does not fade where logits are large, or with "
+            "`square`, which needs no gradient.",
             stacklevel=4,
         )
 
@@ -170,6 +178,12 @@ def check_counts(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1. Received: {value}.")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` is an integer of at least 0."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
+
+
 def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
     """Returns the generator of one image (and block): the same in whatever batch it comes.
 
@@ -178,8 +192,7 @@ def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
         stream: Number that keeps apart the uses of the same seed.
         *keys: The image's index, and the block of draws where there are several.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
+    check_seed(seed)
     return np.random.default_rng([seed, stream, *keys])
 
 
@@ -188,28 +201,73 @@ def batches(count: int, batch_size: int) -> Iterator[slice]:
     return (slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size))
 
 
-def fill(rows: npt.NDArray) -> tf.Tensor:
-    """Repeats the last row until the number of rows is a multiple of `_ROWS`."""
-    return tf.constant(np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % _ROWS, axis=0)]))
+def pad_rows(rows: npt.NDArray) -> tf.Tensor:
+    """Repeats the last row until the number of rows is a multiple of `_ROW_MULTIPLE`."""
+    missing = -len(rows) % _ROW_MULTIPLE
+    return tf.constant(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]))
 
 
-def trace(function: Callable[..., Any], *examples: npt.NDArray) -> Callable[..., Any]:
-    """Traces `function` once, for arguments like `examples` with any number of rows.
+def concrete_function(
+    function: Callable[..., Any], *examples: npt.NDArray | tf.TensorSpec
+) -> Callable[..., Any]:
+    """Traces `function` once, for arguments like the `examples` with any number of rows.
 
     A concrete function keeps no cache outside itself: it goes, and the classifier's weights with
     it, as soon as the caller drops it.
     """
-    specs = [tf.TensorSpec([None, *e.shape[1:]] if e.ndim else [], e.dtype) for e in examples]
+    specs = [
+        e
+        if isinstance(e, tf.TensorSpec)
+        else tf.TensorSpec([None, *e.shape[1:]] if e.ndim else [], e.dtype)
+        for e in examples
+    ]
     return tf.function(function).get_concrete_function(*specs)
 
 
-def predict(subject: Subject, x: Array | None = None, *, batch_size: int = 256) -> Array:
-    """Returns the logits `[N, K]` of `x`, by default the subject's own examples."""
-    images = subject.x if x is None else x
-    logits = trace(subject.logits, images)
+def predict(checked: CheckedClassifier, x: Array | None = None, *, batch_size: int = 256) -> Array:
+    """Returns the logits `[N, K]` of `x`, by default of the images that were checked.
+
+    Raises:
+        ValueError: If a logit is NaN or infinite.
+    """
+    images = checked.x if x is None else x
+    logits = concrete_function(checked.logits, images)
     return np.concatenate(
         [
-            logits(fill(images[s])).numpy()[: s.stop - s.start]
+            finite(logits(pad_rows(images[s])).numpy()[: s.stop - s.start], "logits")
             for s in batches(len(images), batch_size)
         ]
     )
+
+
+def finite(rows: Array, what: str) -> Array:
+    """Returns `rows`, `what` of one image each; raises ValueError if one is NaN or infinite."""
+    bad = int((~np.isfinite(rows)).reshape(len(rows), -1).any(axis=1).sum())
+    if bad:
+        raise ValueError(
+            f"The classifier must give finite {what}. Received: NaN or infinity for "
+            f"{bad} of {len(rows)} images."
+        )
+    return rows
+
+
+def logit_margin(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Returns the logit of the label less the largest other, `[B]`, from logits `[B, K]`."""
+    own = tf.one_hot(labels, logits.shape[1], dtype=tf.bool, on_value=True, off_value=False)
+    others = tf.where(own, -np.inf, logits)
+    return tf.gather(logits, labels, batch_dims=1) - tf.reduce_max(others, axis=1)
+
+
+def logit_spread(logits: tf.Tensor) -> tf.Tensor:
+    """Returns the largest logit less the third (of two the second) largest, as a constant, `[B]`.
+
+    Where these are equal it is 1.
+    """
+    largest = tf.math.top_k(logits, min(3, logits.shape[1])).values
+    spread = tf.stop_gradient(largest[:, 0] - largest[:, -1])
+    return tf.where(spread > 0, spread, 1.0)
+
+
+def scaled_margin(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Returns the margin in units of the spread, `[B]`: the same for multiples of the logits."""
+    return logit_margin(labels, logits) / logit_spread(logits)

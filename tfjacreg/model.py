@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfjacreg import _keras, arguments, regularizers, signature
@@ -39,9 +40,10 @@ class RegularizedModel(keras.Model):
 
     Raises:
         TypeError: If `network` is not a Keras layer.
-        ValueError: When built, if there is a regularizer and the network has no trainable weights;
-            before the first training step, if `check_network` refuses the network; under
-            `tf.distribute.MultiWorkerMirroredStrategy`.
+        ValueError: If `network` has a training step or loss of its own (another `RegularizedModel`,
+            say), which would be ignored. When built, if there is a regularizer and the network has
+            no trainable weights; before the first training step, if `check_network` refuses the
+            network; under `tf.distribute.MultiWorkerMirroredStrategy`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RegularizedModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         arguments.network(network)
+        _refuse_own_training(network)
         # The network casts its own inputs, as it does alone.
         kwargs = {"dtype": network.dtype_policy, **kwargs, "autocast": False}
         super().__init__(**kwargs)
@@ -97,6 +100,11 @@ class RegularizedModel(keras.Model):
                     "`trainable = True` on some layer, or pass regularizer=None. "
                     f"Received: network={self.network.name!r}"
                 )
+            # In a variable, so that a traced step sees a new factor. In double precision: the
+            # product is rounded as that with Python's number.
+            factor = self.regularizer.factor
+            number = factor if isinstance(factor, float) else np.nan
+            self._factor_variable = tf.Variable(number, trainable=False, dtype=tf.float64)
             self._penalty_state = [
                 self.add_weight(
                     shape=value.shape,
@@ -111,7 +119,18 @@ class RegularizedModel(keras.Model):
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Runs the network."""
+        """Runs the network.
+
+        Raises:
+            ValueError: If it is a layer of another model that trains, which would lose the penalty.
+        """
+        if training and self.regularizer is not None and _keras.is_inside_another(self):
+            raise ValueError(
+                "A RegularizedModel adds its penalty in its own training step: as a layer of "
+                "another model that trains it would add none. Put its `network` into the other "
+                "model, and that into a RegularizedModel. "
+                f"Received: a call of {self.name!r} with training=True from another layer"
+            )
         return self.network(inputs, training=training)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
@@ -131,7 +150,12 @@ class RegularizedModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
         self._check()
-        return super().make_train_function(force)
+        super().make_train_function(force)
+        function = vars(self)["train_function"]
+        if self.regularizer is not None and not isinstance(function, _WithFactor):
+            function = _WithFactor(self, function)
+            self.train_function = function
+        return function
 
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
@@ -162,7 +186,7 @@ class RegularizedModel(keras.Model):
             # Keras scales the loss by 1/replicas because gradients are summed; and so the penalty.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             penalty = tf.cast(penalty, loss.dtype)
-            loss += self.regularizer.factor * penalty / replicas
+            loss += tf.cast(self._factor(), loss.dtype) * penalty / replicas
             self._track(loss * replicas, penalty, x)
             loss = self.optimizer.scale_loss(loss)
         weights = self.trainable_weights
@@ -181,6 +205,13 @@ class RegularizedModel(keras.Model):
         tangent = self.regularizer.tangent_of_the_pass(start, self._penalty_state)
         jacobian = JacobianOperator(self.network, x, training=True, tangent=tangent, **self._of)
         return jacobian, jacobian.outputs
+
+    def _factor(self) -> Any:
+        """The weight of the penalty at this step."""
+        factor = self.regularizer.factor  # type: ignore[union-attr]
+        if isinstance(factor, keras.optimizers.schedules.LearningRateSchedule):
+            return factor(self.optimizer.iterations)
+        return self._factor_variable
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -225,6 +256,42 @@ class RegularizedModel(keras.Model):
                 config[key], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+def _refuse_own_training(network: keras.Layer) -> None:
+    """Refuses a network whose training is more than its layers, its losses and its metrics."""
+    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
+        own = getattr(type(network), name, None)
+        if own is not None and not own.__module__.startswith("keras."):
+            raise ValueError(
+                f"`network` must train as Keras models do: {type(network).__name__} has a "
+                f"`{name}` of its own, which the model around it would ignore. Pass the network "
+                f"inside it, or the same layers as a plain keras.Model. Received: {network!r}"
+            )
+
+
+class _WithFactor:
+    """A train function that sees a factor which was changed since its last call."""
+
+    def __init__(self, model: RegularizedModel, function: Any) -> None:
+        self._model = model
+        self._function = function
+        self._traced: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        factor = self._model.regularizer.factor  # type: ignore[union-attr]
+        if factor is not self._traced:
+            if self._traced is not None and not (
+                isinstance(factor, float) and isinstance(self._traced, float)
+            ):
+                raise ValueError(
+                    "A schedule of the factor, or a number in its place, counts only after "
+                    f"`model.compile(...)`. Received: factor={factor!r}"
+                )
+            if isinstance(factor, float):
+                self._model._factor_variable.assign(factor)
+            self._traced = factor
+        return self._function(*args)
 
 
 def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:

@@ -9,11 +9,12 @@ random starts, iteration vectors) in variables, so that it is saved with the mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.optimizers import schedules
 
 from tfjacreg import arguments, estimators, linear_maps
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator
@@ -21,6 +22,7 @@ from tfjacreg.vectors import fresh_seed, random_unit
 
 DEFAULT_FACTOR = 0.01
 
+Factor: TypeAlias = "float | schedules.LearningRateSchedule"
 State = Sequence[Any]
 Key = tuple[Any, Any]
 
@@ -29,14 +31,27 @@ class Regularizer:
     """Base of the penalties: a factor and a config.
 
     Args:
-        factor: The weight lambda of the penalty in the loss, >= 0.
+        factor: The weight lambda of the penalty in the loss, >= 0; or a
+            `keras.optimizers.schedules.LearningRateSchedule`, which gives it at each step of the
+            optimizer. A new value counts from the next step of `fit` on.
 
     Raises:
-        ValueError: If `factor` is not a finite number >= 0.
+        ValueError: If `factor` is neither a finite number >= 0 nor a schedule.
     """
 
-    def __init__(self, factor: float) -> None:
-        self.factor: float = arguments.non_negative("factor", factor)
+    def __init__(self, factor: Factor) -> None:
+        self.factor = factor
+
+    @property
+    def factor(self) -> Factor:
+        """The weight of the penalty in the loss, or its schedule."""
+        return self._factor
+
+    @factor.setter
+    def factor(self, factor: Factor) -> None:
+        if not isinstance(factor, schedules.LearningRateSchedule):
+            factor = arguments.non_negative("factor", factor)
+        self._factor: Factor = factor
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """What the penalty remembers from step to step, at the first step."""
@@ -44,12 +59,16 @@ class Regularizer:
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
-        return {"factor": self.factor}
+        scheduled = isinstance(self.factor, schedules.LearningRateSchedule)
+        return {"factor": schedules.serialize(self.factor) if scheduled else self.factor}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Regularizer:
         """Makes the regularizer that `get_config` described."""
-        return cls(**config)
+        factor = config["factor"]
+        if isinstance(factor, dict):
+            factor = schedules.deserialize(factor)
+        return cls(**{**config, "factor": factor})
 
 
 class WeightRegularizer(Regularizer):
@@ -74,7 +93,7 @@ class JacobianRegularizer(Regularizer):
     A penalty of your own defines `per_example`. The state is the seed and the number of draws.
 
     Args:
-        factor: The weight lambda, >= 0.
+        factor: The weight lambda, >= 0, or a schedule of it.
         seed: Seed of the random vectors; None draws a new one.
         fraction: The part of each batch that is penalized, in (0, 1]: `round(fraction * B)`
             examples, at least one, drawn at random, so that the mean is unbiased. Below 1 they take
@@ -84,7 +103,7 @@ class JacobianRegularizer(Regularizer):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, factor: float, seed: int | None = None, fraction: float = 1.0) -> None:
+    def __init__(self, factor: Factor, seed: int | None = None, fraction: float = 1.0) -> None:
         super().__init__(factor)
         self.seed = arguments.seed(seed)
         self.fraction: float = arguments.fraction(fraction)
@@ -169,7 +188,7 @@ class SpectralNorm(JacobianRegularizer):
     gradient: `d sigma = u^T dJ v`. Where J = 0, sigma and its gradient are 0.
 
     Args:
-        factor: The weight lambda, >= 0.
+        factor: The weight lambda, >= 0, or a schedule of it.
         method: `"power"` (the paper's), `"lanczos"` or `"exact"`; see `norms.spectral_norm`.
         iterations: The N of Algorithm 1, or the steps of Lanczos: 2 N products.
         squared: Whether h(s) = s^2 instead of h(s) = s (eq. 1).
@@ -178,6 +197,8 @@ class SpectralNorm(JacobianRegularizer):
             `tf.autodiff.ForwardAccumulator` along the forward pass, `"transpose"` as every other
             product, by transposing J^T u. The same numbers; loops in a graph need the second.
         fraction: The part of each batch that is penalized; see `JacobianRegularizer`.
+        threshold: h acts on `max(sigma - threshold, 0)`: slopes below it are left alone. In
+            logits (or whatever the output is) per unit of the network's own input; 0 is the paper.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -185,19 +206,21 @@ class SpectralNorm(JacobianRegularizer):
 
     def __init__(
         self,
-        factor: float,
+        factor: Factor,
         method: str = "power",
         iterations: int = 1,
         squared: bool = False,
         seed: int | None = None,
         forward_mode: str = "accumulator",
         fraction: float = 1.0,
+        threshold: float = 0.0,
     ) -> None:
         super().__init__(factor, seed, fraction)
         self.iterations = estimators.validate_method(method, iterations)
         self.method = method
         self.squared = bool(squared)
         self.forward_mode = arguments.one_of("forward_mode", forward_mode, FORWARD_MODES)
+        self.threshold = arguments.non_negative("threshold", threshold)
 
     def tangent(self, x: tf.Tensor, key: Key) -> tf.Tensor | None:
         """The random start of Algorithm 1, unless the forward mode or the method needs none."""
@@ -210,6 +233,8 @@ class SpectralNorm(JacobianRegularizer):
         start = random_unit(jacobian.x, key) if jacobian.tangent is None else jacobian.tangent
         u = estimators.leading_left_vector(jacobian, self.method, self.iterations, start)
         sigma, _ = estimators.singular_value(jacobian, u)
+        if self.threshold:
+            sigma = tf.nn.relu(sigma - self.threshold)
         return tf.square(sigma) if self.squared else sigma
 
     def get_config(self) -> dict[str, Any]:
@@ -220,6 +245,7 @@ class SpectralNorm(JacobianRegularizer):
             "iterations": self.iterations,
             "squared": self.squared,
             "forward_mode": self.forward_mode,
+            "threshold": self.threshold,
         }
 
 
@@ -230,7 +256,7 @@ class FrobeniusNorm(JacobianRegularizer):
     The penalty is the mean over the batch of the unbiased estimate of `||J_i||_F^2`.
 
     Args:
-        factor: The weight lambda, >= 0.
+        factor: The weight lambda, >= 0, or a schedule of it.
         num_projections: `n_proj`, the projections drawn for every example, at each step.
         seed: Seed of the projections; None draws a new one.
         fraction: The part of each batch that is penalized; see `JacobianRegularizer`.
@@ -241,7 +267,7 @@ class FrobeniusNorm(JacobianRegularizer):
 
     def __init__(
         self,
-        factor: float,
+        factor: Factor,
         num_projections: int = 1,
         seed: int | None = None,
         fraction: float = 1.0,
@@ -267,7 +293,7 @@ class SpectralBound(WeightRegularizer):
     stride and padding at its input's size.
 
     Args:
-        factor: The weight lambda, >= 0.
+        factor: The weight lambda, >= 0, or a schedule of it.
         iterations: Power iterations for every layer at each step.
         seed: Seed of the iteration vectors; None draws a new one.
 
@@ -275,7 +301,7 @@ class SpectralBound(WeightRegularizer):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, factor: float, iterations: int = 1, seed: int | None = None) -> None:
+    def __init__(self, factor: Factor, iterations: int = 1, seed: int | None = None) -> None:
         super().__init__(factor)
         self.iterations = arguments.positive_integer("iterations", iterations)
         self.seed = arguments.seed(seed)

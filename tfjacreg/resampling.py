@@ -134,7 +134,11 @@ def _known_resize(
 
 
 def _matrices(
-    before: Sequence[Any], after: Sequence[Any], interpolation: str, antialias: bool, aspect: Any
+    before: Sequence[Any],
+    after: Sequence[Any],
+    interpolation: str,
+    antialias: bool,
+    aspect: str | None,
 ) -> list[tf.Tensor]:
     """A matrix `[after, before]` for each axis: what TensorFlow makes of a basis."""
     matrices = []
@@ -246,12 +250,8 @@ def _warp_taps(
     def warped(marks: list[tf.Tensor]) -> list[tf.Tensor]:
         image = tf.stack(marks, axis=-1)
         batch = tf.broadcast_to(image, [size, height, width, len(marks)])
-        return tf.unstack(
-            tf.reshape(
-                operation(batch, fill_value=0.0, data_format="channels_last"), [-1, len(marks)]
-            ),
-            axis=-1,
-        )
+        batch = operation(batch, fill_value=0.0, data_format="channels_last")
+        return tf.unstack(tf.reshape(batch, [-1, len(marks)]), axis=-1)
 
     def tap(row: tf.Tensor, column: tf.Tensor, weight: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         # A weight too small for float32 leaves no place; any pixel of the image will do.
@@ -287,6 +287,7 @@ def _warp_taps(
 def _warp_by(
     taps: list[tuple[tf.Tensor, tf.Tensor]], images: tf.Tensor, fill_value: float
 ) -> tf.Tensor:
+    """The weighted sums of pixels, and `fill_value` by the weight that is missing to one."""
     shape = [size_along(images, axis) for axis in range(4)]
     weighted = [(places, tf.cast(weights, images.dtype)) for places, weights in taps]
 

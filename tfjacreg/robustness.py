@@ -1,4 +1,4 @@
-"""Robustness without an attacker: white noise and the distance to the decision boundary."""
+"""Accuracy under white noise, and distances to the decision boundary."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from tfjacreg import nearest
 from tfjacreg.classifiers import (
     Array,
     Progress,
     batches,
-    check,
+    check_classifier,
     check_counts,
     check_positive,
-    fill,
+    check_seed,
+    concrete_function,
     image_rng,
+    pad_rows,
     predict,
-    trace,
+    scaled_margin,
 )
 
 _NOISE, _DIRECTIONS = 10, 11
@@ -57,7 +60,7 @@ def noise_accuracy(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check`).
+            `classifiers.check_classifier`).
     """
     squares = np.asarray(variances, np.float64)
     if squares.ndim != 1 or not len(squares) or not (squares >= 0).all() or np.isinf(squares).any():
@@ -66,21 +69,21 @@ def noise_accuracy(
         )
     scales = np.sqrt(squares)
     check_counts(draws=draws, batch_size=batch_size)
-    subject = check(classifier, x, y)
-    logits = trace(subject.logits, subject.x)
-    rngs = [image_rng(seed, _NOISE, i) for i in range(len(subject.x))]
+    checked = check_classifier(classifier, x, y)
+    logits = concrete_function(checked.logits, checked.x)
+    rngs = [image_rng(seed, _NOISE, i) for i in range(len(checked.x))]
     correct = np.zeros(len(scales), np.int64)
     for _ in range(draws):
-        for s in batches(len(subject.x), batch_size):
-            images = subject.x[s]
+        for s in batches(len(checked.x), batch_size):
+            images = checked.x[s]
             noise = np.stack([rng.standard_normal(images.shape[1:]) for rng in rngs[s]])
             for row, scale in enumerate(scales):
                 noisy = np.clip(images + scale * noise, 0, 1).astype(np.float32)
-                predicted = logits(fill(noisy)).numpy()[: len(images)].argmax(axis=1)
-                correct[row] += (predicted == subject.y[s]).sum()
+                predicted = logits(pad_rows(noisy)).numpy()[: len(images)].argmax(axis=1)
+                correct[row] += (predicted == checked.y[s]).sum()
                 if progress is not None:
                     progress(len(images))
-    return correct / (len(subject.x) * draws)
+    return correct / (len(checked.x) * draws)
 
 
 def boundary_distance(
@@ -129,11 +132,11 @@ def boundary_distance(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check`).
+            `classifiers.check_classifier`).
     """
     check_counts(samples=samples, spheres=spheres, batch_size=batch_size)
-    subject = check(classifier, x, y)
-    shape = subject.x.shape[1:]
+    checked = check_classifier(classifier, x, y)
+    shape = checked.x.shape[1:]
     max_radius = float(np.sqrt(np.prod(shape))) if max_radius is None else max_radius
     check_positive(max_radius=max_radius, resolution=resolution)
     spacing = max_radius / spheres
@@ -143,7 +146,7 @@ def boundary_distance(
     ) -> tf.Tensor:
         rays = tf.reshape(radii, [-1, *[1] * len(directions.shape[1:])]) * directions
         points = tf.reshape(images[:, None] + rays, [-1, *shape])
-        classes = tf.argmax(subject.logits(points), axis=1, output_type=tf.int32)
+        classes = tf.argmax(checked.logits(points), axis=1, output_type=tf.int32)
         return tf.reduce_any(tf.reshape(classes, [-1, samples]) != labels[:, None], axis=1)
 
     def directions_of(index: npt.NDArray[np.int64]) -> Array:
@@ -155,14 +158,14 @@ def boundary_distance(
         unit = flat / np.linalg.norm(flat, axis=2, keepdims=True)
         return unit.reshape(len(index), samples, *shape)
 
-    correct = np.flatnonzero(predict(subject).argmax(axis=1) == subject.y)
-    distance = np.full(len(subject.x), np.nan)
+    correct = np.flatnonzero(predict(checked).argmax(axis=1) == checked.y)
+    distance = np.full(len(checked.x), np.nan)
     if progress is not None:
-        progress(len(subject.x) - len(correct))
+        progress(len(checked.x) - len(correct))
     if not len(correct):
         return distance
-    changed = trace(
-        changed, subject.x, subject.y, directions_of(correct[:1]), distance.astype(np.float32)
+    changed = concrete_function(
+        changed, checked.x, checked.y, directions_of(correct[:1]), distance.astype(np.float32)
     )
     for s in batches(len(correct), max(1, batch_size // samples)):
         index = correct[s]
@@ -175,7 +178,7 @@ def boundary_distance(
                 break
             radii = np.where(searching, inner + spacing, (inner + outer) / 2)[busy]
             hit = changed(
-                *(tf.constant(a[index[busy]]) for a in (subject.x, subject.y)),
+                *(tf.constant(a[index[busy]]) for a in (checked.x, checked.y)),
                 tf.constant(directions[busy]),
                 tf.constant(radii, tf.float32),
             ).numpy()
@@ -185,3 +188,57 @@ def boundary_distance(
         if progress is not None:
             progress(len(index))
     return distance
+
+
+def minimal_distance(
+    classifier: keras.Model,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    *,
+    seed: int = 0,
+    starts: int = 3,
+    iterations: int = 50,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> tuple[npt.NDArray[np.float64], Array]:
+    """Euclidean distance to the nearest adversarial image found, and that image.
+
+    An upper bound of the distance to the nearest image of another class in [0, 1]: the image
+    returned is one, and nothing is known of those that were not found. It is found by descents on
+    the margin, which do not change with the scale of the logits. They start from the feet on the
+    boundaries of the linearised classifier with the nearest other classes, and end with a
+    bisection of the segment to the image.
+
+    Args:
+        classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
+        x: Pixels in [0, 1], `[N, *in]`.
+        y: Integer labels `[N]`.
+        seed: Seed of the directions that stand in for a foot: where `starts` is larger than the
+            number of other classes, or a gradient is 0. Image `i` has its own.
+        starts: Descents per image.
+        iterations: Iterations of each, one gradient per image.
+        batch_size: Images per batch; changes speed and memory, not the result.
+        progress: Called with the number of images done since the last call, of `N` in all.
+
+    Returns:
+        Distances `[N]`, NaN where the image itself is misclassified, infinite where no adversarial
+        image was found; and the adversarial images, float32 `[N, *in]`, NaN where there is none.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the classifier fails a check (see
+            `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
+    """
+    check_seed(seed)
+    check_counts(starts=starts, iterations=iterations, batch_size=batch_size)
+    checked = check_classifier(classifier, x, y, loss=scaled_margin)
+    correct = np.flatnonzero(predict(checked, batch_size=batch_size).argmax(axis=1) == checked.y)
+    distance, x_adv = np.full(len(checked.x), np.nan), np.full_like(checked.x, np.nan)
+    if progress is not None:
+        progress(len(checked.x) - len(correct))
+    search = nearest.search_function(checked, starts=starts, iterations=iterations, seed=seed)
+    for s in batches(len(correct), batch_size):
+        distance[correct[s]], x_adv[correct[s]] = search(correct[s])
+        if progress is not None:
+            progress(s.stop - s.start)
+    return distance, x_adv

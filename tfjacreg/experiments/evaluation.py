@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfjacreg import attacks, datasets, robustness
-from tfjacreg.classifiers import check, predict
+from tfjacreg.classifiers import check_classifier, predict
 from tfjacreg.experiments import checkpoint, curves, environment, figures, files
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.curves import Evaluation
@@ -253,7 +253,7 @@ def evaluate(
     classifier = load(target.classifier)
     try:
         if result is None:
-            subject = check(classifier, x, y)
+            subject = check_classifier(classifier, x, y)
             clean = float((predict(subject).argmax(axis=1) == subject.y).mean())
             result = {**header, "clean_accuracy": clean}
         for name in wanted:
@@ -319,12 +319,14 @@ def adversarial_examples(
         ValueError: If the classifier cannot be loaded or judged, or gets no image right.
     """
     classifier = load(target.classifier)
-    correct = np.flatnonzero(predict(check(classifier, x, y)).argmax(axis=1) == y)[:count]
+    correct = np.flatnonzero(predict(check_classifier(classifier, x, y)).argmax(axis=1) == y)[
+        :count
+    ]
     if not len(correct):
         raise ValueError(f"{target.classifier}: there is no correctly classified image to attack.")
     clean, labels = x[correct], y[correct]
     x_adv = attacks.pgd(classifier, clean, labels, iterations=_STEPS[-1], seed=seed).x_adv
-    fooled = predict(check(classifier, x_adv, labels)).argmax(axis=1)
+    fooled = predict(check_classifier(classifier, x_adv, labels)).argmax(axis=1)
     return clean, x_adv, labels, fooled
 
 
