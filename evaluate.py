@@ -24,10 +24,10 @@ if __name__ == "__main__":
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets, extras
+from tfjacreg import command, datasets, extras
 
 with extras.script_importing("experiments", "evaluate.py"):
-    from tfjacreg.experiments import command, evaluation
+    from tfjacreg.experiments import evaluation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

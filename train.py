@@ -24,10 +24,9 @@ if __name__ == "__main__":
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets, extras, networks, regularizers
+from tfjacreg import command, datasets, extras, networks, regularizers
 
 with extras.script_importing("experiments", "train.py"):
-    from tfjacreg.experiments import command
     from tfjacreg.experiments.config import SCHEDULES, RunConfig
     from tfjacreg.experiments.folder import RunFolder
     from tfjacreg.experiments.run import run

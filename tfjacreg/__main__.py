@@ -11,8 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets
-from tfjacreg.extras import MissingExtraError
+from tfjacreg import command, datasets
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,12 +45,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and says where its result is."""
     arguments = parse(argv)
-    try:
+
+    def main() -> int:
         print(arguments.run(arguments))
-    except (ValueError, OSError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return command.run("tfjacreg", main, "Stopped. What was there before is as it was.")
 
 
 def _prepare(arguments: argparse.Namespace) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gzip
 import io
 import os
-import shutil
-import tarfile
+import re
 import tempfile
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import extras
+from tfjacreg import arguments, extras, originals, temporary
+from tfjacreg.originals import CIFAR_ARCHIVE as _CIFAR_ARCHIVE
+from tfjacreg.originals import IDX_FILES as _IDX_FILES
+from tfjacreg.originals import NUM_CLASSES
 
 DOWNLOADED = ("fashion_mnist", "kmnist", "cifar10")
 NAMES = ("digits", *DOWNLOADED)
 VALIDATION_SIZES = {"digits": 180, "fashion_mnist": 5000, "kmnist": 5000, "cifar10": 5000}
 DIGITS_TEST_SIZE = 360
-NUM_CLASSES = 10
 
 # Asked before tensorflow-datasets downloads: without a network it retries for minutes.
 _HOSTS = {
@@ -34,16 +33,6 @@ _HOSTS = {
     "kmnist": "http://codh.rois.ac.jp/",
     "cifar10": "https://www.cs.toronto.edu/",
 }
-_IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-_CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
-_CIFAR_FILES = {
-    "train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
-    "test": ("test_batch.bin",),
-}
-_CIFAR_RECORD = 1 + 3 * 32 * 32
 
 
 class Split(NamedTuple):
@@ -103,13 +92,17 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
         The three splits, and the statistics of the training split.
 
     Raises:
-        ValueError: If `name` is unknown.
+        ValueError: If `name` is unknown, `seed` or `data_dir` cannot be one, or the data that is
+            there is damaged; the message names the command that makes it again.
         FileNotFoundError: If the data is neither here nor to be had by download.
         ImportError: If the package that has the data is not installed; the message names the
             command that installs it.
     """
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"A data set's name must be one of {NAMES}. Received: {name!r}")
+    if arguments.seed(seed) is None:
+        raise ValueError("`seed` must be an integer >= 0. Received: seed=None")
+    data_dir = None if data_dir is None else arguments.path("data_dir", data_dir)
     held, test = _digits() if name == "digits" else _from_tfds(name, data_dir)
     rest, validation = _stratified(held.y, VALIDATION_SIZES[name], np.random.default_rng(seed))
     train = Split(held.x[rest], held.y[rest])
@@ -134,8 +127,9 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     `/usr/share/datasets/fashion-mnist`; for `cifar10` the binary version, as
     `cifar-10-binary.tar.gz` or unpacked. Keep `fashion_mnist` and `kmnist` apart: their files have
     the same names. All files are checked before anything is written, and the result is put in place
-    whole; a data set that is already there is left as it is. The examples come in the order in
-    which tensorflow-datasets stores what it downloads: one seed holds out the same images of both.
+    whole; a data set that is already there is left as it is, unless it is damaged. The examples
+    come in the order in which tensorflow-datasets stores what it downloads: one seed holds out the
+    same images of both.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
@@ -148,57 +142,122 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     Raises:
         ValueError: If `name` is not one of the three, or a file is damaged; the message names it.
         FileNotFoundError: If a file is missing.
+        OSError: If the data set cannot be written.
         ImportError: If tensorflow-datasets is not installed.
     """
-    if name not in DOWNLOADED:
+    if not isinstance(name, str) or name not in DOWNLOADED:
         raise ValueError(
             f"Data sets to prepare are {DOWNLOADED}; digits need no preparation. Received: {name!r}"
         )
-    with extras.importing("experiments", f"The data set {name}"):
-        import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
-    if builder.is_prepared():
-        return Path(builder.data_dir)
-    read = _read_cifar if name == "cifar10" else _read_mnist
-    arrays = {split: read(Path(source_dir), split) for split in ("train", "test")}
-    target = Path(builder.data_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as temporary,
-        # It would praise the temporary folder. The progress bar is on the other stream.
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        made = tfds.dataset_builders.store_as_tfds_dataset(
-            name=name,
-            version=str(builder.version),
-            features=builder.info.features,
-            split_datasets={
-                split: list(_examples(name, split, *pair)) for split, pair in arrays.items()
-            },
-            data_dir=temporary,
-        )
-        # A folder that an interrupted attempt of tensorflow-datasets left is of no use to it.
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(made.data_dir, target)
+    source = arguments.path("source_dir", source_dir)
+    data_dir = None if data_dir is None else arguments.path("data_dir", data_dir)
+    tfds = _tensorflow_datasets(name)
+    target = _target(name, data_dir)
+    with contextlib.suppress(ValueError):  # Damaged: it is made again.
+        builder = _builder(name, data_dir)
+        if builder.is_prepared():
+            _stored(name, builder)
+            return target
+    arrays = {split: originals.read(name, source, split) for split in ("train", "test")}
+    blank = _blank(name)
+    try:
+        with (
+            temporary.replacing(target) as scratch,
+            # It would praise the temporary folder. The progress bar is on the other stream.
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            made = tfds.dataset_builders.store_as_tfds_dataset(
+                name=name,
+                version=str(blank.version),
+                features=blank.info.features,
+                split_datasets={
+                    split: list(_examples(name, split, *pair)) for split, pair in arrays.items()
+                },
+                data_dir=scratch / "made",
+            )
+            for file in Path(made.data_dir).iterdir():
+                os.replace(file, scratch / file.name)
+            temporary.remove(scratch / "made")
+    except (OSError, tf.errors.OpError) as error:
+        raise OSError(
+            f"Cannot write {target}: {error}. Choose a writable --data-dir with room for the data "
+            "set; the same command then makes it."
+        ) from error
     return target
 
 
-def _from_tfds(name: str, data_dir: str | Path | None) -> tuple[Split, Split]:
+def _tensorflow_datasets(name: str) -> Any:
     with extras.importing("experiments", f"The data set {name}"):
         import tensorflow_datasets as tfds
+    return tfds
 
-    builder = tfds.builder(name, data_dir=data_dir)
+
+def _blank(name: str) -> Any:
+    """The builder of a data set where there is no data."""
+    with tempfile.TemporaryDirectory() as empty:
+        return _tensorflow_datasets(name).builder(name, data_dir=empty)
+
+
+def _target(name: str, data_dir: Path | None) -> Path:
+    """Where tensorflow-datasets has a data set, whatever is there now."""
+    tfds = _tensorflow_datasets(name)
+    version = str(_blank(name).version)
+    root = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
+    return Path(root).expanduser() / name / version
+
+
+def _builder(name: str, data_dir: Path | None) -> Any:
+    """The builder of tensorflow-datasets; raises ValueError where what it finds is damaged."""
+    tfds = _tensorflow_datasets(name)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # Of many kinds: of JSON, of protocol buffers, assertions.
+        raise _damaged(name, _target(name, data_dir), error) from error
+
+
+def _stored(name: str, builder: Any) -> tuple[Split, Split]:
+    """Reads the training and the test split of a prepared data set; raises ValueError."""
+    tfds = _tensorflow_datasets(name)
+    splits = []
+    try:
+        for split in ("train", "test"):
+            stored = builder.as_dataset(split=split, as_supervised=True, batch_size=-1)
+            images, labels = tfds.as_numpy(stored)
+            count = builder.info.splits[split].num_examples
+            if len(images) != count or len(labels) != count or not count:
+                raise ValueError(f"{len(images)} images in the {split} split, not {count}")
+            if labels.min() < 0 or labels.max() >= NUM_CLASSES:
+                raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+            splits.append(Split(_pixels(images), labels.astype("int32")))
+    except Exception as error:  # TensorFlow has kinds of its own.
+        raise _damaged(name, Path(builder.data_dir), error) from error
+    return splits[0], splits[1]
+
+
+def _damaged(name: str, folder: Path, error: Exception) -> ValueError:
+    # Without TensorFlow's names of its own nodes.
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error))
+    reason = " ".join(text.split()) or type(error).__name__
+    return ValueError(
+        f"The data set {name} in {folder} is damaged: {reason[:300]}. Make it again from its "
+        f"original files ({_originals(name)}) with: python -m tfjacreg prepare {name} FOLDER "
+        f"--data-dir {folder.parent.parent}, or remove {folder} to have it downloaded again."
+    )
+
+
+def _originals(name: str) -> str:
+    if name == "cifar10":
+        return _CIFAR_ARCHIVE
+    return ", ".join(f"{file}.gz" for pair in _IDX_FILES.values() for file in pair)
+
+
+def _from_tfds(name: str, data_dir: Path | None) -> tuple[Split, Split]:
+    builder = _builder(name, data_dir)
     if not builder.is_prepared():
         try:
             _ask(_HOSTS[name])
             builder.download_and_prepare()
         except Exception as error:
-            files = (
-                _CIFAR_ARCHIVE
-                if name == "cifar10"
-                else ", ".join(f"{file}.gz" for pair in _IDX_FILES.values() for file in pair)
-            )
             debian = (
                 " (Debian: apt-get install dataset-fashion-mnist, then the folder is "
                 "/usr/share/datasets/fashion-mnist)"
@@ -208,15 +267,10 @@ def _from_tfds(name: str, data_dir: str | Path | None) -> tuple[Split, Split]:
             raise FileNotFoundError(
                 f"{name} is not in {builder.data_dir} and cannot be downloaded: {error}. Either "
                 "run this where there is a network, or make it from its original files "
-                f"({files}) with: python -m tfjacreg prepare {name} FOLDER{debian}. "
+                f"({_originals(name)}) with: python -m tfjacreg prepare {name} FOLDER{debian}. "
                 "--data-dir says where to put it."
             ) from error
-    splits = []
-    for split in ("train", "test"):
-        batches = tfds.as_numpy(builder.as_dataset(split=split, as_supervised=True, batch_size=-1))
-        images, labels = batches
-        splits.append(Split(_pixels(images), labels.astype("int32")))
-    return splits[0], splits[1]
+    return _stored(name, builder)
 
 
 def _ask(host: str) -> None:
@@ -270,107 +324,3 @@ def _examples(
         if name == "cifar10":
             example["id"] = f"{split}_{number:05d}"
         yield number, example
-
-
-def _read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    image_file, label_file = (_find(folder, name) for name in _IDX_FILES[split])
-    images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
-    if images.shape[1:] != (28, 28):
-        raise ValueError(f"{image_file}: expected images of 28x28. Received: {images.shape[1:]}")
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{label_file}: expected a label for each of the {len(images)} images of "
-            f"{image_file.name}. Received: {len(labels)}"
-        )
-    _check_labels(label_file, labels)
-    return images[..., None], labels
-
-
-def _find(folder: Path, name: str) -> Path:
-    for candidate in (folder / f"{name}.gz", folder / name):
-        if candidate.exists():
-            return candidate
-    raise FileNotFoundError(f"Expected {name}.gz or {name} in {folder}. Received: neither is there")
-
-
-def _read_idx(path: Path, rank: int) -> np.ndarray:
-    """Reads an idx file of bytes: magic number, sizes (big-endian int32), data."""
-    content = _gunzip(path) if path.suffix == ".gz" else path.read_bytes()
-    header = 4 + 4 * rank
-    magic = bytes((0, 0, 8, rank))
-    if content[:4] != magic or len(content) < header:
-        raise ValueError(
-            f"{path}: expected an idx file of bytes with {rank} dimensions, which starts with "
-            f"{magic.hex()}. Received: {len(content)} bytes that start with {content[:4].hex()}"
-        )
-    shape = np.frombuffer(content, ">i4", rank, 4)
-    expected = header + int(np.prod(shape, dtype=np.int64))
-    if len(content) != expected:
-        raise ValueError(
-            f"{path}: expected {expected} bytes, by the sizes {tuple(map(int, shape))} in its "
-            f"header. Received: {len(content)}. Get the file again."
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-def _gunzip(path: Path) -> bytes:
-    """Decompresses a whole file, so that its checksum is verified."""
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path}: expected a whole gzip file. Received: {error}. Get the file again."
-        ) from error
-
-
-def _read_cifar(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    parts = [_cifar_records(*item) for item in _cifar_files(folder, split)]
-    records = np.concatenate(parts)
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), records[:, 0]
-
-
-def _cifar_records(path: Path, content: bytes) -> np.ndarray:
-    if not content or len(content) % _CIFAR_RECORD:
-        raise ValueError(
-            f"{path}: expected records of {_CIFAR_RECORD} bytes, a label and 32x32x3 pixels. "
-            f"Received: {len(content)} bytes. Get the file again."
-        )
-    records = np.frombuffer(content, np.uint8).reshape(-1, _CIFAR_RECORD)
-    _check_labels(path, records[:, 0])
-    return records
-
-
-def _cifar_files(folder: Path, split: str) -> Iterator[tuple[Path, bytes]]:
-    archive = folder / _CIFAR_ARCHIVE
-    if not archive.exists():
-        inner = folder / "cifar-10-batches-bin"
-        inner = inner if inner.is_dir() else folder
-        for name in _CIFAR_FILES[split]:
-            if not (inner / name).exists():
-                raise FileNotFoundError(
-                    f"Expected {_CIFAR_ARCHIVE} or, unpacked, {name} in {folder}. "
-                    "Received: neither is there"
-                )
-            yield inner / name, (inner / name).read_bytes()
-        return
-    # Not tarfile's own decompression: it stops before the checksum at the end.
-    content = io.BytesIO(_gunzip(archive))
-    try:
-        with tarfile.open(fileobj=content, mode="r:") as opened:
-            members = {Path(member.name).name: member for member in opened if member.isfile()}
-            for name in _CIFAR_FILES[split]:
-                if name not in members:
-                    raise ValueError(f"{archive}: expected a file {name}. Received: {set(members)}")
-                yield archive / name, opened.extractfile(members[name]).read()  # type: ignore
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"{archive}: expected a whole tar archive. Received: {error}. Get the file again."
-        ) from error
-
-
-def _check_labels(path: Path, labels: np.ndarray) -> None:
-    if labels.size and labels.max() >= NUM_CLASSES:
-        raise ValueError(
-            f"{path}: expected labels from 0 to {NUM_CLASSES - 1}. Received: {int(labels.max())}"
-        )

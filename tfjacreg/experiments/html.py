@@ -62,6 +62,7 @@ def render(markdown: str, folder: Path) -> str:
         folder: Where its pictures are, PNG files.
 
     Raises:
+        ValueError: If it names a picture that is not in that folder itself.
         OSError: If a picture cannot be read.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -69,9 +70,14 @@ def render(markdown: str, folder: Path) -> str:
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
-                picture = (folder / str(child.attrs["src"])).read_bytes()
+                name = str(child.attrs["src"])
+                path = folder / name
+                if path.name != name or path.is_symlink():
+                    raise ValueError(f"A picture must lie in {folder}. Received: {name!r}")
+                picture = path.read_bytes()
                 encoded = base64.b64encode(picture).decode()
                 child.attrs["src"] = f"data:image/png;base64,{encoded}"
-    title = html.escape(markdown.splitlines()[0].lstrip("# "))
+    # The heading is an opening, its text and a closing.
+    title = html.escape("".join(child.content for child in tokens[1].children or []))
     body = parser.renderer.render(tokens, parser.options, {})
     return _PAGE.format(title=title, body=body)

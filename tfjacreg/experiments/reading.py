@@ -98,6 +98,11 @@ class FolderReader:
             RunConfig.of(**{k: content[k] for k in RunConfig.names() if k in content})
         except ValueError as error:
             raise RunError(f"{self.config_file}: {error} {way_out}") from error
+        if not isinstance(content.get("environment", {}), dict):
+            raise RunError(
+                f"{self.config_file} must hold an object as environment. Received: "
+                f"{content['environment']!r}. {way_out}"
+            )
         return content
 
     def read_metrics(self) -> dict[str, Any]:

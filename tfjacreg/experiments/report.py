@@ -43,22 +43,26 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
     sweeps = selection.read(folders)
     command = shlex.join(["python", "-m", "tfjacreg", "report", *map(str, folders)])
     blocks = [
-        f"# Jacobian regularization: {', '.join(results.label for results in sweeps)}",
-        f"Written by `{command}`.",
+        f"# Jacobian regularization: {', '.join(tables.plain(s.label) for s in sweeps)}",
+        f"Written by {tables.code(command)}.",
         "## Accuracy (Table 1)",
         tables.TABLE_1,
     ]
     if not all(results.validated for results in sweeps):
         blocks.append(tables.WHOLE_TRAINING_SET)
     for results in sweeps:
-        blocks += [f"### {results.label}", tables.setting(results), tables.table_1(results)]
+        blocks += [
+            f"### {tables.plain(results.label)}",
+            tables.setting(results),
+            tables.table_1(results),
+        ]
         if results.chosen:
             blocks += ["The cells of this table:", tables.chosen_cells(results)]
         blocks += tables.missing(results)
     blocks += [*_training(sweeps, out), *_robustness(sweeps, out), *_cost(benchmarks, out)]
     blocks += ["## All cells", tables.ALL_CELLS]
     for results in sweeps:
-        blocks += [f"### {results.label}", tables.all_cells(results)]
+        blocks += [f"### {tables.plain(results.label)}", tables.all_cells(results)]
     blocks += ["## Runs and machines", *map(tables.machines, sweeps)]
     text = "\n\n".join(blocks) + "\n"
     for name, content in (("report.md", text), ("report.html", html.render(text, out))):
@@ -113,7 +117,8 @@ def _robustness(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
                     perturbed.append(Evaluation(results.label, LABELS[method], result))
             run = pick_run(method, cell)
             result = judged.get(run.folder.path, {})
-            line = f"- {results.label}, {LABELS[method]}: `{run.folder.path.name}`"
+            name = tables.code(run.folder.path.name)
+            line = f"- {tables.plain(results.label)}, {LABELS[method]}: {name}"
             if _has(result, ["boundary_distance"]):
                 measured.append(Evaluation(results.label, LABELS[method], result))
             else:

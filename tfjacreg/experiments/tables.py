@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections import Counter
 
@@ -198,29 +199,46 @@ def machines(results: SweepResults) -> str:
     found = [(json.loads(text), count) for text, count in counts.most_common()]
     names = list(dict.fromkeys(name for machine, _ in found for name in machine))
     rows = [
-        [str(count), *(str(machine.get(name, "")) for name in names)] for machine, count in found
+        [str(count), *(plain(str(machine.get(name, ""))) for name in names)]
+        for machine, count in found
     ]
     # Runs of version 0.1.0 did not record it.
     timed = [run.metrics for run in results.finished if "training_seconds" in run.metrics]
     hours = sum(metrics["training_seconds"] for metrics in timed) / 3600
-    sentence = f"{results.label}: {len(results.finished)} finished runs"
+    sentence = f"{plain(results.label)}: {len(results.finished)} finished runs"
     if timed or not results.finished:
         sentence += (
             f", {hours:.1f} hours of training steps (without the evaluation after each epoch)"
         )
     if len(timed) < len(results.finished):
         sentence += f"; {len(results.finished) - len(timed)} of them did not record their hours"
-    return f"{sentence}.\n\n{_table(['runs', *names], rows)}" if rows else f"{sentence}."
+    return (
+        f"{sentence}.\n\n{_table(['runs', *map(plain, names)], rows)}" if rows else f"{sentence}."
+    )
 
 
 def fence(text: str) -> str:
     """A block of text whose spaces and lines stay."""
-    return f"```\n{text}\n```"
+    marks = "```"
+    while marks in text:
+        marks += "`"
+    return f"{marks}\n{text}\n{marks}"
 
 
 def code(text: str) -> str:
     """Text in a line, shown as it is."""
-    return "`" + text.replace("`", "'") + "`"
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def plain(text: str) -> str:
+    """Text in a line that may be anybody's: none of it is Markdown."""
+    # An underscore inside a word is none; vertical bars are `_table`'s.
+    special = r"[\\`*\[\]<>&!~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)//|(?<=www)\."
+    return re.sub(special, _escaped, " ".join(text.split()))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"\\{character}" for character in match[0])
 
 
 def _name(cell: Cell) -> str:
