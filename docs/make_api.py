@@ -21,6 +21,7 @@ Node: TypeAlias = Any
 # a script of one's own may call.
 MODULES = (
     "regularizers",
+    "callbacks",
     "attacks",
     "robustness",
     "networks",

@@ -91,7 +91,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
 
     `digits` are the 1,797 handwritten digits of scikit-learn, resized from 8x8 to 28x28; 360 of
     them, always the same, are the test split. The others come from tensorflow-datasets: from
-    `data_dir` if they are there, else by download. The validation split is held out from the
+    `data_dir` if they are there, otherwise by download. The validation split is held out from the
     training set, 180 digits or 5,000 images, with as many of each class.
 
     Args:
@@ -104,7 +104,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
 
     Raises:
         ValueError: If `name` is unknown.
-        FileNotFoundError: If the data is neither here nor to be had by download.
+        FileNotFoundError: If the data is not in `data_dir` and cannot be downloaded.
         ImportError: If the package that has the data is not installed; the message names the
             command that installs it.
     """
@@ -127,15 +127,15 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
 
 
 def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:
-    """Makes a data set that tensorflow-datasets loads without a network out of original files.
+    """Makes from original files a data set that tensorflow-datasets loads without a network.
 
     The files are those of the data set's authors: for `fashion_mnist` and `kmnist` the four idx
     files, compressed (`.gz`) or not, as Debian's package `dataset-fashion-mnist` has them in
     `/usr/share/datasets/fashion-mnist`; for `cifar10` the binary version, as
     `cifar-10-binary.tar.gz` or unpacked. Keep `fashion_mnist` and `kmnist` apart: their files have
-    the same names. All files are checked before anything is written, and the result is put in place
-    whole; a data set that is already there is left as it is. The examples come in the order in
-    which tensorflow-datasets stores what it downloads: one seed holds out the same images of both.
+    the same names. It checks all files before it writes, puts the result in place whole, and leaves
+    a data set that is already there as it is. The examples come in the order in which
+    tensorflow-datasets stores what it downloads: one seed holds out the same images of both.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
@@ -166,7 +166,7 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as temporary,
-        # It would praise the temporary folder. The progress bar is on the other stream.
+        # Its message would name the temporary folder. The progress bar is on the other stream.
         contextlib.redirect_stdout(io.StringIO()),
     ):
         made = tfds.dataset_builders.store_as_tfds_dataset(
