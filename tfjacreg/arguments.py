@@ -1,4 +1,4 @@
-"""Is an argument what it should be? Each function returns it in its plain form, or raises."""
+"""Checks of arguments: each function returns the argument in its plain form, or raises."""
 
 from __future__ import annotations
 

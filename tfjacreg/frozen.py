@@ -2,7 +2,7 @@
 
 `recording` surrounds the one pass of a `JacobianOperator`. Inside it, what BatchNorm takes from
 the batch and the places of max-pooling's maxima are constants of the Jacobian, and `hold_constant`
-lets a layer of one's own do the same. The gradient of the loss is not concerned.
+lets a layer of one's own do the same. The gradient of the loss is not affected.
 """
 
 from __future__ import annotations
