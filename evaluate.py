@@ -2,22 +2,32 @@
 
 python evaluate.py runs/none runs/spectral --boundary --limit 1000 --out out
 python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
-python evaluate.py --report runs/paper_fashion_mnist
 
-The last one writes the report of a sweep that train.py has made or is making.
+`python -m tfjacreg report` writes the report of a whole sweep.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+if __name__ == "__main__":
+    # Until `command.run` knows better: as TensorFlow is imported there is nothing to keep.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:
+            signal.signal(_number, lambda *_: os._exit(130))
 
-from tfjacreg import attacks, datasets  # noqa: E402
-from tfjacreg.experiments import evaluation, figures, report  # noqa: E402
+# Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from tfjacreg import datasets, extras
+
+with extras.script_importing("experiments", "evaluate.py"):
+    from tfjacreg.experiments import command, evaluation
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,9 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "runs", nargs="*", default=[], metavar="RUN", help="run folder or .keras file"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or .keras file")
     parser.add_argument(
         "--attacks",
         nargs="*",
@@ -37,11 +45,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--boundary", action="store_true", help="measure the boundary distance too")
     parser.add_argument("--limit", type=_count, help="judge on the first LIMIT test images only")
-    parser.add_argument("--seed", type=int, default=0, help="seed of noise and attacks (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of noise and attacks (0)")
     parser.add_argument(
-        "--out", type=Path, help="folder of the figures (out) or of the report (DIR/report)"
+        "--out", type=command.path, default=Path("out"), help="folder of the figures (out)"
     )
-    parser.add_argument("--dataset", help="data set of bare .keras files")
+    parser.add_argument("--dataset", choices=datasets.NAMES, help="data set of bare .keras files")
     parser.add_argument("--data-dir", help="folder of the data sets")
     parser.add_argument(
         "--adversarial-examples",
@@ -53,25 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="start afresh where there is an evaluation.json"
     )
     parser.add_argument(
-        "--report", type=Path, nargs="+", metavar="DIR", help="report on sweeps instead of judging"
+        "--wait", action="store_true", help="wait for processes that work in the run folders"
     )
-    parser.add_argument(
-        "--benchmarks",
-        type=Path,
-        metavar="DIR",
-        help="folder of the benchmarks' JSON files, for the report's Figure 5 (results)",
-    )
-    args = parser.parse_args(argv)
-    if args.report:
-        alone = ("report", "benchmarks", "out")
-        given = [k for k, v in vars(args).items() if k not in alone and v != parser.get_default(k)]
-        if given:
-            parser.error(f"--report goes with --benchmarks and --out alone. Received: {given}")
-    elif not args.runs:
-        parser.error("name a RUN to judge, or --report DIR")
-    elif args.benchmarks:
-        parser.error("--benchmarks goes with --report alone")
-    return args
+    return parser.parse_args(argv)
 
 
 def _count(text: str) -> int:
@@ -81,65 +73,42 @@ def _count(text: str) -> int:
     return value
 
 
-def write_report(args: argparse.Namespace) -> None:
-    """Writes the report of the sweeps given."""
-    if args.benchmarks and not args.benchmarks.is_dir():
-        raise ValueError(f"--benchmarks must be a folder. Received: {args.benchmarks}.")
-    out = args.out or args.report[0] / "report"
-    print(report.write(args.report, out, benchmarks=args.benchmarks or Path("results")))
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1. Received: {value}.")
+    return value
 
 
 def run(args: argparse.Namespace) -> None:
-    """Judges every run given, then prints the tables and draws the figures."""
-    out = args.out or Path("out")
-    targets = evaluation.find_targets(
-        args.runs, dataset=args.dataset, data_dir=args.data_dir, out=out
-    )
-    tests = {
-        key: datasets.load(*key).test
-        for key in dict.fromkeys((t.dataset, t.data_dir) for t in targets)
-    }
-    judged = []
-    for target in targets:
-        test = tests[target.dataset, target.data_dir]
-        x, y = test.x[: args.limit], test.y[: args.limit]
-        result = evaluation.evaluate(
-            target,
-            x,
-            y,
+    """Judges every run given and prints the tables."""
+    with evaluation.owned(args.runs, args.out, wait=args.wait):
+        targets = evaluation.find_targets(
+            args.runs, dataset=args.dataset, data_dir=args.data_dir, out=args.out
+        )
+        tables = evaluation.judge(
+            targets,
+            args.out,
             perturbations=args.attacks,
             boundary=args.boundary,
+            limit=args.limit,
+            examples=args.adversarial_examples,
             seed=args.seed,
             overwrite=args.overwrite,
         )
-        judged.append(figures.Evaluation(target.dataset, target.method, result))
-        if args.adversarial_examples:
-            examples = evaluation.adversarial_examples(
-                target, x, y, args.adversarial_examples, seed=args.seed
-            )
-            title = f"{target.method}, {target.dataset}: PGD, eps {attacks.EPS * 255:g}/255"
-            path = target.folder / "adversarial_examples.png"
-            figures.adversarial_figure(*examples, title, path)
-    if args.attacks:
-        print(figures.robustness_table(judged, args.attacks), end="\n\n")
-        figures.robustness_figure(judged, args.attacks, out / "robustness.png")
-    if args.boundary:
-        print(figures.boundary_table(judged))
-        figures.boundary_figure(judged, out / "boundary.png")
+    print(tables)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     args = parse(argv)
-    try:
-        write_report(args) if args.report else run(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the last finished measurement.")
-        return 130
-    return 0
+
+    def judge() -> int:
+        run(args)
+        return 0
+
+    stopped = "Stopped. The same command goes on after the last finished measurement."
+    return command.run("evaluate.py", judge, stopped)
 
 
 if __name__ == "__main__":

@@ -4,26 +4,38 @@
     python train.py --dataset fashion_mnist --regularizer none --epochs 3
     python train.py --sweep sweeps/quick.toml  # many runs: docs/sweeps.md
 
-The same command goes on where it was interrupted. What a run folder holds is in README.md.
+The same command goes on where it was interrupted. What is in a run folder is in README.md.
 """
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Until `command.run` knows better: as TensorFlow is imported there is nothing to keep.
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:
+            signal.signal(_number, lambda *_: os._exit(130))
 
 # Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets, networks, regularizers  # noqa: E402
-from tfjacreg.experiments.run import SCHEDULES, RunConfig, RunError, run  # noqa: E402
+from tfjacreg import datasets, extras, networks, regularizers
+
+with extras.script_importing("experiments", "train.py"):
+    from tfjacreg.experiments import command
+    from tfjacreg.experiments.config import SCHEDULES, RunConfig
+    from tfjacreg.experiments.folder import RunFolder
+    from tfjacreg.experiments.run import run
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; only what was given is in the result."""
-    default = RunConfig()
+    default = RunConfig.of()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -31,13 +43,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
-    add("--out", type=Path, help="the folder; default: runs/<named after the settings or FILE>")
-    one = parser.add_argument_group("one run")
-    add = one.add_argument
+    add(
+        "--out",
+        type=command.path,
+        help="the folder; default: runs/<named after the settings or FILE>",
+    )
+    single = parser.add_argument_group("one run")
+    add = single.add_argument
     add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
     add("--network", choices=networks.NAMES, help=f"({default.network})")
     add("--width", type=float, help="of vgg16 and resnet20; 1 is published")
-    methods = ("none", *regularizers.NAMES)
+    methods = ("none", *regularizers.BY_NAME)
     add("--regularizer", choices=methods, help=f"({default.regularizer})")
     add("--factor", type=float, help=f"weight of the penalty ({default.factor})")
     add("--epochs", type=int, help="lenet: 50; others: 100")
@@ -53,8 +69,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="random crops and flips; the default is only for cifar10",
     )
+    add(
+        "--whole-training-set",
+        action="store_true",
+        help="train on the validation split too; there are no validation figures then",
+    )
     add("--seed", type=int, help=f"({default.seed})")
-    add("--overwrite", action="store_true", help="throw away the run that --out holds")
+    add("--overwrite", action="store_true", help="throw away the run that is in --out")
+    add("--wait", action="store_true", help="wait for a process that works in --out")
     many = parser.add_argument_group("many runs")
     add = many.add_argument
     add("--sweep", metavar="FILE", type=Path, help="TOML that names the runs; goes with --out")
@@ -74,24 +96,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs one configuration or a sweep and prints what came of it."""
     settings = vars(parse(argv))
-    try:
-        return _sweep(**settings) if "sweep" in settings else _one(**settings)
-    except (RunError, ValueError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    if "sweep" in settings:
+        out = settings.setdefault("out", Path("runs") / settings["sweep"].stem)
+        stopped = f"Stopped. The same command goes on from the last finished epochs, kept in {out}."
+        return command.run("train.py", lambda: _sweep(**settings), stopped)
+    stopped = "Stopped. The same command goes on from the last finished epoch"
+    out = settings.get("out")
+    stopped += f", kept in {out}." if out else ", kept in its folder."
+    return command.run("train.py", lambda: _one(**settings), stopped)
 
 
-def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -> int:
-    config = RunConfig(**settings)
+def _one(
+    *, out: Path | None = None, overwrite: bool = False, wait: bool = False, **settings: Any
+) -> int:
+    config = RunConfig.of(**settings)
     out = out or config.default_folder()
-    finished = (out / "metrics.json").exists() and not overwrite
-    try:
-        metrics = run(config, out, overwrite=overwrite, verbose=1 if sys.stdout.isatty() else 2)
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from the last finished epoch, kept in {out}.")
-        return 130
+    finished = RunFolder(out).finished and not overwrite
+    verbose = 1 if sys.stdout.isatty() else 2
+    metrics = run(config, out, overwrite=overwrite, wait=wait, verbose=verbose)
     if finished:
-        print(f"{out} holds this run, finished; --overwrite repeats it.")
+        print(f"{out} has this run, finished; --overwrite repeats it.")
     print(f"\n{config.dataset}, {config.network}, {config.regularizer}, factor {config.factor:g}")
     for label, value in (
         ("test accuracy", f"{metrics['test_accuracy']:.4f}"),
@@ -104,15 +128,11 @@ def _one(*, out: Path | None = None, overwrite: bool = False, **settings: Any) -
     return 0
 
 
-def _sweep(*, sweep: Path, out: Path | None = None, **options: Any) -> int:
-    from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
+def _sweep(*, sweep: Path, out: Path, **options: Any) -> int:
+    with extras.importing("experiments", "A sweep"):
+        from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
 
-    out = out or Path("runs") / sweep.stem
-    try:
-        summary = workers.work(sweep, out, **options)
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from the last finished epochs, kept in {out}.")
-        return 130
+    summary = workers.run_sweep(sweep, out, **options)
     print(f"\n{summary}\n  in {out}")
     return 1 if summary.failures else 0
 

@@ -1,19 +1,17 @@
 """Compares the attacks with cleverhans and ART on one classifier: accuracy after the attack.
 
-python benchmarks/attack_reference.py runs/none --out docs/attack_reference.json
+python benchmarks/attack_reference.py runs/none --out results/attack_reference.json
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-
+import _setup  # noqa: F401
 import keras
 import numpy as np
 import tensorflow as tf
@@ -21,7 +19,7 @@ from cleverhans.tf2.attacks.projected_gradient_descent import projected_gradient
 
 from tfjacreg import attacks, datasets
 from tfjacreg.experiments import evaluation, files
-from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.environment import environment
 
 with warnings.catch_warnings():
     # ART warns of the frameworks that are not installed.
@@ -162,7 +160,7 @@ def main() -> None:
             partial(attacks.square, model, x, y, eps=eps / 255, iterations=queries),
             {"art": partial(art_square, eps / 255, queries)},
         )
-    machine = {"hardware": experiment.processor()} | evaluation.environment()
+    machine = environment()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     files.write_json(args.out, {"rows": rows, "images": len(x)} | machine)
 

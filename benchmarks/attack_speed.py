@@ -1,22 +1,21 @@
 """Times the attacks and the distances on one classifier.
 
-python benchmarks/attack_speed.py runs/none --out docs/attack_speed.json
+python benchmarks/attack_speed.py runs/none --out results/attack_speed.json
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+import _setup  # noqa: F401
 
 from tfjacreg import attacks, datasets, robustness
 from tfjacreg.experiments import evaluation, files
-from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.environment import environment
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
         "boundary distance, 100 directions", few, lambda: robustness.boundary_distance(model, x, y)
     )
     timed("minimal distance", few, lambda: robustness.minimal_distance(model, x, y))
-    machine = {"hardware": experiment.processor()} | evaluation.environment()
+    machine = environment()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     files.write_json(args.out, {"rows": rows} | machine)
 

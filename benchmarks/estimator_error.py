@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import _setup  # noqa: F401
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, networks, norms
+from tfjacreg import datasets, estimators, networks, norms, vectors
 from tfjacreg.experiments import figures, files
-from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.environment import environment
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.run import run
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.regularizers import Regularizer, SpectralNorm
 
@@ -38,11 +38,11 @@ ITERATIONS = {"power": 10, "lanczos": 6}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EstimatorConfig(experiment.RunConfig):
+class EstimatorConfig(RunConfig):
     """A run that also says how its spectral penalty finds the vector.
 
     Attributes:
-        method: A name in `norms.METHODS`.
+        method: A name in `estimators.METHODS`.
         iterations: The N of Algorithm 1, or the steps of Lanczos.
     """
 
@@ -78,10 +78,11 @@ def penalty_estimate(
     network: keras.Model, x: tf.Tensor, method: str, iterations: int
 ) -> tuple[np.ndarray, int]:
     """Estimates sigma, `[B]`, as `SpectralNorm` does in training; also the products spent."""
-    op = CountingOperator(network, x, forward_mode="transpose")
-    start = norms.random_unit(op.x, (0, 0))
-    u = norms.left_vector(op, method, iterations, start)
-    return norms.length(op.rmatvec(u)).numpy(), op.products
+    op = CountingOperator(network, x)
+    start = vectors.random_unit(op.x, (0, 0))
+    u = estimators.leading_left_vector(op, method, iterations, start)
+    sigma, _ = estimators.singular_value(op, u)
+    return sigma.numpy(), op.products
 
 
 def complete_estimate(
@@ -91,9 +92,10 @@ def complete_estimate(
 
     Lanczos knows all of its products then; as a penalty it does not know the last.
     """
-    op = CountingOperator(network, x, forward_mode="transpose")
-    _, w = norms.leading_pair(op, method, iterations, norms.random_unit(op.x, (0, 0)))
-    return norms.length(w).numpy(), op.products
+    op = CountingOperator(network, x)
+    start = vectors.random_unit(op.x, (0, 0))
+    _, w = estimators.leading_left_vector_and_product(op, method, iterations, start)
+    return vectors.length(w).numpy(), op.products
 
 
 # The power iteration is the same in both.
@@ -139,7 +141,7 @@ def errors(network: keras.Model, x: tf.Tensor) -> dict[str, Any]:
         an estimate of each point's sigma, and of the mean under `of_mean_sigma`; and `errors`: for
         each estimator a list over its iterations.
     """
-    exact = norms.spectral_norm(network, x, method="exact", forward_mode="transpose").sigma.numpy()
+    exact = norms.spectral_norm(network, x, method="exact").sigma.numpy()
     bound = norms.spectral_bound(network)
     mean = float(np.mean(exact))
     curves: dict[str, list[dict[str, float]]] = {}
@@ -161,17 +163,17 @@ def configs(arguments: argparse.Namespace) -> list[tuple[str, float | None, Esti
     """Name, factor and configuration of every trained network; the first factor's come first."""
     shared = {"dataset": arguments.dataset, "epochs": arguments.epochs}
     shared["data_dir"] = arguments.data_dir
-    found = []
+    found: list[tuple[str, float | None, EstimatorConfig]] = []
     for seed in arguments.seeds:
-        config = EstimatorConfig(regularizer="none", seed=seed, **shared)
+        config = EstimatorConfig.of(regularizer="none", seed=seed, **shared)
         found.append(("none", None, config))
     for factor in arguments.factors:
         for seed in arguments.seeds:
             common = {"factor": factor, "seed": seed, **shared}
-            config = EstimatorConfig(regularizer="spectral_bound", **common)
+            config = EstimatorConfig.of(regularizer="spectral_bound", **common)
             found.append(("spectral_bound", factor, config))
             for method, iterations in TRAINED_WITH:
-                config = EstimatorConfig(method=method, iterations=iterations, **common)
+                config = EstimatorConfig.of(method=method, iterations=iterations, **common)
                 name = method if method == "exact" else f"{method}_{iterations}"
                 found.append((name, factor, config))
     return found
@@ -189,10 +191,10 @@ def measure(arguments: argparse.Namespace, x: tf.Tensor) -> list[dict[str, Any]]
         keras.utils.clear_session()
         folder = name + ("" if factor is None else f"-{factor:g}") + f"-seed{config.seed}"
         out = arguments.runs / f"{config.dataset}-{config.epochs}-epochs" / folder
-        metrics = experiment.run(config, out, verbose=0)
+        metrics = run(config, out, verbose=0)
         print(f"{out}: test accuracy {metrics['test_accuracy']:.4f}", flush=True)
         # The layers of a classifier: its input, the normalization, the network.
-        network = keras.models.load_model(out / "classifier.keras").layers[-1]
+        network = keras.models.load_model(RunFolder(out).classifier_file).layers[-1]
         entry = {"name": name, "factor": factor, "seed": config.seed}
         entry["test_accuracy"] = metrics["test_accuracy"]
         entries.append(entry | errors(network, x))
@@ -263,7 +265,7 @@ def main() -> None:
     print(table(entries))
     settings = {k: getattr(arguments, k) for k in ("dataset", "epochs", "factors", "seeds")}
     settings["points"] = arguments.points
-    content = {"settings": settings, "environment": experiment.environment(), "networks": entries}
+    content = {"settings": settings, "environment": environment(), "networks": entries}
     if arguments.json:
         files.write_json(arguments.json, content)
     if arguments.plot:

@@ -2,26 +2,25 @@
 
     python benchmarks/fit_overhead.py [--batch-size 32] [--regularizer spectral]
 
-Compares `fit` on `experiment.training_batches` with the same number of the same compiled steps on
+Compares `fit` on `training_batches` with the same number of the same compiled steps on
 one batch, in a TensorFlow loop, interleaved; prints the ratio of the medians.
 """
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import _setup  # noqa: F401
+import keras
+import numpy as np
+import tensorflow as tf
 
 from tfjacreg.experiments import files
-from tfjacreg.experiments import run as experiment  # noqa: E402
-from tfjacreg.experiments.run import RunConfig  # noqa: E402
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.environment import environment
+from tfjacreg.experiments.pipeline import training_batches
+from tfjacreg.experiments.run import compiled_model
 
 
 def measure(config: RunConfig, examples: int, repeats: int) -> dict[str, float]:
@@ -30,8 +29,8 @@ def measure(config: RunConfig, examples: int, repeats: int) -> dict[str, float]:
     x = rng.normal(size=(examples, 28, 28, 1)).astype("float32")
     y = rng.integers(0, 10, examples).astype("int32")
     epoch = tf.Variable(0, dtype=tf.int64)
-    model = experiment.compiled_model(config, (28, 28, 1), 10, examples)
-    batches = experiment.training_batches(x, y, config.batch_size, 0, epoch, augment=False)
+    model = compiled_model(config, (28, 28, 1), 10, examples)
+    batches = training_batches(x, y, config.batch_size, 0, epoch, augment=False)
     steps = examples // config.batch_size
     one = (tf.constant(x[: config.batch_size]), tf.constant(y[: config.batch_size]))
     train_step = tf.function(model.train_step)
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    config = RunConfig(regularizer=arguments.regularizer, batch_size=arguments.batch_size)
+    config = RunConfig.of(regularizer=arguments.regularizer, batch_size=arguments.batch_size)
     keras.utils.set_random_seed(0)
     seconds = measure(config, arguments.examples, arguments.repeats)
     ratio = seconds["fit"] / seconds["bare"]
@@ -75,7 +74,7 @@ def main() -> None:
     )
     if arguments.json:
         result = {**vars(arguments), "json": str(arguments.json), **seconds, "ratio": ratio}
-        result["environment"] = experiment.environment()
+        result["environment"] = environment()
         files.write_json(arguments.json, result)
 
 

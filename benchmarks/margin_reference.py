@@ -4,26 +4,24 @@ AutoPGD follows the difference of logits ratio (DLR) with steps, momentum and re
 none of its code is ours or cleverhans'. Every attack runs on the logits as they are and times 300:
 an attack on the margin must not notice.
 
-python benchmarks/margin_reference.py runs/none-0 runs/spectral-0 --out docs/margin_reference.json
+python benchmarks/margin_reference.py runs/none runs/spectral --out results/margin_reference.json
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-
+import _setup  # noqa: F401
 import keras
 import numpy as np
 
 from tfjacreg import attacks, datasets, robustness
 from tfjacreg.experiments import evaluation, files
-from tfjacreg.experiments import run as experiment
+from tfjacreg.experiments.environment import environment
 
 with warnings.catch_warnings():
     # ART warns of the frameworks that are not installed.
@@ -124,7 +122,7 @@ def main() -> None:
             row |= judge(scaled(classifier, factor), x, y)
             rows.append(row)
             print_row(row)
-    machine = {"hardware": experiment.processor()} | evaluation.environment()
+    machine = environment()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     files.write_json(args.out, {"rows": rows, "limit": args.limit} | machine)
 

@@ -25,6 +25,7 @@ MODULES = (
     "robustness",
     "networks",
     "datasets",
+    "experiments.config",
     "experiments.run",
     "experiments.sweep",
 )

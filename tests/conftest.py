@@ -1,5 +1,7 @@
+import fcntl
 import os
 import signal
+from pathlib import Path
 
 # Before TensorFlow is imported: what the scripts set too, so that tests run what users run.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -15,6 +17,28 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two logical devices, for the tests of distribution strategies; it must be said before any use.
 _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that must run alone come last, so that few others wait for them."""
+    items.sort(key=_is_alone)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """While a test marked `alone` runs, no other process starts or goes on with a test."""
+    folder = Path(__file__).parent
+    with (folder / "conftest.py").open() as door, (folder / "reference.py").open() as room:
+        # Who waits for the room keeps the door, so that nobody else gets in meanwhile.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH)
+        if not _is_alone(item):
+            fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
+
+
+def _is_alone(item):
+    return item.get_closest_marker("alone") is not None
 
 
 @pytest.fixture(autouse=True, scope="module")

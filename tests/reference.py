@@ -5,6 +5,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from tfjacreg import JacobianOperator
+
 
 def finite_difference_jacobian(function, x, step=1e-6):
     """`d function(x_i) / d x_i` for every example, `[B, n_out, n_in]`, by central differences.
@@ -33,6 +35,13 @@ def dense_jacobian(network, x, training=False):
     return np.stack(rows, axis=1)
 
 
+def operator(network, x, forward_mode, tangent, **options):
+    """The operator whose product with `tangent` is computed as `forward_mode` says."""
+    if forward_mode == "accumulator":
+        options["tangent"] = tangent
+    return JacobianOperator(network, x, **options)
+
+
 def singular_values(jacobians):
     return np.linalg.svd(np.asarray(jacobians, "float64"), compute_uv=False)
 
@@ -40,6 +49,11 @@ def singular_values(jacobians):
 def seeded_input(shape, batch=3, dtype=None):
     rng = np.random.default_rng(5)
     return rng.normal(size=(batch, *shape)).astype(dtype or keras.config.floatx())
+
+
+def random_like(tensor, seed=0):
+    values = np.random.default_rng(seed).normal(size=tensor.shape)
+    return tf.constant(values.astype(tensor.dtype.as_numpy_dtype))
 
 
 def conv_network(activation="relu", outputs=5, pooling=layers.MaxPooling2D):

@@ -14,10 +14,11 @@ from keras import layers
 from reference import dense_jacobian, singular_values
 from sklearn.datasets import load_digits
 
-from tfjacreg import datasets, norms, regularizers
+from tfjacreg import datasets, regularizers, vectors
 from tfjacreg.experiments import figures
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))  # As Python does for a script in it.
 BATCH, N_IN, N_OUT = 4, 9, 5
 ESTIMATORS = ["power", "lanczos", "complete_lanczos"]
 
@@ -49,7 +50,7 @@ def x():
 
 def by_hand(network, x, method, iterations, complete):
     """The estimator written out on the dense Jacobians, from the start that the library draws."""
-    start = norms.random_unit(x, (0, 0)).numpy().astype(float)
+    start = vectors.random_unit(x, (0, 0)).numpy().astype(float)
     found = []
     for jacobian, v in zip(dense_jacobian(network, x), start, strict=True):
         jacobian = np.asarray(jacobian, float)
@@ -76,7 +77,7 @@ def test_the_relative_error_is_that_of_each_point():
 
 @pytest.mark.parametrize("bad", [0.0, np.nan])
 def test_the_relative_error_needs_a_slope(bad):
-    with pytest.raises(ValueError, match="sigma > 0 at every point.*1 points of 2 without"):
+    with pytest.raises(ValueError, match=r"sigma > 0 at every point.*1 points of 2 without"):
         estimator_error.relative_error(np.ones(2), np.array([1.0, bad]))
 
 

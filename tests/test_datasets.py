@@ -262,7 +262,7 @@ def test_damaged_cifar(tmp_path):
     cifar_files(tmp_path / "source", archive=False)
     path = tmp_path / "source" / "cifar-10-batches-bin" / "data_batch_3.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="data_batch_3.bin: expected records of 3073 bytes"):
+    with pytest.raises(ValueError, match=r"data_batch_3.bin: expected records of 3073 bytes"):
         datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
     (tmp_path / "source" / "cifar-10-binary.tar.gz").write_bytes(b"not a tar")
     with pytest.raises(ValueError, match="expected a whole gzip file"):
@@ -281,16 +281,16 @@ def test_cifar_archive_with_changed_pixels(tmp_path):
     middle = len(content) // 2
     content[middle : middle + 20] = bytes(b ^ 1 for b in content[middle : middle + 20])
     path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="cifar-10-binary.tar.gz: expected a whole"):
+    with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz: expected a whole"):
         datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*"))
 
 
 def test_missing_files(tmp_path):
     (tmp_path / "source").mkdir()
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.gz or"):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.gz or"):
         datasets.prepare("kmnist", tmp_path / "source", tmp_path / "data")
-    with pytest.raises(FileNotFoundError, match="cifar-10-binary.tar.gz or, unpacked"):
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-binary.tar.gz or, unpacked"):
         datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
 
 
@@ -300,22 +300,22 @@ def test_no_network_and_no_data_names_both_ways_out(tmp_path, monkeypatch, name)
         raise OSError("no route to host")
 
     monkeypatch.setattr(datasets, "_ask", unreachable)
-    with pytest.raises(FileNotFoundError, match="there is a network.*tfjacreg prepare") as caught:
+    with pytest.raises(FileNotFoundError, match=r"there is a network.*tfjacreg prepare") as caught:
         datasets.load(name, tmp_path)
     assert ("dataset-fashion-mnist" in str(caught.value)) == (name == "fashion_mnist")
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match="digits.*fashion_mnist.*kmnist.*Received: 'mnist'"):
+    with pytest.raises(ValueError, match=r"digits.*fashion_mnist.*kmnist.*Received: 'mnist'"):
         datasets.load("mnist")
-    with pytest.raises(ValueError, match="digits need no preparation. Received: 'digits'"):
+    with pytest.raises(ValueError, match=r"digits need no preparation. Received: 'digits'"):
         datasets.prepare("digits", tmp_path)
 
 
 def test_a_data_set_too_small_for_its_validation_split(tmp_path):
     mnist_files(tmp_path / "source")
     datasets.prepare("kmnist", tmp_path / "source", tmp_path / "data")
-    with pytest.raises(ValueError, match="more than 500 examples of every class.*Received: 4"):
+    with pytest.raises(ValueError, match=r"more than 500 examples of every class.*Received: 4"):
         datasets.load("kmnist", tmp_path / "data")
 
 

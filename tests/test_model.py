@@ -164,11 +164,11 @@ def test_one_step_on_a_linear_network_is_known_by_hand():
     np.testing.assert_allclose(history["loss"], [np.mean(error**2) + 0.3 * s[0]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", regularizers.NAMES)
+@pytest.mark.parametrize("name", regularizers.BY_NAME)
 def test_logs(name):
     """loss = data loss + factor * penalty; val_loss has no penalty; nor has evaluate."""
     factor = 0.5
-    model = compiled(RegularizedModel(small_network(), regularizers.NAMES[name](factor)))
+    model = compiled(RegularizedModel(small_network(), regularizers.BY_NAME[name](factor)))
     model.optimizer.learning_rate = 0.0
     history = fit(model, epochs=1, validation_data=(X, Y))
     assert set(history) == {"loss", "penalty", "val_loss"}
@@ -470,7 +470,7 @@ def test_mixed_precision_trains_without_nan(policy, penalty):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("method", tfjacreg.norms.METHODS)
+@pytest.mark.parametrize("method", tfjacreg.estimators.METHODS)
 def test_a_zero_network_stays_finite_in_half_precision(policy, method):
     keras.config.set_dtype_policy(policy)
     network = small_network()
@@ -497,16 +497,14 @@ def test_sigma_in_half_precision(policy):
     keras.config.set_dtype_policy(policy)
     half = tfjacreg.networks.lenet()
     half.set_weights(network.get_weights())
-    for forward_mode in tfjacreg.jacobian.FORWARD_MODES:
-        sigma = tfjacreg.spectral_norm(
-            half, x[:128], iterations=10, forward_mode=forward_mode
-        ).sigma
-        assert sigma.dtype == tf.float32
-        error = np.mean(np.abs(sigma / expected - 1))
-        assert error < (0.01 if policy == "mixed_float16" else 0.05)
+    sigma = tfjacreg.spectral_norm(half, x[:128], iterations=10).sigma
+    assert sigma.dtype == tf.float32
+    error = np.mean(np.abs(sigma / expected - 1))
+    assert error < (0.01 if policy == "mixed_float16" else 0.05)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("forward_mode", tfjacreg.jacobian.FORWARD_MODES)
 def test_an_xla_step_costs_at_most_three_plain_ones(forward_mode):
     """LeNet, batch 32: TensorFlow's own derivative of max-pooling takes seconds for a step."""
@@ -571,3 +569,117 @@ def test_frozen_network_is_refused():
     network.trainable = False
     with pytest.raises(ValueError, match="no trainable weights"):
         RegularizedModel(network, "spectral")
+
+
+def linear_network(kernel):
+    network = keras.Sequential([keras.Input((3,)), layers.Dense(2, use_bias=False)])
+    network.set_weights([np.asarray(kernel, "float32")])
+    return network
+
+
+ONE_STEP = {"epochs": 1, "batch_size": 4, "shuffle": False, "verbose": 0}
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_a_step_above_the_threshold_by_hand(threshold, squared):
+    """f(x) = x K: sigma is K's first singular value, and its gradient u v^T, at every x."""
+    kernel = np.float32([[2, 0.3], [0.1, 1], [0.4, -0.2]])
+    penalty = regularizers.SpectralNorm(0.7, "exact", squared=squared, threshold=threshold, seed=0)
+    model = RegularizedModel(linear_network(kernel), penalty)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.ones((4, 3), "float32")
+    history = model.fit(x, x @ kernel, **ONE_STEP).history  # The data's own gradient is 0.
+    left, values, right = np.linalg.svd(kernel)
+    excess = values[0] - threshold
+    assert history["penalty"][0] == pytest.approx(excess**2 if squared else excess, rel=1e-5)
+    slope = 2 * excess if squared else 1
+    expected = kernel - 0.1 * 0.7 * slope * np.outer(left[:, 0], right[0])
+    np.testing.assert_allclose(model.network.get_weights()[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_below_the_threshold_not_one_bit_differs(optimizer, squared):
+    weights = []
+    for penalty in (None, regularizers.SpectralNorm(5.0, squared=squared, threshold=1e4)):
+        model = compiled(RegularizedModel(small_network(), penalty), OPTIMIZERS[optimizer]())
+        history = fit(model)
+        weights.append(model.network.get_weights())
+    assert history["penalty"] == [0.0, 0.0]
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class FactorAt(keras.callbacks.Callback):
+    """Gives the penalty another factor at the beginning of an epoch."""
+
+    def __init__(self, epoch, factor):
+        super().__init__()
+        self.epoch, self.factor = epoch, factor
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            self.model.regularizer.factor = self.factor
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_a_factor_changed_by_a_callback_counts_from_the_next_step_on(options):
+    """One epoch without and one with the penalty, against two fits with those factors."""
+    changed = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0, seed=3)))
+    changed.compile(keras.optimizers.SGD(0.05), LOSS, **options)
+    losses = fit(changed, callbacks=[FactorAt(1, 0.5)])["loss"]
+    apart = RegularizedModel(small_network(), regularizers.SpectralNorm(0, seed=3))
+    for factor, loss in zip((0.0, 0.5), losses, strict=True):
+        apart.regularizer.factor = factor
+        apart.compile(keras.optimizers.SGD(0.05), LOSS, **options)
+        assert fit(apart, epochs=1)["loss"][0] == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(changed.network.get_weights(), apart.network.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert losses[1] > 1.1 * fit(compiled(RegularizedModel(small_network())))["loss"][1]
+
+
+def test_a_factor_that_is_out_of_range_is_refused_when_it_is_set():
+    penalty = regularizers.SpectralNorm(0.1)
+    with pytest.raises(ValueError, match="`factor` must be a finite number >= 0"):
+        penalty.factor = -1
+    assert penalty.factor == 0.1
+
+
+def test_a_schedule_in_the_place_of_a_number_needs_compile():
+    model = compiled(RegularizedModel(small_network(), "spectral"))
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 6, 0.3)
+    with pytest.raises(ValueError, match=r"only after `model.compile"):
+        fit(model, callbacks=[FactorAt(1, schedule)])
+
+
+def test_a_schedule_gives_the_factor_of_each_step(tmp_path):
+    """A warm-up over six steps, against the dense SVD's step with that factor; then reloaded."""
+    kernel = np.float32([[2, 0.3], [0.1, 1], [0.4, -0.2]])
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.0, 6, 0.3)
+    penalty = regularizers.SpectralNorm(schedule, "exact", seed=0)
+    model = RegularizedModel(linear_network(kernel), penalty)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.eye(3, dtype="float32")
+    y = x @ kernel
+    expected = np.array(kernel, float)
+    for step in range(4):
+        if step == 2:  # Goes on from a file as if nothing had happened.
+            model.save(tmp_path / "model.keras")
+            model = keras.models.load_model(tmp_path / "model.keras")
+            assert isinstance(model.regularizer.factor, keras.optimizers.schedules.PolynomialDecay)
+        model.train_on_batch(x, y)
+        left, _, right = np.linalg.svd(expected)
+        data = 2 * (expected - kernel) / 6  # The gradient of the mean of 6 squares.
+        factor = 0.3 * min(step, 6) / 6
+        expected = expected - 0.1 * (data + factor * np.outer(left[:, 0], right[0]))
+        np.testing.assert_allclose(model.network.get_weights()[0], expected, rtol=1e-4)
+
+
+def test_the_threshold_is_saved(tmp_path):
+    model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(1, threshold=2)))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.regularizer.get_config()["threshold"] == 2.0
+    for a, b in zip(fit(model)["loss"], fit(again)["loss"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)

@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def test_vgg16_size(width):
     channels = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     channels = [3, *(int(c * width) for c in channels[1:])]
     # A 3x3 kernel without bias, then scale, offset, moving mean and variance of BatchNorm.
-    expected = sum(9 * a * b + 4 * b for a, b in zip(channels[:-1], channels[1:], strict=True))
+    expected = sum(9 * a * b + 4 * b for a, b in itertools.pairwise(channels))
     expected += channels[-1] * 10 + 10
     assert networks.vgg16(width=width).count_params() == expected
 

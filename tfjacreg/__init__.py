@@ -4,19 +4,21 @@ After "Exact Spectral Norm Regularization for Neural Networks" (Johansson, Engsn
 Mostad 2022).
 """
 
-from tfjacreg import attacks, datasets, networks, norms, regularizers, robustness
+from tfjacreg import attacks, callbacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.checks import check_network
-from tfjacreg.jacobian import JacobianOperator, hold_constant
+from tfjacreg.frozen import hold_constant
+from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "JacobianOperator",
     "RegularizedModel",
     "SingularTriplet",
     "attacks",
+    "callbacks",
     "check_network",
     "datasets",
     "frobenius_norm",

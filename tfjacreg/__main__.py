@@ -1,33 +1,73 @@
-"""Prepares a data set out of its original files, without a network.
+"""Prepares a data set out of its original files, without a network; reports on sweeps.
 
 python -m tfjacreg prepare fashion_mnist /usr/share/datasets/fashion-mnist [--data-dir DIR]
+python -m tfjacreg report runs/paper_fashion_mnist [SWEEP ...] [--benchmarks DIR] [--out DIR]
 """
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import datasets  # noqa: E402
+from tfjacreg import datasets
+from tfjacreg.extras import MissingExtraError
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prepares a data set and says where it is."""
-    parser = argparse.ArgumentParser(prog="python -m tfjacreg", description=__doc__)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; `run` in the result is the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tfjacreg",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True)
     prepare = commands.add_parser("prepare", help="make a data set out of its original files")
+    prepare.set_defaults(run=_prepare)
     prepare.add_argument("name", choices=datasets.DOWNLOADED)
     prepare.add_argument("source_dir", help="where the original files are")
     prepare.add_argument("--data-dir", help="default: ~/tensorflow_datasets")
-    arguments = parser.parse_args(argv)
+    report = commands.add_parser("report", help="compare the methods of finished or running sweeps")
+    report.set_defaults(run=_report)
+    report.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
+    report.add_argument(
+        "--benchmarks",
+        type=Path,
+        metavar="DIR",
+        help="folder of the benchmarks' JSON files, for Figure 5 (results)",
+    )
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the report (report, in the first SWEEP)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and says where its result is."""
+    arguments = parse(argv)
     try:
-        folder = datasets.prepare(arguments.name, arguments.source_dir, arguments.data_dir)
-    except (ValueError, OSError) as error:
+        print(arguments.run(arguments))
+    except (ValueError, OSError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.name} is in {folder}")
     return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> str:
+    folder = datasets.prepare(arguments.name, arguments.source_dir, arguments.data_dir)
+    return f"{arguments.name} is in {folder}"
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    # matplotlib and others, which `prepare` has no need of.
+    from tfjacreg.experiments import report
+
+    benchmarks = arguments.benchmarks
+    if benchmarks and not benchmarks.is_dir():
+        raise ValueError(f"--benchmarks must be a folder. Received: {benchmarks}.")
+    out = arguments.out or arguments.sweeps[0] / "report"
+    return str(report.write(arguments.sweeps, out, benchmarks=benchmarks or Path("results")))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from tfjacreg import extras
 from tfjacreg import square as square_search
 from tfjacreg.classifiers import (
     Array,
@@ -51,13 +52,13 @@ class AttackResult(NamedTuple):
         faded: Whether each image was still classified correctly there although the attack had lost
             its gradient, bool `[S, N]`: the loss had rounded to 0, and with it the part of its
             gradient that lowers the label's logit, or the last gradient was zero or denormal in
-            every pixel. None for Square, which follows no gradient.
+            every pixel. Nowhere for Square, which follows no gradient.
     """
 
     x_adv: Array
     iterations: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
-    faded: npt.NDArray[np.bool_] | None = None
+    faded: npt.NDArray[np.bool_]
 
     @property
     def accuracy(self) -> npt.NDArray[np.float64]:
@@ -220,7 +221,7 @@ def square(
         batch_size=batch_size,
         progress=progress,
     )
-    return AttackResult(best, np.array(strengths), correct)
+    return AttackResult(best, np.array(strengths), correct, np.zeros_like(correct))
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -255,12 +256,8 @@ def _projected_ascent(
     progress: Progress | None,
 ) -> AttackResult:
     """Climbs `loss(labels=targets, logits=...)` by sign steps, projected on the box."""
-    try:
+    with extras.importing("experiments", "A PGD attack"):
         from cleverhans.tf2.utils import compute_gradient, optimize_linear
-    except ImportError as error:
-        raise ImportError(
-            "PGD and TPGD need cleverhans. Install it with: pip install 'tfjacreg[experiments]'."
-        ) from error
     check_positive(eps=eps, step_size=step_size)
     check_counts(batch_size=batch_size)
     strengths = _strengths(iterations)

@@ -5,119 +5,322 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import norms
-from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, _kept_losses, _layers
+from tfjacreg import _keras, arguments, frozen, signature
+from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative
+from tfjacreg.vectors import inner, length, random_unit, unit
 
-_MIXES = (
+_ANSI_ESCAPES = re.compile(r"\x1b\[\d*m")
+_MIXES_EXAMPLES = (
     "mixes the examples of a batch: the output of one depends on the input of another. Compute "
     "what it takes from the batch in `with tfjacreg.hold_constant():`"
 )
-_ESCAPES = re.compile(r"\x1b\[\d*m")
-_UNEQUAL = (
+_LOSES_A_DERIVATIVE = (
     "has a derivative that TensorFlow loses: <u, J v> is not <J^T u, v>. Replace it by an "
     "operation with a second derivative"
 )
+_OTHER_TANGENT = (
+    "has another J v by tf.autodiff.ForwardAccumulator than by transposing J^T u, as of a "
+    "tf.custom_gradient, whose body it differentiates"
+)
+_NO_TANGENTS_OF_LOOPS = (
+    "cannot be differentiated forward: a loop or a branch in a graph (tf.while_loop, tf.cond) "
+    "holds values of dtype variant, which have no tangents"
+)
+_LOOPS = ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase")
+# Steps, whose derivative is 0 wherever it exists, and what says in words that it has none.
+_CONSTANT_OPERATIONS = {
+    *("Floor", "Ceil", "Round", "Rint", "Sign", "FloorDiv", "StopGradient", "PreventGradient"),
+    *("ZerosLike", "OnesLike", "Placeholder", "PlaceholderWithDefault"),
+}
+
+
+class _Fault(NamedTuple):
+    """What is wrong with a network's products.
+
+    Attributes:
+        text: What the network, or the layer, does; it follows a name.
+        layer: The layer that is known to do it, or None.
+        cause: The exception that told, or None.
+    """
+
+    text: str
+    layer: str | None = None
+    cause: Exception | None = None
 
 
 def check_network(
-    network: keras.Layer, x: Any, *, training: bool = True, forward_mode: str = "accumulator"
+    network: keras.Layer,
+    x: Any,
+    *,
+    training: bool = True,
+    forward_mode: str = "accumulator",
+    input: signature.Name = None,
+    output: signature.Name = None,
 ) -> None:
     """Checks that `<u, J v> = <J^T u, v>` (eqs. 6 and 7) and that examples do not mix.
 
     With random `u`, and `v` half along `J^T u` and half random, so that a tangent lost in either
-    direction shows. The first and the last example must not depend on any other. Nothing of the
-    network changes: no weight, statistic or seed. Where a product is not finite there is no
-    verdict, and a gradient that is wrong in the same way both times (`tf.custom_gradient`) passes.
+    direction shows. The first example must not depend on any other, nor any other on it. With
+    `forward_mode="accumulator"` the J v of a `tf.autodiff.ForwardAccumulator` must be that of the
+    transposed product too. Nothing of the network changes: no weight, statistic or seed. Where a
+    product is not finite there is no verdict, and a gradient that is wrong in the same way both
+    times (`tf.custom_gradient`) passes.
 
     Args:
-        network: A `keras.Layer` from `[B, *in]` to `[B, *out]`.
-        x: Floating inputs, `[B, *in]`, B >= 2.
+        network: A `keras.Layer`.
+        x: What it takes, with two examples or more.
         training: Whether the network runs in training mode.
-        forward_mode: `"accumulator"` or `"transpose"`; see `JacobianOperator`.
+        forward_mode: `"accumulator"` or `"transpose"`; see `regularizers.SpectralNorm`.
+        input: Which floating input the Jacobian is taken in; see `JacobianOperator`.
+        output: Which output it is of, likewise.
 
     Raises:
-        TypeError: If `network` is not a `keras.Layer`, or `x` is not one floating tensor.
+        TypeError: If `network` is not a `keras.Layer`, or `x` holds no floating tensor.
         ValueError: If `x` has fewer than two examples, or a layer fails; the message names it.
     """
-    x = JacobianOperator(network, x, training=training, forward_mode=forward_mode).x
-    if x.shape[0] < 2:
+    arguments.network(network)
+    arguments.one_of("forward_mode", forward_mode, FORWARD_MODES)
+    taken = signature.taken(network, x, input)
+    shape = tuple(taken.x.shape)
+    if shape[0] < 2:
         raise ValueError(
             "`x` must hold at least two examples, to see whether the network mixes them. "
-            f"Received: x of shape {tuple(x.shape)}"
+            f"Received: x of shape {shape}"
         )
     if not network.built:
-        network(keras.KerasTensor(x.shape, dtype=x.dtype.name))
-    fault, cause = _fault(network, x, training, forward_mode)
-    if fault is None:
-        return
-    name = f"the network {network.name!r} ({type(network).__name__}) as a whole"
-    for layer, function, value in _calls(network, x, training):
-        found, found_cause = _fault(function, value, training, forward_mode)
-        if found is not None:
-            name = f"layer {layer.name!r} ({type(layer).__name__})"
-            fault, cause = found, found_cause
-            break
-    (other,) = set(FORWARD_MODES) - {forward_mode}
-    passes = fault != _MIXES and _fault(network, x, training, other)[0] is None
-    advice = f"With forward_mode={other!r} it can be had. " if passes else ""
+        network(
+            keras.tree.map_structure(
+                lambda t: keras.KerasTensor(t.shape, dtype=t.dtype.name), taken.packed()
+            )
+        )
+    with _restored(network) as variables:
+        fault = _fault(network, taken, training, forward_mode, output, variables)
+        if fault is None:
+            return
+        name = fault.layer or f"the network {network.name!r} ({type(network).__name__}) as a whole"
+        text, cause = fault.text, fault.cause
+        if fault.layer is None:
+            for layer, function, value in _calls(network, taken, training):
+                one = signature.Taken(value, [value], 0)
+                found = _fault(function, one, training, forward_mode, None, variables)
+                if found is not None:
+                    name, text, cause = _named(layer), found.text, found.cause
+                    break
+        other = forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES
+        if other and _fault(network, taken, training, "transpose", output, variables) is None:
+            text += ". With forward_mode='transpose' it can be had"
     raise ValueError(
         f"The Jacobian of network {network.name!r} cannot be had with "
-        f"forward_mode={forward_mode!r}: {name} {fault}. {advice}"
-        f"Received: x of shape {tuple(x.shape)}, training={training}"
+        f"forward_mode={forward_mode!r}: {name} {text}. "
+        f"Received: x of shape {shape}, training={training}"
     ) from cause
 
 
+def explained(error: Exception, network: keras.Layer, forward_mode: str) -> ValueError:
+    """The error of a penalty's gradient in words, for what a check cannot see before training.
+
+    Args:
+        error: What TensorFlow raised.
+        network: The network that is trained.
+        forward_mode: That of the penalty.
+    """
+    text, advice = _reason(error), ""
+    if forward_mode == "accumulator" and "variant" in text:
+        text = f"it {_NO_TANGENTS_OF_LOOPS}"
+        advice = " With forward_mode='transpose' it can be had."
+    return ValueError(
+        f"The gradient of the penalty of network {network.name!r} cannot be had with "
+        f"forward_mode={forward_mode!r}: {text}.{advice} Received: {type(error).__name__}"
+    )
+
+
 def _fault(
-    network: keras.Layer, x: tf.Tensor, training: bool, forward_mode: str
-) -> tuple[str | None, Exception | None]:
-    """What is wrong with a network's products, and the exception that said so, if one did."""
+    network: keras.Layer,
+    taken: signature.Taken,
+    training: bool,
+    forward_mode: str,
+    output: signature.Name,
+    variables: dict[int, tuple[tf.Variable, tf.Tensor]],
+) -> _Fault | None:
+    """What is wrong with a network's products, if anything is.
 
-    @tf.function  # As training runs: a loop in a graph is another operation than an eager one.
-    def products(x: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        with keras.StatelessScope(), _kept_losses(network):
-            op = JacobianOperator(network, x, training=training, forward_mode=forward_mode)
-            u = norms.random_unit(tf.cast(op.primal, x.dtype), (0, 0))
-            # One example's cotangent alone, for the first and the last example.
-            first = op.rmatvec(tf.concat([u[:1], tf.zeros_like(u[1:])], axis=0))[1:]
-            last = op.rmatvec(tf.concat([tf.zeros_like(u[:-1]), u[-1:]], axis=0))[:-1]
+    Adds to `variables` the values of those that the network keeps besides Keras'.
+    """
+
+    def products(leaves: list[tf.Tensor]) -> tuple[tf.Tensor, ...]:
+        given = taken._replace(leaves=leaves)
+        with frozen.without_trace(network):
+            along = random_unit(given.x, (0, 2)) if forward_mode == "accumulator" else None
+            op = JacobianOperator(
+                network,
+                given.packed(),
+                training=training,
+                tangent=along,
+                input=given.position,
+                output=output,
+            )
+            graph.append((op.x, op.primal))
+            # Of the first example alone: what the others have of it shows how examples mix.
+            u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
             back = op.rmatvec(u)
-            v = norms.unit(norms.unit(back) + norms.random_unit(x, (0, 1)))
+            v = _first_alone(unit(unit(back) + random_unit(op.x, (0, 1))))
             forth = op.matvec(v)
-            return first, last, norms.inner(u, forth), norms.inner(back, v), norms.length(forth)
+            dots = inner(u, forth)[0], inner(back, v)[0], length(forth)[0]
+            if along is None:
+                return back[1:], forth[1:], *dots
+            return back[1:], forth[1:], *dots, op.tangent_out, op.matvec(tf.identity(along))
 
+    graph: list[tuple[tf.Tensor, tf.Tensor]] = []
     try:
-        first, last, forward, backward, scale = (part.numpy() for part in products(x))
+        # As training runs: a loop in a graph is another operation than an eager one.
+        traced = tf.function(products, autograph=False).get_concrete_function(taken.leaves)
+        for variable in traced.graph.variables:
+            variables.setdefault(id(variable), (variable, tf.identity(variable)))
+        others, other_outputs, forward, backward, scale, *both = (
+            part.numpy() for part in traced(*taken.leaves)
+        )
+    except LostDerivative as error:
+        return _Fault(_LOSES_A_DERIVATIVE, None, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
-        return f"cannot be differentiated as often as needed ({_reason(error)})", error
-    if any(np.any(np.isfinite(part) & (part != 0)) for part in (first, last)):
-        return _MIXES, None
+        reason = _reason(error)
+        if "variant" in reason:
+            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", None, error)
+        return _Fault(f"cannot be differentiated as often as needed ({reason})", None, error)
+    finally:
+        _reset_dropout_masks(network)
+    lost = _without_derivative(*graph[0], network)
+    if lost is not None:
+        return lost
+    if any(np.any(np.isfinite(part) & (part != 0)) for part in (others, other_outputs)):
+        return _Fault(_MIXES_EXAMPLES)
     # Rounding loses at most half of the digits of the coarsest layer.
-    dtypes = {x.dtype.name, *(layer.compute_dtype for layer in _layers(network))}
-    tolerance = np.sqrt(max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes)) * scale
-    if np.any(np.abs(forward - backward) > tolerance):
-        return _UNEQUAL, None
-    return None, None
+    dtypes = {taken.x.dtype.name, *(layer.compute_dtype for layer in _keras.layers_of(network))}
+    tolerance = np.sqrt(max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes))
+    if np.abs(forward - backward) > tolerance * scale:
+        return _Fault(_LOSES_A_DERIVATIVE)
+    if both:
+        along, across = (part.reshape(len(part), -1) for part in both)
+        lengths = np.linalg.norm(across, axis=1)
+        if np.any(np.linalg.norm(along - across, axis=1) > tolerance * lengths):
+            return _Fault(_OTHER_TANGENT)
+    return None
+
+
+@contextlib.contextmanager
+def _restored(network: keras.Layer) -> Iterator[dict[int, tuple[tf.Variable, tf.Tensor]]]:
+    """Puts back what a check has changed and `keras.StatelessScope` does not know.
+
+    These are plain `tf.Variable`s, which the user of the context collects.
+    """
+    own = {id(v.value) for v in network.variables}
+    variables: dict[int, tuple[tf.Variable, tf.Tensor]] = {}
+    try:
+        yield variables
+    finally:
+        for key, (variable, value) in variables.items():
+            if key not in own:
+                variable.assign(value)
+
+
+def _reset_dropout_masks(network: keras.Layer) -> None:
+    """Recurrent cells keep their masks when the trace of their loop fails."""
+    for layer in _keras.layers_of(network):
+        for name in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
+            getattr(layer, name, lambda: None)()
+
+
+def _without_derivative(x: tf.Tensor, primal: tf.Tensor, network: keras.Layer) -> _Fault | None:
+    """Finds an operation between x and the output that has a derivative and hides it.
+
+    TensorFlow gives None for operations that are registered without a derivative, such as
+    HSVToRGB, and the Jacobian would lack their part in silence.
+    """
+    reached = {x.ref()}
+    known: dict[str, bool] = {}
+    for op in x.graph.get_operations():
+        inputs = [t for t in op.inputs if t.ref() in reached]
+        outputs = [t for t in op.outputs if t.dtype.is_floating]
+        if not inputs or not outputs:
+            continue
+        if op.type not in _CONSTANT_OPERATIONS and not known.setdefault(
+            op.type, _has_derivative(outputs[0], inputs)
+        ):
+            if _leads_to(op, primal):
+                return _Fault(
+                    f"has an operation without a derivative, {op.type}: its part of the Jacobian "
+                    "would be lost",
+                    _layer_of(op, network),
+                )
+            continue
+        reached.update(t.ref() for t in outputs)
+        if op is primal.op:
+            break
+    return None
+
+
+def _has_derivative(output: tf.Tensor, inputs: list[tf.Tensor]) -> bool:
+    try:
+        with output.graph.as_default():
+            return any(g is not None for g in tf.gradients(output, inputs))
+    except Exception:  # No gradient is registered: the products themselves would have failed.
+        return True
+
+
+def _leads_to(op: tf.Operation, target: tf.Tensor) -> bool:
+    """Whether the target is computed from what the operation gives."""
+    waiting, seen = [target.op], set()
+    while waiting:
+        current = waiting.pop()
+        if current is op:
+            return True
+        if current.name not in seen:
+            seen.add(current.name)
+            waiting += [t.op for t in current.inputs]
+    return False
+
+
+def _layer_of(op: tf.Operation, network: keras.Layer) -> str | None:
+    """The innermost layer in whose name scope an operation was made."""
+    layers = {layer.name: layer for layer in _keras.layers_of(network) if layer is not network}
+    for part in reversed(op.name.split("/")[:-1]):
+        if part in layers:
+            return _named(layers[part])
+    return None
+
+
+def _named(layer: keras.Operation) -> str:
+    return f"layer {layer.name!r} ({type(layer).__name__})"
+
+
+def _first_alone(a: tf.Tensor) -> tf.Tensor:
+    """`a` with zeros for all examples but the first."""
+    return tf.concat([a[:1], tf.zeros_like(a[1:])], axis=0)
 
 
 def _reason(error: Exception) -> str:
-    """The line of a message that says what happened: Keras wraps it in where it happened."""
-    said = str(error).split("Arguments received by ")[0].strip().splitlines() or [""]
-    return _ESCAPES.sub("", said[-1]).strip()
+    """What happened, without where: Keras and TensorFlow wrap it in their own advice."""
+    said = str(error).split("Arguments received by ")[0].strip()
+    lines = [line for line in _ANSI_ESCAPES.sub("", said).splitlines() if line.strip()]
+    if "TraceType" in said:
+        return "tf.autodiff.ForwardAccumulator cannot trace the gradient of an operation of it"
+    if isinstance(error, LookupError):
+        return f"TensorFlow has no second derivative of it: {lines[-1].strip()}"
+    return lines[-1].strip() if lines else type(error).__name__
 
 
-class _OfOneInput(keras.Layer):
+class _AtOneInput(keras.Layer):
     """A layer as a function of one of the tensors that it was called with."""
 
     def __init__(self, layer: keras.Operation, function: Callable[[tf.Tensor], tf.Tensor]) -> None:
         dtype = getattr(layer, "dtype_policy", None)
-        super().__init__(name="of_one_input", dtype=dtype, autocast=False)
+        super().__init__(name="at_one_input", dtype=dtype, autocast=False)
         self.layer = layer
         self.function = function
         self.built = True
@@ -128,10 +331,10 @@ class _OfOneInput(keras.Layer):
 
 
 def _calls(
-    network: keras.Layer, x: tf.Tensor, training: bool
+    network: keras.Layer, taken: signature.Taken, training: bool
 ) -> Iterator[tuple[keras.Operation, keras.Layer, tf.Tensor]]:
     """Every call of a layer in one forward pass, inner ones first, once for each tensor it took."""
-    size = x.shape[0]
+    size = taken.x.shape[0]
     recorded: list[tuple[keras.Operation, Any]] = []
 
     def recording(operation: keras.Operation, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,16 +345,17 @@ def _calls(
 
         return record
 
-    operations = {id(layer): layer for layer in _layers(network)}
+    operations = {id(layer): layer for layer in _keras.layers_of(network)}
     for model in list(operations.values()):
         # A functional model also holds what keras.ops did to its symbolic tensors.
         operations.update({id(found): found for found in getattr(model, "operations", [])})
     with contextlib.ExitStack() as stack:
         for operation in operations.values():
-            operation.__dict__["call"] = recording(operation, operation.call)
-            stack.callback(operation.__dict__.pop, "call")
-        with keras.StatelessScope(), _kept_losses(network):
-            network(x, training=training)
+            stack.enter_context(
+                frozen.substituted(operation, "call", recording(operation, operation.call))
+            )
+        with frozen.without_trace(network):
+            network(taken.packed(), training=training)
 
     def is_batch(a: Any) -> bool:
         # Tensors of a loop's own graph are gone by now: the layer around the loop answers for it.
@@ -163,8 +367,8 @@ def _calls(
             and a.shape[0] == size
         )
 
-    for operation, arguments in recorded:
-        flat = tf.nest.flatten(arguments)
+    for operation, taken_by in recorded:
+        flat = tf.nest.flatten(taken_by)
         for position in range(len(flat)):
             if not is_batch(flat[position]):
                 continue
@@ -172,14 +376,14 @@ def _calls(
             def function(
                 a: tf.Tensor,
                 operation: keras.Operation = operation,
-                arguments: Any = arguments,
+                taken_by: Any = taken_by,
                 flat: list[Any] = flat,
                 position: int = position,
             ) -> tf.Tensor:
                 changed = [*flat[:position], a, *flat[position + 1 :]]
-                args, kwargs = tf.nest.pack_sequence_as(arguments, changed)
+                args, kwargs = tf.nest.pack_sequence_as(taken_by, changed)
                 outputs = tf.nest.flatten(operation(*args, **kwargs))
                 parts = [tf.reshape(tf.cast(y, a.dtype), (size, -1)) for y in outputs]
                 return tf.concat(parts, axis=1)
 
-            yield operation, _OfOneInput(operation, function), flat[position]
+            yield operation, _AtOneInput(operation, function), flat[position]

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfjacreg import extras
+
 DOWNLOADED = ("fashion_mnist", "kmnist", "cifar10")
 NAMES = ("digits", *DOWNLOADED)
 VALIDATION_SIZES = {"digits": 180, "fashion_mnist": 5000, "kmnist": 5000, "cifar10": 5000}
@@ -103,6 +105,8 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     Raises:
         ValueError: If `name` is unknown.
         FileNotFoundError: If the data is neither here nor to be had by download.
+        ImportError: If the package that has the data is not installed; the message names the
+            command that installs it.
     """
     if name not in NAMES:
         raise ValueError(f"A data set's name must be one of {NAMES}. Received: {name!r}")
@@ -144,12 +148,14 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     Raises:
         ValueError: If `name` is not one of the three, or a file is damaged; the message names it.
         FileNotFoundError: If a file is missing.
+        ImportError: If tensorflow-datasets is not installed.
     """
     if name not in DOWNLOADED:
         raise ValueError(
             f"Data sets to prepare are {DOWNLOADED}; digits need no preparation. Received: {name!r}"
         )
-    import tensorflow_datasets as tfds
+    with extras.importing("experiments", f"The data set {name}"):
+        import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
     if builder.is_prepared():
@@ -179,7 +185,8 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
 
 
 def _from_tfds(name: str, data_dir: str | Path | None) -> tuple[Split, Split]:
-    import tensorflow_datasets as tfds
+    with extras.importing("experiments", f"The data set {name}"):
+        import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
     if not builder.is_prepared():
@@ -214,14 +221,13 @@ def _from_tfds(name: str, data_dir: str | Path | None) -> tuple[Split, Split]:
 
 def _ask(host: str) -> None:
     request = urllib.request.Request(host, method="HEAD")
-    try:
+    with contextlib.suppress(urllib.error.HTTPError):  # Somebody answers.
         urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # Somebody answers.
 
 
 def _digits() -> tuple[Split, Split]:
-    from sklearn.datasets import load_digits
+    with extras.importing("experiments", "The data set digits"):
+        from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     small = (images / 16).astype("float32").reshape(-1, 8, 8, 1)

@@ -10,6 +10,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
+from tfjacreg import _keras
+
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
@@ -21,7 +23,7 @@ class LinearMap:
     Attributes:
         layer: The layer.
         x: Zeros of the shape of its input, `[1, *in]`.
-        primal: Zeros of the shape of its output, `[1, *out]`.
+        primal: Zeros of the shape of its output, `[1, *out]`: estimators look at the shape alone.
     """
 
     def __init__(self, layer: keras.Layer, apply: Callable[[Any], Any]) -> None:
@@ -42,7 +44,7 @@ class LinearMap:
         return tape.gradient(y, self.x, output_gradients=u)
 
 
-def weighted(network: keras.Layer) -> list[LinearMap]:
+def layer_maps(network: keras.Layer) -> list[LinearMap]:
     """The maps of the layers of `network` that multiply by a kernel, in any topology.
 
     Raises:
@@ -57,7 +59,7 @@ def weighted(network: keras.Layer) -> list[LinearMap]:
     return maps
 
 
-def chain(network: keras.Layer) -> list[LinearMap]:
+def chained_maps(network: keras.Layer) -> list[LinearMap]:
     """The maps, those of normalizations among them, of a network that is one chain of layers.
 
     Raises:
@@ -79,9 +81,8 @@ def _steps(network: keras.Layer) -> list[keras.Layer]:
     """The layers of a chain in order, each as often as it runs, nested networks opened."""
     if not hasattr(network, "layers"):
         return [network]
-    # A Sequential keeps its graph in an attribute; a functional model is one.
-    graph = getattr(network, "_functional", None) or network
-    if not hasattr(graph, "_nodes_by_depth"):
+    graph = _keras.graph_of(network)
+    if graph is None:
         raise ValueError(
             "The order of the layers must be known: build the network from keras.Input, as a "
             f"Sequential or functional model. Received: {network.name!r}, which has no known input"
@@ -93,22 +94,21 @@ def _steps(network: keras.Layer) -> list[keras.Layer]:
     if len(graph.outputs) > 1:
         raise ValueError(f"{branches}{network.name!r} with {len(graph.outputs)} outputs")
     steps = []
-    for _, nodes in sorted(graph._nodes_by_depth.items(), reverse=True):
-        for node in nodes:
-            step, inputs = node.operation, len(node.input_tensors)
-            what = f"{step.name!r} ({type(step).__name__})"
-            if inputs > 1:
-                raise ValueError(f"{branches}{what} with {inputs} inputs")
-            if not isinstance(step, keras.Layer):
-                raise ValueError(
-                    "The norm of an operation that is not a Keras layer is not known: use a layer, "
-                    f"such as keras.layers.ReLU for keras.ops.relu. Received: {what}"
-                )
-            steps += _steps(step)
+    for node in _keras.nodes_in_order(graph):
+        step, inputs = node.operation, len(node.input_tensors)
+        what = f"{step.name!r} ({type(step).__name__})"
+        if inputs > 1:
+            raise ValueError(f"{branches}{what} with {inputs} inputs")
+        if not isinstance(step, keras.Layer):
+            raise ValueError(
+                "The norm of an operation that is not a Keras layer is not known: use a layer, "
+                f"such as keras.layers.ReLU for keras.ops.relu. Received: {what}"
+            )
+        steps += _steps(step)
     return steps
 
 
-def kernels(network: keras.Layer) -> list[keras.Variable]:
+def trainable_kernels(network: keras.Layer) -> list[keras.Variable]:
     """The trainable kernels of `network`: no biases, scales or offsets.
 
     Raises:
@@ -217,15 +217,16 @@ def _slope_map(layer: keras.Layer) -> LinearMap:
 
 
 def _input_shape(layer: keras.Layer) -> tuple[int, ...]:
-    if not layer.built or not layer._inbound_nodes:
+    shapes = _keras.input_shapes(layer) if layer.built else set()
+    if not shapes:
         raise ValueError(
             "A layer's norm depends on the size of its input: build the network with keras.Input "
             f"of a full shape first. Received: layer {layer.name!r}, which has no known input"
         )
-    shapes = {tuple(node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes}
     if len(shapes) > 1 or None in next(iter(shapes)):
         raise ValueError(
             "A layer's norm depends on the size of its input, which must be known and one. "
             f"Received: layer {layer.name!r} with input shapes {sorted(map(str, shapes))}"
         )
-    return next(iter(shapes))
+    (shape,) = shapes
+    return shape

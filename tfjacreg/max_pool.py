@@ -3,62 +3,146 @@
 TensorFlow's own derivative of max-pooling's gradient will not do. Under XLA it compares inputs in
 bfloat16, so that `J v` picks the wrong input wherever two differ by less than 0.4 % (the dot test
 fails by per cents); elsewhere it looks for the maxima again in every product.
+
+Keras' layers and `keras.ops.max_pool` end in `tf.nn.max_pool`. So `held_max_pool` stands in for
+that function and its kin while a pass is recorded, whoever calls it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-LAYERS = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layers.MaxPooling3D)
+# Each with its number of spatial axes; None: as many as the input has.
+_FUNCTIONS = {"max_pool": None, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
 
 
-def held_max_pool(layer: keras.Layer, call: Callable[[tf.Tensor], tf.Tensor]) -> Any:
-    """Returns a function with the values of `call`, and exact derivatives of every order.
+class _Users(threading.local):
+    """How many passes this thread is recording."""
 
-    Args:
-        layer: A `MaxPooling` layer.
-        call: Its `call`.
+    passes = 0
+
+
+_users = _Users()
+_lock = threading.Lock()
+_originals: dict[str, Callable[..., Any]] = {}
+_threads = 0
+
+
+@contextlib.contextmanager
+def held_max_pool() -> Iterator[None]:
+    """Max-pooling in this thread, inside of the context, has exact derivatives of every order."""
+    global _threads
+    with _lock:
+        _threads += 1
+        if _threads == 1:
+            for name, rank in _FUNCTIONS.items():
+                _originals[name] = getattr(tf.nn, name)
+                setattr(tf.nn, name, functools.partial(_pool, _originals[name], rank))
+    _users.passes += 1
+    try:
+        yield
+    finally:
+        _users.passes -= 1
+        with _lock:
+            _threads -= 1
+            if _threads == 0:
+                for name, function in _originals.items():
+                    setattr(tf.nn, name, function)
+
+
+class _Window(NamedTuple):
+    """Which places a maximum is taken over, an entry for each spatial axis.
+
+    Attributes:
+        axes: The spatial axes of the input.
+        size: Of the window.
+        strides: Between windows.
+        padding: `"VALID"` or `"SAME"`.
     """
 
-    def pool(x: tf.Tensor) -> tf.Tensor:
-        axes = _spatial_axes(layer)
-        sizes = [x.shape[axis] for axis in axes]
-        tiles = tuple(layer.strides) == tuple(layer.pool_size) and None not in sizes
-        if tiles and layer.padding == "same":
-            tiles = not any(n % window for n, window in zip(sizes, layer.pool_size, strict=True))
-        # A mean over 4 or 8 places times 4 or 8 is the maximum to the last bit; over 9 it is not.
-        if tiles and int(np.prod(layer.pool_size)).bit_count() == 1:
-            return _select_from_tiles(layer, call, x, axes)
-        return _select_from_windows(layer, x, axes)
-
-    return pool
+    axes: tuple[int, ...]
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str
 
 
-def _spatial_axes(layer: keras.Layer) -> list[int]:
-    first = 2 if layer.data_format == "channels_first" else 1
-    return list(range(first, first + len(layer.pool_size)))
+def _pool(
+    original: Callable[..., Any],
+    rank: int | None,
+    input: Any,
+    ksize: Any,
+    strides: Any,
+    padding: Any,
+    data_format: str | None = None,
+    name: str | None = None,
+) -> Any:
+    """Stands in for `tf.nn.max_pool`: with the same values, and the maxima's places held."""
+    pool = functools.partial(
+        original, ksize=ksize, strides=strides, padding=padding, data_format=data_format, name=name
+    )
+    x = tf.convert_to_tensor(input)
+    # Explicit paddings and inputs of unknown rank, which no Keras layer makes, stay TensorFlow's.
+    if (
+        not _users.passes
+        or not x.dtype.is_floating
+        or x.shape.rank is None
+        or padding
+        not in (
+            "VALID",
+            "SAME",
+        )
+    ):
+        return pool(x)
+    number = x.shape.rank - 2 if rank is None else rank
+    first = 2 if (data_format or "").startswith("NC") else 1
+    window = _Window(
+        tuple(range(first, first + number)),
+        _spatial(ksize, number, first),
+        _spatial(strides, number, first),
+        padding,
+    )
+    sizes = [x.shape[axis] for axis in window.axes]
+    tiles = window.strides == window.size and None not in sizes
+    if tiles and padding == "SAME":
+        tiles = not any(n % size for n, size in zip(sizes, window.size, strict=True))
+    # A mean over 4 or 8 places times 4 or 8 is the maximum to the last bit; over 9 it is not.
+    if tiles and int(np.prod(window.size)).bit_count() == 1:
+        return _select_from_tiles(pool, x, window)
+    return _select_from_windows(x, window)
+
+
+def _spatial(values: Any, number: int, first: int) -> tuple[int, ...]:
+    """The entries of the spatial axes of what `tf.nn.max_pool` takes as sizes."""
+    values = [int(value) for value in np.ravel(values)]
+    if len(values) == 1:
+        values *= number
+    return tuple(values if len(values) == number else values[first : first + number])
 
 
 def _select_from_tiles(
-    layer: keras.Layer, call: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, axes: list[int]
+    pool: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, window: _Window
 ) -> tf.Tensor:
     """Windows that do not overlap: one mask says which inputs are maxima."""
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = call(x)
+        y = pool(x)
     mask = tf.stop_gradient(tape.gradient(y, x))
-    tile = int(np.prod(layer.pool_size))
+    tile = int(np.prod(window.size))
+    data_format = "channels_first" if window.axes[0] == 2 else "channels_last"
 
     @tf.custom_gradient
     def select(t: tf.Tensor) -> Any:
         mean = keras.ops.average_pool(
-            t * mask, layer.pool_size, layer.strides, layer.padding, layer.data_format
+            t * mask, window.size, window.strides, window.padding.lower(), data_format
         )
         return tile * mean, spread
 
@@ -67,9 +151,9 @@ def _select_from_tiles(
         # Every output goes to its whole tile, and the mask keeps it at the maximum.
         shape, tiled = [tf.shape(t)[0]], [tf.shape(t)[0]]
         for axis in range(1, len(t.shape)):
-            window = layer.pool_size[axes.index(axis)] if axis in axes else 1
+            places = window.size[window.axes.index(axis)] if axis in window.axes else 1
             shape += [t.shape[axis], 1]
-            tiled += [t.shape[axis], window]
+            tiled += [t.shape[axis], places]
         spread_out = tf.broadcast_to(tf.reshape(t, shape), tiled)
         full = [n * w for n, w in zip(tiled[1::2], tiled[2::2], strict=True)]
         spread_out = tf.reshape(spread_out, [tiled[0], *full])
@@ -81,26 +165,26 @@ def _select_from_tiles(
     return select(x)
 
 
-def _select_from_windows(layer: keras.Layer, x: tf.Tensor, axes: list[int]) -> tf.Tensor:
+def _select_from_windows(x: tf.Tensor, window: _Window) -> tf.Tensor:
     """Windows that overlap or are padded: a mask for every place in the window."""
     padding = [[0, 0] for _ in x.shape]
     counts = {}
-    for axis, window, stride in zip(axes, layer.pool_size, layer.strides, strict=True):
+    for axis, extent, stride in zip(*window[:3], strict=True):
         size = tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
-        if layer.padding == "same":
+        if window.padding == "SAME":
             counts[axis] = -(-size // stride)
-            missing = (counts[axis] - 1) * stride + window - size
+            missing = (counts[axis] - 1) * stride + extent - size
             missing = tf.maximum(missing, 0) if tf.is_tensor(missing) else max(missing, 0)
             padding[axis] = [missing // 2, missing - missing // 2]
         else:
-            counts[axis] = (size - window) // stride + 1
+            counts[axis] = (size - extent) // stride + 1
 
     def places(t: tf.Tensor, fill: Any) -> list[tf.Tensor]:
         padded = tf.pad(t, padding, constant_values=fill)
         slices = []
-        for offset in itertools.product(*map(range, layer.pool_size)):
+        for offset in itertools.product(*map(range, window.size)):
             index = [slice(None)] * len(x.shape)
-            for axis, start, stride in zip(axes, offset, layer.strides, strict=True):
+            for axis, start, stride in zip(window.axes, offset, window.strides, strict=True):
                 index[axis] = slice(start, start + (counts[axis] - 1) * stride + 1, stride)
             slices.append(padded[tuple(index)])
         return slices

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from tfjacreg import regularizers
-from tfjacreg.checks import check_network
+from tfjacreg import _keras, arguments, regularizers, signature
+from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
 
 
@@ -26,10 +30,13 @@ class RegularizedModel(keras.Model):
     `regularizer=None` the training step is Keras' own.
 
     Args:
-        network: A Keras model from `[B, *in]` to `[B, *out]`. Save it with
-            `model.network.save(...)` to use it where tfjacreg is not installed.
+        network: A Keras model. Save it with `model.network.save(...)` to use it where tfjacreg is
+            not installed.
         regularizer: Anything that `regularizers.get` takes.
-        **kwargs: `name` and `dtype`, as for any Keras model.
+        input: Which floating input the Jacobian is taken in, by position, key or name; may be left
+            out where there is only one.
+        output: Which floating output it is of, likewise.
+        **kwargs: `name` and `dtype`, as for any Keras model; the dtype policy is the network's.
 
     Raises:
         TypeError: If `network` is not a Keras layer.
@@ -41,15 +48,15 @@ class RegularizedModel(keras.Model):
     def __init__(
         self,
         network: keras.Layer,
-        regularizer: None | str | dict[str, Any] | regularizers.Regularizer = None,
+        regularizer: str | dict[str, Any] | regularizers.Regularizer | None = None,
+        input: signature.Name = None,
+        output: signature.Name = None,
         **kwargs: Any,
     ) -> None:
+        arguments.network(network)
+        # The network casts its own inputs, as it does alone.
+        kwargs = {"dtype": network.dtype_policy, **kwargs, "autocast": False}
         super().__init__(**kwargs)
-        if not isinstance(network, keras.Layer):
-            raise TypeError(
-                "`network` must be a keras.Layer, for example a keras.Model. "
-                f"Received: network={network!r} (of type {type(network).__name__})"
-            )
         if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
             raise ValueError(
                 "MultiWorkerMirroredStrategy is not supported: Keras 3 itself cannot train under "
@@ -57,22 +64,33 @@ class RegularizedModel(keras.Model):
                 "scope of a MultiWorkerMirroredStrategy"
             )
         self.network = network
-        self._is_checked = False
-        self._example_shape = tf.TensorShape(None)
         self.regularizer = regularizers.get(regularizer)
+        self._of: dict[str, Any] = {"input": input, "output": output}
+        self._is_checked = False
+        self._example: Any = None  # Of what the data holds: `tf.TensorSpec`s.
         self._penalty_state: list[keras.Variable] = []
         if self.regularizer is not None:
             self._penalty_tracker = keras.metrics.Mean(name="penalty")
-        if network.built and isinstance(getattr(network, "input_shape", None), tuple):
-            # Called once on a symbolic input: it can then be summarized and exported at once.
-            self(keras.KerasTensor(network.input_shape, dtype=network.input_dtype))
+        inputs = _keras.input_structure(network) if network.built else None
+        if inputs is not None:
+            # Called once on symbolic inputs: it can then be summarized and exported at once.
+            self(_symbolic(inputs))
+
+    @property
+    def output_names(self) -> list[str] | None:
+        """The names of the network's outputs, by which losses and metrics may be given."""
+        return getattr(self.network, "output_names", None)
 
     def build(self, input_shape: Any) -> None:
         """Builds the network and makes the variables that the penalty remembers things in."""
-        self._example_shape = tf.TensorShape(input_shape[1:])
         if not self.network.built:
             # A symbolic call, which also builds what a subclassed network holds.
-            self.network(keras.KerasTensor(input_shape, dtype=self.network.input_dtype))
+            dtype = self.network.input_dtype
+            self.network(
+                keras.tree.map_shape_structure(lambda s: keras.KerasTensor(s, dtype), input_shape)
+                if self._example is None
+                else _symbolic(self._example)
+            )
         if self.regularizer is not None:
             if not self.network.trainable_variables:
                 raise ValueError(
@@ -80,10 +98,15 @@ class RegularizedModel(keras.Model):
                     "`trainable = True` on some layer, or pass regularizer=None. "
                     f"Received: network={self.network.name!r}"
                 )
+            # In a variable, so that a traced step sees a new factor. In double precision: the
+            # product is rounded as that with Python's number.
+            factor = self.regularizer.factor
+            number = factor if isinstance(factor, float) else np.nan
+            self._factor_variable = tf.Variable(number, trainable=False, dtype=tf.float64)
             self._penalty_state = [
                 self.add_weight(
                     shape=value.shape,
-                    initializer=lambda shape, dtype, value=value: tf.constant(value, dtype),
+                    initializer=functools.partial(_starting_at, value),
                     dtype=value.dtype.name,
                     trainable=False,
                     aggregation="only_first_replica",
@@ -101,65 +124,98 @@ class RegularizedModel(keras.Model):
         """Keras' own, called before anything is traced: here the shape of the data is known."""
         super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
-            data_batch = iterator._distributed_dataset.element_spec
+            data_batch = _keras.element_spec(iterator)
         x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
-        # Of several inputs, and of the parts of a batch for several devices, there is no one shape.
-        shape = tf.TensorShape(getattr(x, "shape", None))
-        if shape.rank and not self.built:
-            self.build((None, *shape[1:]))
-        if shape.rank and shape[1:].is_fully_defined():
-            self._example_shape = shape[1:]
+        if not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in keras.tree.flatten(x)):
+            return  # The parts of a batch for several devices have no one shape.
+        self._example = keras.tree.map_structure(
+            lambda t: tf.TensorSpec(_without_size(tf.TensorShape(t.shape)), t.dtype), x
+        )
+        if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example)):
+            self(_symbolic(self._example))
 
     def make_train_function(self, force: bool = False) -> Any:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
         self._check()
-        return super().make_train_function(force)
+        super().make_train_function(force)
+        function = vars(self)["train_function"]
+        if self.regularizer is not None and not isinstance(function, _WithFactor):
+            function = _WithFactor(self, function)
+            self.train_function = function
+        return function
 
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
         regularizer = self.regularizer
-        if self._is_checked or regularizer is None or not regularizer.of_jacobian:
+        if self._is_checked or not isinstance(regularizer, regularizers.JacobianRegularizer):
             return
-        if not self._example_shape.is_fully_defined():
+        example = signature.example(self.network, self._example)
+        if example is None:
             return  # The norms themselves refuse axes of unknown size.
-        # A stateful recurrence takes batches of one size only.
-        size = (getattr(self.network, "input_shape", None) or [None])[0] or 2
-        if size < 2:
-            return
-        x = tf.random.stateless_normal((size, *self._example_shape), (0, 0), alg="philox")
-        check_network(self.network, x, forward_mode=regularizer.forward_mode)
+        # FrobeniusNorm and penalties of one's own make no first product along the pass.
+        forward_mode = getattr(regularizer, "forward_mode", "transpose")
+        check_network(self.network, example, forward_mode=forward_mode, **self._of)
         self._is_checked = True
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One step on the loss plus the penalty: forward mode, backward mode, then the gradient."""
+        """One step on the loss plus the penalty, in the order of Algorithm 1."""
         if self.regularizer is None:
             return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if not self.built:
-            self.build(x.shape)
         with tf.GradientTape() as tape:
-            operator = JacobianOperator(
-                self, x, training=True, forward_mode=self.regularizer.forward_mode
-            )
-            # The penalty comes first: its first product can then share the one forward pass.
-            penalty, state = self.regularizer(operator, self._penalty_state)
-            y_pred = operator.primal if operator.has_run else self(x, training=True)
-            loss = self._compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-            )
-            # Keras' loss is already divided by the number of replicas whose gradients are summed.
+            # Forward mode, along the pass of the loss.
+            subject, y_pred = self._forward(x)
+            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            # Backward mode.
+            with self._explained():
+                regularizer: Any = self.regularizer
+                penalty, state = regularizer(subject, self._penalty_state)
+            # Keras scales the loss by 1/replicas because gradients are summed; and so the penalty.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             penalty = tf.cast(penalty, loss.dtype)
-            loss += self.regularizer.factor * penalty / replicas
-            batch_size = tf.shape(operator.x)[0]
-            self._loss_tracker.update_state(loss * replicas, sample_weight=batch_size)
-            self._penalty_tracker.update_state(penalty, sample_weight=batch_size)
+            loss += tf.cast(self._factor(), loss.dtype) * penalty / replicas
+            self._track(loss * replicas, penalty, x)
             loss = self.optimizer.scale_loss(loss)
         weights = self.trainable_weights
-        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        with self._explained():
+            gradients = tape.gradient(loss, weights)
+        self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
         for variable, value in zip(self._penalty_state, state, strict=True):
             variable.assign(value)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _forward(self, x: Any) -> tuple[JacobianOperator | keras.Layer, Any]:
+        """The forward pass: what the penalty is of, and the network's outputs."""
+        if not isinstance(self.regularizer, regularizers.JacobianRegularizer):
+            return self.network, self(x, training=True)
+        start = signature.taken(self.network, x, self._of["input"]).x
+        tangent = self.regularizer.tangent_of_the_pass(start, self._penalty_state)
+        jacobian = JacobianOperator(self.network, x, training=True, tangent=tangent, **self._of)
+        return jacobian, jacobian.outputs
+
+    def _factor(self) -> Any:
+        """The weight of the penalty at this step."""
+        factor = self.regularizer.factor  # type: ignore[union-attr]
+        if isinstance(factor, keras.optimizers.schedules.LearningRateSchedule):
+            return factor(self.optimizer.iterations)
+        return self._factor_variable
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What TensorFlow cannot differentiate often enough, in words."""
+        try:
+            yield
+        except (TypeError, LookupError, AttributeError) as error:
+            mode = getattr(self.regularizer, "forward_mode", "transpose")
+            raise explained(error, self.network, mode) from error
+
+    def _track(self, loss: tf.Tensor, penalty: tf.Tensor, x: Any) -> None:
+        """Adds to the epoch's means of the loss and the penalty."""
+        batch_size = tf.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=batch_size)
+        self._penalty_tracker.update_state(penalty, sample_weight=batch_size)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Keras' own: the penalty belongs to training, so its metric is left out."""
@@ -173,6 +229,7 @@ class RegularizedModel(keras.Model):
             **super().get_config(),
             "network": keras.saving.serialize_keras_object(self.network),
             "regularizer": keras.saving.serialize_keras_object(self.regularizer),
+            **self._of,
         }
 
     @classmethod
@@ -186,3 +243,45 @@ class RegularizedModel(keras.Model):
                 config[key], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+class _WithFactor:
+    """A train function that sees a factor which was changed since its last call."""
+
+    def __init__(self, model: RegularizedModel, function: Any) -> None:
+        self._model = model
+        self._function = function
+        self._traced: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        factor = self._model.regularizer.factor  # type: ignore[union-attr]
+        if factor is not self._traced:
+            if self._traced is not None and not (
+                isinstance(factor, float) and isinstance(self._traced, float)
+            ):
+                raise ValueError(
+                    "A schedule of the factor, or a number in its place, counts only after "
+                    f"`model.compile(...)`. Received: factor={factor!r}"
+                )
+            if isinstance(factor, float):
+                self._model._factor_variable.assign(factor)
+            self._traced = factor
+        return self._function(*args)
+
+
+def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:
+    """An initializer of a variable that starts with a given value."""
+    return tf.constant(value, dtype, shape)
+
+
+def _without_size(shape: tf.TensorShape) -> tf.TensorShape:
+    """The shape of a batch of any size."""
+    return tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
+
+
+def _symbolic(structure: Any) -> Any:
+    """Keras' symbolic tensors of the shapes and dtypes of a structure of tensors."""
+    return keras.tree.map_structure(
+        lambda t: keras.KerasTensor(tuple(t.shape), keras.backend.standardize_dtype(t.dtype)),
+        structure,
+    )

@@ -1,145 +1,100 @@
-"""The four penalties of the paper's comparison, behind one call signature.
+"""The four penalties of the paper's comparison, of two kinds.
 
-`regularizer(operator, state)` returns the penalty of a batch, without its factor, and the next
-state. `RegularizedModel` adds `factor * penalty` to the loss and keeps the state (a step counter
-for random starts, iteration vectors) in variables, so that it is saved with the model.
+A penalty of the Jacobian is called with the operator of the batch, one of the weights with the
+network: `regularizer(subject, state)` returns the penalty without its factor, and the next state.
+`RegularizedModel` adds `factor * penalty` to the loss and keeps the state (a step counter for
+random starts, iteration vectors) in variables, so that it is saved with the model.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.optimizers import schedules
 
-from tfjacreg import linear_maps, norms
-from tfjacreg.jacobian import JacobianOperator, validate_forward_mode
+from tfjacreg import arguments, estimators, linear_maps
+from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator
+from tfjacreg.vectors import fresh_seed, random_unit
 
 DEFAULT_FACTOR = 0.01
 
+Factor: TypeAlias = "float | schedules.LearningRateSchedule"
 State = Sequence[Any]
+Key = tuple[Any, Any]
 
 
 class Regularizer:
-    """Base of the penalties: a factor, a config, and the call described above.
+    """Base of the penalties: a factor and a config.
 
     Args:
-        factor: The weight lambda of the penalty in the loss, >= 0.
+        factor: The weight lambda of the penalty in the loss, >= 0; or a
+            `keras.optimizers.schedules.LearningRateSchedule`, which gives it at each step of the
+            optimizer. A new value counts from the next step of `fit` on.
 
     Raises:
-        ValueError: If `factor` is not a finite number >= 0.
+        ValueError: If `factor` is neither a finite number >= 0 nor a schedule.
     """
 
-    def __init__(self, factor: float) -> None:
-        if (
-            isinstance(factor, bool)
-            or not isinstance(factor, numbers.Real)
-            or not math.isfinite(factor)
-            or factor < 0
-        ):
-            raise ValueError(f"`factor` must be a finite number >= 0. Received: factor={factor!r}")
-        self.factor: float = float(factor)
+    def __init__(self, factor: Factor) -> None:
+        self.factor = factor
 
-    # Whether the penalty is one of the Jacobian, whose products `fit` then checks first.
-    of_jacobian = True
+    @property
+    def factor(self) -> Factor:
+        """The weight of the penalty in the loss, or its schedule."""
+        return self._factor
+
+    @factor.setter
+    def factor(self, factor: Factor) -> None:
+        if not isinstance(factor, schedules.LearningRateSchedule):
+            factor = arguments.non_negative("factor", factor)
+        self._factor: Factor = factor
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """What the penalty remembers from step to step, at the first step."""
         return []
 
-    def __call__(
-        self, operator: JacobianOperator, state: State
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes the penalty of a batch.
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        scheduled = isinstance(self.factor, schedules.LearningRateSchedule)
+        return {"factor": schedules.serialize(self.factor) if scheduled else self.factor}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Regularizer:
+        """Makes the regularizer that `get_config` described."""
+        factor = config["factor"]
+        if isinstance(factor, dict):
+            factor = schedules.deserialize(factor)
+        return cls(**{**config, "factor": factor})
+
+
+class WeightRegularizer(Regularizer):
+    """A penalty of the weights: it is called with the network and needs no Jacobian."""
+
+    def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Computes the penalty.
 
         Args:
-            operator: The batch's Jacobians; `operator.network` is the network.
+            network: The network.
             state: What `initial_state` or the last call returned.
 
         Returns:
             The penalty without its factor, a scalar, and the next state.
         """
-        raise TypeError(f"{type(self).__name__} must define __call__(operator, state)")
-
-    @property
-    def forward_mode(self) -> str:
-        """How the operator that the penalty is given should compute J v."""
-        return "accumulator"
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments."""
-        return {"factor": self.factor}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Regularizer:
-        """Makes the regularizer that `get_config` described."""
-        return cls(**config)
+        raise TypeError(f"{type(self).__name__} must define __call__(network, state)")
 
 
-class _RandomStart(Regularizer):
-    """A penalty that draws vectors: its state is the seed and the number of draws so far."""
+class JacobianRegularizer(Regularizer):
+    """A penalty of the Jacobian: the mean over the batch of a value of each example's matrix.
 
-    def __init__(self, factor: float, seed: int | None, fraction: float) -> None:
-        super().__init__(factor)
-        self.seed = norms.validate_seed(seed)
-        if (
-            isinstance(fraction, bool)
-            or not isinstance(fraction, numbers.Real)
-            or not 0 < fraction <= 1
-        ):
-            raise ValueError(
-                f"`fraction` must be a number in (0, 1]. Received: fraction={fraction!r}"
-            )
-        self.fraction: float = float(fraction)
-
-    def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
-        """The seed and the number of draws so far."""
-        return [np.array([norms.fresh_seed(self.seed), 0], np.int64)]
-
-    def _draw(self, state: State) -> tuple[tuple[tf.Tensor, tf.Tensor], list[tf.Tensor]]:
-        """The key of this draw, different on every replica, and the next state."""
-        (seed_and_count,) = state
-        seed, count = tf.unstack(tf.convert_to_tensor(seed_and_count))
-        context = tf.distribute.get_replica_context()
-        replica = tf.cast(context.replica_id_in_sync_group, count.dtype)
-        draw = count * context.num_replicas_in_sync + replica
-        return (seed, draw), [tf.stack([seed, count + 1])]
-
-    def _penalized(self, operator: JacobianOperator, key: tuple[Any, Any]) -> JacobianOperator:
-        """The operator of the examples that are penalized in this step: each equally likely."""
-        if self.fraction == 1:
-            return operator
-        batch_size = tf.shape(operator.x)[0]
-        seed, draw = key
-        # Negative numbers are draws of nothing else.
-        uniform = tf.random.stateless_uniform([batch_size], (seed, -1 - draw), alg="philox")
-        size = tf.cast(tf.round(self.fraction * tf.cast(batch_size, tf.float32)), tf.int32)
-        return operator.of_examples(tf.argsort(uniform)[: tf.maximum(size, 1)])
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments."""
-        return {**super().get_config(), "seed": self.seed, "fraction": self.fraction}
-
-
-@keras.saving.register_keras_serializable("tfjacreg")
-class SpectralNorm(_RandomStart):
-    """The exact spectral norm of the Jacobian at every training point, eq. (8).
-
-    The penalty is the mean over the batch of `h(sigma_i)`, `sigma_i = ||J^T u_i||`, where the unit
-    vector `u_i` comes from Algorithm 1 (or Lanczos, or the whole Gram matrix) and carries no
-    gradient: `d sigma = u^T dJ v`. Where J = 0, sigma and its gradient are 0.
+    A penalty of your own defines `per_example`. The state is the seed and the number of draws.
 
     Args:
-        factor: The weight lambda, >= 0.
-        method: `"power"` (the paper's), `"lanczos"` or `"exact"`; see `norms.spectral_norm`.
-        iterations: The N of Algorithm 1, or the steps of Lanczos: 2 N products.
-        squared: Whether h(s) = s^2 instead of h(s) = s (eq. 1).
-        seed: Seed of the random starts; None draws a new one.
-        forward_mode: How J v is computed, `"accumulator"` or `"transpose"`; see `JacobianOperator`.
+        factor: The weight lambda, >= 0, or a schedule of it.
+        seed: Seed of the random vectors; None draws a new one.
         fraction: The part of each batch that is penalized, in (0, 1]: `round(fraction * B)`
             examples, at least one, drawn at random, so that the mean is unbiased. Below 1 they take
             a forward pass of their own, and networks with BatchNorm or dropout are refused.
@@ -148,41 +103,139 @@ class SpectralNorm(_RandomStart):
         ValueError: If an argument is out of range.
     """
 
+    def __init__(self, factor: Factor, seed: int | None = None, fraction: float = 1.0) -> None:
+        super().__init__(factor)
+        self.seed = arguments.seed(seed)
+        self.fraction: float = arguments.fraction(fraction)
+
+    def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
+        """The value of every example, `[B]`, whose mean is the penalty.
+
+        Args:
+            jacobian: The Jacobians. Where `jacobian.tangent` is not None, it is what `tangent`
+                returned for the same key.
+            key: Seed of the random numbers, and which draw this is (two integers); different at
+                each step and on each replica.
+        """
+        raise TypeError(f"{type(self).__name__} must define per_example(jacobian, key)")
+
+    def tangent(self, x: tf.Tensor, key: Key) -> tf.Tensor | None:
+        """The vectors v, `[B, *in]`, whose `J v` the forward pass is to compute; None for none.
+
+        Args:
+            x: The input of the Jacobian, `[B, *in]`.
+            key: That of `per_example`.
+        """
+        return None
+
+    def tangent_of_the_pass(self, x: tf.Tensor, state: State) -> tf.Tensor | None:
+        """The tangent with which the forward pass of the whole batch must run, or None."""
+        if self.fraction < 1:  # The penalized examples have a pass of their own.
+            return None
+        return self.tangent(x, self._next_key(state)[0])
+
+    def __call__(
+        self, jacobian: JacobianOperator, state: State
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Computes the mean over the penalized examples.
+
+        Args:
+            jacobian: The Jacobians of the batch, from a pass with `tangent_of_the_pass` or none.
+            state: What `initial_state` or the last call returned.
+
+        Returns:
+            The penalty without its factor, a scalar, and the next state.
+        """
+        key, state = self._next_key(state)
+        if self.fraction < 1:
+            jacobian = self._sampled(jacobian, key)
+        return tf.reduce_mean(self.per_example(jacobian, key)), state
+
+    def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
+        """The seed and the number of draws so far."""
+        return [np.array([fresh_seed(self.seed), 0], np.int64)]
+
+    def _next_key(self, state: State) -> tuple[Key, list[tf.Tensor]]:
+        """The key of this draw, different on every replica, and the next state."""
+        (seed_and_count,) = state
+        seed, count = tf.unstack(tf.convert_to_tensor(seed_and_count))
+        context = tf.distribute.get_replica_context()
+        replica = tf.cast(context.replica_id_in_sync_group, count.dtype)
+        draw = count * context.num_replicas_in_sync + replica
+        return (seed, draw), [tf.stack([seed, count + 1])]
+
+    def _sampled(self, jacobian: JacobianOperator, key: Key) -> JacobianOperator:
+        """The operator of the examples that are penalized in this step: each equally likely."""
+        batch_size = tf.shape(jacobian.x)[0]
+        seed, draw = key
+        # `_next_key` never gives negative draws, so this stream is disjoint from the others.
+        uniform = tf.random.stateless_uniform([batch_size], (seed, -1 - draw), alg="philox")
+        size = tf.cast(tf.round(self.fraction * tf.cast(batch_size, tf.float32)), tf.int32)
+        indices = tf.argsort(uniform)[: tf.maximum(size, 1)]
+        return jacobian.subset(indices, self.tangent(tf.gather(jacobian.x, indices), key))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "seed": self.seed, "fraction": self.fraction}
+
+
+@keras.saving.register_keras_serializable("tfjacreg")
+class SpectralNorm(JacobianRegularizer):
+    """The exact spectral norm of the Jacobian at every training point, eq. (8).
+
+    The penalty is the mean over the batch of `h(sigma_i)`, `sigma_i = ||J^T u_i||`, where the unit
+    vector `u_i` comes from Algorithm 1 (or Lanczos, or the whole Gram matrix) and carries no
+    gradient: `d sigma = u^T dJ v`. Where J = 0, sigma and its gradient are 0.
+
+    Args:
+        factor: The weight lambda, >= 0, or a schedule of it.
+        method: `"power"` (the paper's), `"lanczos"` or `"exact"`; see `norms.spectral_norm`.
+        iterations: The N of Algorithm 1, or the steps of Lanczos: 2 N products.
+        squared: Whether h(s) = s^2 instead of h(s) = s (eq. 1).
+        seed: Seed of the random starts; None draws a new one.
+        forward_mode: How the first J v is computed: `"accumulator"` by a
+            `tf.autodiff.ForwardAccumulator` along the forward pass, `"transpose"` as every other
+            product, by transposing J^T u. The same numbers; loops in a graph need the second.
+        fraction: The part of each batch that is penalized; see `JacobianRegularizer`.
+        threshold: h acts on `max(sigma - threshold, 0)`: slopes below it are left alone. In
+            logits (or whatever the output is) per unit of the network's own input; 0 is the paper.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
     def __init__(
         self,
-        factor: float,
+        factor: Factor,
         method: str = "power",
         iterations: int = 1,
         squared: bool = False,
         seed: int | None = None,
         forward_mode: str = "accumulator",
         fraction: float = 1.0,
+        threshold: float = 0.0,
     ) -> None:
         super().__init__(factor, seed, fraction)
-        norms.validate_method(method, iterations)
+        self.iterations = estimators.validate_method(method, iterations)
         self.method = method
-        self.iterations = int(iterations)
         self.squared = bool(squared)
-        self._forward_mode = validate_forward_mode(forward_mode)
+        self.forward_mode = arguments.one_of("forward_mode", forward_mode, FORWARD_MODES)
+        self.threshold = arguments.non_negative("threshold", threshold)
 
-    @property
-    def forward_mode(self) -> str:
-        """How the operator that the penalty is given should compute J v."""
-        return self._forward_mode
+    def tangent(self, x: tf.Tensor, key: Key) -> tf.Tensor | None:
+        """The random start of Algorithm 1, unless the forward mode or the method needs none."""
+        if self.forward_mode == "transpose" or self.method == "exact":
+            return None
+        return random_unit(x, key)
 
-    def __call__(
-        self, operator: JacobianOperator, state: State
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes the mean of h(sigma); see the base class."""
-        key, state = self._draw(state)
-        operator = self._penalized(operator, key)
-        start = norms.random_unit(operator.x, key)
-        u = norms.left_vector(operator, self.method, self.iterations, start)
-        w = operator.rmatvec(u)
-        # ||w|| written as <w, v> with v constant: the same gradient, and 0 instead of NaN at w = 0.
-        v = tf.stop_gradient(norms.unit(w))
-        sigma = norms.inner(w, v)
-        return tf.reduce_mean(tf.square(sigma) if self.squared else sigma), state
+    def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
+        """h(sigma) of every example; see the base class."""
+        start = random_unit(jacobian.x, key) if jacobian.tangent is None else jacobian.tangent
+        u = estimators.leading_left_vector(jacobian, self.method, self.iterations, start)
+        sigma, _ = estimators.singular_value(jacobian, u)
+        if self.threshold:
+            sigma = tf.nn.relu(sigma - self.threshold)
+        return tf.square(sigma) if self.squared else sigma
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
@@ -192,20 +245,21 @@ class SpectralNorm(_RandomStart):
             "iterations": self.iterations,
             "squared": self.squared,
             "forward_mode": self.forward_mode,
+            "threshold": self.threshold,
         }
 
 
 @keras.saving.register_keras_serializable("tfjacreg")
-class FrobeniusNorm(_RandomStart):
+class FrobeniusNorm(JacobianRegularizer):
     """The squared Frobenius norm of the Jacobian, by random projections, eq. (2).
 
     The penalty is the mean over the batch of the unbiased estimate of `||J_i||_F^2`.
 
     Args:
-        factor: The weight lambda, >= 0.
+        factor: The weight lambda, >= 0, or a schedule of it.
         num_projections: `n_proj`, the projections drawn for every example, at each step.
         seed: Seed of the projections; None draws a new one.
-        fraction: The part of each batch that is penalized, in (0, 1]; see `SpectralNorm`.
+        fraction: The part of each batch that is penalized; see `JacobianRegularizer`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -213,22 +267,17 @@ class FrobeniusNorm(_RandomStart):
 
     def __init__(
         self,
-        factor: float,
+        factor: Factor,
         num_projections: int = 1,
         seed: int | None = None,
         fraction: float = 1.0,
     ) -> None:
         super().__init__(factor, seed, fraction)
-        self.num_projections = norms.validate_positive("num_projections", num_projections)
+        self.num_projections = arguments.positive_integer("num_projections", num_projections)
 
-    def __call__(
-        self, operator: JacobianOperator, state: State
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes the mean squared Frobenius norm; see the base class."""
-        key, state = self._draw(state)
-        operator = self._penalized(operator, key)
-        squares = norms.squared_frobenius_sample(operator, self.num_projections, key)
-        return tf.reduce_mean(squares), state
+    def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
+        """The estimate of every example; see the base class."""
+        return estimators.squared_frobenius_sample(jacobian, self.num_projections, key)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
@@ -236,7 +285,7 @@ class FrobeniusNorm(_RandomStart):
 
 
 @keras.saving.register_keras_serializable("tfjacreg")
-class SpectralBound(Regularizer):
+class SpectralBound(WeightRegularizer):
     """The sum of the layers' squared norms, `sum_l ||W^l||_2^2`, eq. (5) (Yoshida and Miyato).
 
     Every step goes on with the power iteration of the step before, so that one iteration is enough
@@ -244,7 +293,7 @@ class SpectralBound(Regularizer):
     stride and padding at its input's size.
 
     Args:
-        factor: The weight lambda, >= 0.
+        factor: The weight lambda, >= 0, or a schedule of it.
         iterations: Power iterations for every layer at each step.
         seed: Seed of the iteration vectors; None draws a new one.
 
@@ -252,32 +301,27 @@ class SpectralBound(Regularizer):
         ValueError: If an argument is out of range.
     """
 
-    of_jacobian = False
-
-    def __init__(self, factor: float, iterations: int = 1, seed: int | None = None) -> None:
+    def __init__(self, factor: Factor, iterations: int = 1, seed: int | None = None) -> None:
         super().__init__(factor)
-        self.iterations = norms.validate_positive("iterations", iterations)
-        self.seed = norms.validate_seed(seed)
+        self.iterations = arguments.positive_integer("iterations", iterations)
+        self.seed = arguments.seed(seed)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """A random right vector for every layer with a kernel."""
-        seed = norms.fresh_seed(self.seed)
+        seed = fresh_seed(self.seed)
         return [
-            norms.random_unit(linear_map.x, (seed, number)).numpy()
-            for number, linear_map in enumerate(linear_maps.weighted(network))
+            random_unit(linear_map.x, (seed, number)).numpy()
+            for number, linear_map in enumerate(linear_maps.layer_maps(network))
         ]
 
-    def __call__(
-        self, operator: JacobianOperator, state: State
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Computes the sum over layers; see the base class."""
         squares, next_state = [], []
-        for linear_map, start in zip(linear_maps.weighted(operator.network), state, strict=True):
+        for linear_map, start in zip(linear_maps.layer_maps(network), state, strict=True):
             start = tf.convert_to_tensor(start)
-            u = norms.left_vector(linear_map, "power", self.iterations, start)
-            w = linear_map.rmatvec(u)
-            v = tf.stop_gradient(norms.unit(w))
-            squares.append(tf.square(tf.reduce_sum(w * v)))
+            u = estimators.leading_left_vector(linear_map, "power", self.iterations, start)
+            sigma, v = estimators.singular_value(linear_map, u)
+            squares.append(tf.reduce_sum(tf.square(sigma)))
             # A layer of zeros must not end its iteration for good.
             next_state.append(tf.where(tf.reduce_any(v != 0), v, start))
         return tf.add_n(squares), next_state
@@ -288,7 +332,7 @@ class SpectralBound(Regularizer):
 
 
 @keras.saving.register_keras_serializable("tfjacreg")
-class WeightDecay(Regularizer):
+class WeightDecay(WeightRegularizer):
     """The sum of the squares of all kernels, `sum_l ||W^l||_F^2`: L2 without biases and BatchNorm.
 
     Args:
@@ -299,20 +343,16 @@ class WeightDecay(Regularizer):
         ValueError: If `factor` is out of range.
     """
 
-    of_jacobian = False
-
-    def __call__(
-        self, operator: JacobianOperator, state: State
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Computes the sum over kernels; see the base class."""
         squares = [
             tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel.value)))
-            for kernel in linear_maps.kernels(operator.network)
+            for kernel in linear_maps.trainable_kernels(network)
         ]
         return tf.add_n(squares), []
 
 
-NAMES: dict[str, Callable[..., Regularizer]] = {
+BY_NAME: dict[str, Callable[..., Regularizer]] = {
     "spectral": SpectralNorm,
     "frobenius": FrobeniusNorm,
     "spectral_bound": SpectralBound,
@@ -320,11 +360,11 @@ NAMES: dict[str, Callable[..., Regularizer]] = {
 }
 
 
-def get(identifier: None | str | dict[str, Any] | Regularizer) -> Regularizer | None:
+def get(identifier: str | dict[str, Any] | Regularizer | None) -> Regularizer | None:
     """Returns the regularizer that `identifier` means.
 
     Args:
-        identifier: None; a name in `NAMES`, for that penalty with `factor=DEFAULT_FACTOR`; a
+        identifier: None; a name in `BY_NAME`, for that penalty with `factor=DEFAULT_FACTOR`; a
             serialized object, or `{"class_name": ..., "config": {...}}`; or a regularizer.
 
     Raises:
@@ -334,13 +374,13 @@ def get(identifier: None | str | dict[str, Any] | Regularizer) -> Regularizer | 
     if identifier is None or isinstance(identifier, Regularizer):
         return identifier
     if isinstance(identifier, str):
-        if identifier not in NAMES:
+        if identifier not in BY_NAME:
             raise ValueError(
-                f"A regularizer's name must be one of {sorted(NAMES)}. Received: {identifier!r}"
+                f"A regularizer's name must be one of {sorted(BY_NAME)}. Received: {identifier!r}"
             )
-        return NAMES[identifier](DEFAULT_FACTOR)
+        return BY_NAME[identifier](DEFAULT_FACTOR)
     if isinstance(identifier, dict):
-        known = {cls.__name__: cls for cls in NAMES.values()}
+        known = {cls.__name__: cls for cls in BY_NAME.values()}
         name = identifier.get("class_name")
         if not identifier.get("module") and name not in known:
             raise ValueError(

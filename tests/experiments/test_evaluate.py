@@ -14,7 +14,7 @@ import pytest
 from keras import layers
 
 from tfjacreg import attacks, datasets, robustness
-from tfjacreg.experiments import evaluation
+from tfjacreg.experiments import environment, evaluation
 
 SCRIPT = Path(__file__).parents[2] / "evaluate.py"
 SMALL = {
@@ -178,6 +178,33 @@ def test_other_settings_are_refused_unless_overwritten(make_run, tmp_path, chang
     assert "pgd" in read(run) and "noise" not in read(run)
 
 
+def test_an_evaluation_with_the_keys_of_the_first_version_goes_on(make_run, tmp_path):
+    """Its device is "CPU", and it does not name oneDNN; its versions count as before."""
+    run = make_run()
+    call(run, "--attacks", "noise", "--out", tmp_path / "out")
+    content = read(run)
+    del content["environment"]["onednn"]
+    content["environment"]["device"] = "CPU"
+    (run / "evaluation.json").write_text(json.dumps(content))
+    call(run, "--attacks", "pgd", "--out", tmp_path / "out")
+    assert {"noise", "pgd"} < read(run).keys()
+    content["environment"]["keras"] = "2.0"
+    (run / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="made with keras=2.0, now it is"):
+        call(run, "--attacks", "pgd", "--out", tmp_path / "out")
+
+
+def test_another_device_is_refused():
+    now = environment.environment()
+    assert environment.differences(now, now) == {}
+    assert environment.differences(now | {"device": "CPU"}, now) == {}
+    other = {"device": ("another", now["device"])}
+    assert environment.differences(now | {"device": "another"}, now) == other
+    gpu = now | {"device": "a GPU"}
+    assert environment.differences({"device": "CPU"}, gpu) == {"device": ("CPU", "a GPU")}
+    assert environment.differences({"device": "a GPU", "python": now["python"]}, gpu) == {}
+
+
 def test_another_classifier_is_refused(make_run, tmp_path, classifiers):
     run = make_run()
     call(run, "--attacks", "noise", "--out", tmp_path / "out")
@@ -310,36 +337,15 @@ def test_bad_arguments(capsys, arguments, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "name a RUN to judge, or --report DIR"),
-        (["run", "--benchmarks", "results"], "--benchmarks goes with --report alone"),
-        (["run", "--report", "a"], r"and --out alone. Received: ['runs']"),
-        (["--report", "a", "b", "--limit", "9", "--boundary"], "Received: ['boundary', 'limit']"),
-        (["--report", "a", "--attacks", "pgd"], "Received: ['attacks']"),
+        ([], "required: RUN"),
+        (["run", "--benchmarks", "results"], "unrecognized arguments: --benchmarks"),
+        (["--report", "a", "b", "--limit", "9", "--boundary"], "unrecognized arguments: --report"),
     ],
 )
 def test_judging_and_reporting_do_not_mix(capsys, arguments, message):
     with pytest.raises(SystemExit):
         script().parse(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_a_report_goes_into_the_sweeps_folder_or_out(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Where there is no results folder, whose benchmarks it would read.
-    sweep = tmp_path / "sweep"
-    sweep.mkdir()
-    toml = 'dataset = "digits"\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'
-    (sweep / "sweep.toml").write_text(toml)
-    assert script().main(["--report", str(sweep)]) == 0
-    assert capsys.readouterr().out == f"{sweep}/report/report.html\n"
-    assert {p.name for p in (sweep / "report").iterdir()} >= {"report.md", "report.html"}
-    assert script().main(["--report", str(sweep), "--out", str(tmp_path / "there")]) == 0
-    assert (tmp_path / "there" / "report.html").is_file()
-    missing = ["--report", str(sweep), "--benchmarks", str(tmp_path / "none")]
-    assert script().main(missing) == 2
-    assert "--benchmarks must be a folder" in capsys.readouterr().err
-    (sweep / "sweep.toml").unlink()
-    assert script().main(["--report", str(sweep)]) == 2
-    assert "must hold sweep.toml" in capsys.readouterr().err
 
 
 def test_errors_end_the_script_with_one_line(tmp_path):

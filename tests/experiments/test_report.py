@@ -4,7 +4,6 @@ import base64
 import csv
 import dataclasses
 import hashlib
-import html.parser
 import importlib.util
 import json
 import math
@@ -12,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,8 @@ import pytest
 from matplotlib import image
 from selenium import webdriver
 
-from tfjacreg import datasets
-from tfjacreg.experiments import html as page
-from tfjacreg.experiments import report, selection, tables
-from tfjacreg.experiments.run import RunConfig
+from tfjacreg.experiments import html, report, selection, tables
+from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +79,7 @@ def write_run(folder, config, last_val, lowest_test, seed):
         "step_seconds": 0.001 * (1 + rng.random()),
         "val_loss": rows[-1]["val_loss"],
         "val_accuracy": 0.9,
+        "training_seconds": 1000 * (1 + rng.random()),
         "lowest_val_loss": rows[1],
         "lowest_test_loss": rows[2],
     }
@@ -300,7 +299,7 @@ def test_what_is_missing_is_said(folder, nothing):
 
 def test_runs_of_others_are_left_out_and_named(folder, nothing):
     before = write(folder, nothing)
-    other = RunConfig(dataset="fashion_mnist", epochs=EPOCHS, factor=0.5)
+    other = RunConfig.of(dataset="fashion_mnist", epochs=EPOCHS, factor=0.5)
     write_run(folder / "by-hand", other, 0.001, 0.001, 9)
     after = write(folder, nothing)
     assert "Left out, because `sweep.toml` does not name them: `by-hand`." in after
@@ -317,6 +316,44 @@ def test_nothing_has_finished(tmp_path, nothing):
     assert "Paper" not in table[0] and "The paper:" not in text
     assert "**6 of 6 cells are incomplete.**" in text and "0 finished runs, 0.0 hours" in text
     assert not list((folder / "report").glob("*.png"))
+
+
+def test_on_the_whole_training_set_nothing_is_chosen_by_validation(tmp_path, nothing):
+    """The only cell of a method stands for it; of several none does."""
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    text = TOML.format(dataset="fashion_mnist", epochs=EPOCHS)
+    (folder / "sweep.toml").write_text("whole_training_set = true\n" + text)
+    sweep = Sweep.load(folder / "sweep.toml")
+    for (cell, _), config in sweep.configs().items():
+        run = folder / sweep.folder(config)
+        write_run(run, config, 0.5, 0.2, list(sweep.cells).index(cell))
+        metrics = json.loads((run / "metrics.json").read_text())
+        metrics = {name: value for name, value in metrics.items() if "val" not in name}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        lines = (run / "history.csv").read_text().splitlines()
+        (run / "history.csv").write_text(
+            "".join(re.sub(r"^([^,]*),[^,]*,", r"\1,", line) + "\n" for line in lines)
+        )
+    text = write(folder, nothing)
+    assert "constant learning rate, the whole training set, 6 cells" in text
+    assert "no validation loss to choose by" in text
+    rows = {row["Method"]: row for row in rows_below(text, "### fashion_mnist")}
+    assert {m for m, row in rows.items() if row["Last epoch"].startswith("no val")} == {
+        "Spectral",
+        "L2",
+    }
+    for method, row in rows.items():
+        assert row["Lowest validation loss"] == "" and row["Chosen on the test split"] != "", method
+    found = [
+        json.loads(path.read_text())["test_accuracy"]
+        for path in sorted(folder.glob("frobenius-0.1-lr0.01-b32-seed*/metrics.json"))
+    ]
+    assert rows["Frobenius"]["Last epoch"] == spread(np.array(found))
+    assert not (folder / "report" / "training.png").exists()
+    cells = rows_below(text.split("## All cells")[1], "### fashion_mnist")
+    assert [row["Validation loss"] for row in cells] == [""] * 6
+    assert all(row["Test accuracy in %"] for row in cells)
 
 
 def test_several_sweeps(tmp_path, nothing):
@@ -349,21 +386,28 @@ def test_the_papers_numbers():
 
 def test_hours_and_machines(folder, nothing):
     text = write(folder, nothing)
-    # 55,000 training images in batches of 32; four epochs at the seconds per step in each history.
-    seconds = 0.0
-    for path in folder.glob("*/history.csv"):
-        with path.open() as file:
-            seconds += 1719 * sum(float(row["step_seconds"]) for row in csv.DictReader(file))
-    assert f"12 finished runs, {seconds / 3600:.1f} hours" in text
+    metrics = [json.loads(path.read_text()) for path in folder.glob("*/metrics.json")]
+    seconds = sum(content["training_seconds"] for content in metrics)
+    assert f"12 finished runs, {seconds / 3600:.1f} hours" in text and seconds > 3600
     (row,) = rows_below(text, "## Runs and machines")
     assert row["runs"] == "12" and row["device"] == "one \\| core"
 
 
-def test_training_sizes_are_those_of_the_data():
-    config = RunConfig(dataset="digits", batch_size=100)
-    run = selection.Run(Path(), config, None, {}, {"step_seconds": np.ones(2)}, {})
-    steps = math.ceil(len(datasets.load("digits").train.x) / 100)
-    assert tables._seconds(run) == 2 * steps
+def test_runs_of_the_first_version_did_not_record_their_hours(folder, nothing):
+    def forget(path):
+        metrics = json.loads(path.read_text())
+        del metrics["training_seconds"]
+        path.write_text(json.dumps(metrics))
+
+    paths = sorted(folder.glob("*/metrics.json"))
+    forget(paths[0])
+    assert (
+        "hours of training steps (without the evaluation after each epoch); 1 of them did not"
+        in (write(folder, nothing))
+    )
+    for path in paths[1:]:
+        forget(path)
+    assert "12 finished runs; 12 of them did not record their hours." in write(folder, nothing)
 
 
 # --- figures ---
@@ -374,7 +418,7 @@ def test_training_curves_are_those_of_the_chosen_cells(folder, nothing, monkeypa
     monkeypatch.setattr(
         report.figures, "training_figure", lambda losses, path: drawn.update(losses)
     )
-    monkeypatch.setattr(report.page, "render", lambda text, out: "")
+    monkeypatch.setattr(report.html, "render", lambda text, out: "")
     write(folder, nothing)
     assert {k: v.shape for k, v in drawn["fashion_mnist"].items()} == {
         "Spectral": (3, EPOCHS),
@@ -411,13 +455,13 @@ def test_one_run_per_method_for_the_boundary(judged, nothing, monkeypatch):
     monkeypatch.setattr(
         report.figures, "boundary_figure", lambda runs, path: drawn.append(list(runs))
     )
-    monkeypatch.setattr(report.page, "render", lambda text, out: "")
+    monkeypatch.setattr(report.html, "render", lambda text, out: "")
     text = write(judged, nothing)
     named = re.findall(r"^- fashion_mnist, (\S+): `(\S+)`$", text, re.M)
     assert [method for method, _ in named] == ["Spectral", "L2", "None"]
     (section,) = selection.read([judged])
-    runs = {m: report.draw(m, cell) for m, cell in section.chosen.items()}
-    assert [name for _, name in named] == [run.folder.name for run in runs.values()]
+    runs = {m: report.pick_run(m, cell) for m, cell in section.chosen.items()}
+    assert [name for _, name in named] == [run.folder.path.name for run in runs.values()]
     assert any(run is not section.chosen[m].finished[0] for m, run in runs.items())
     for (method, name), evaluation in zip(named, drawn[0], strict=True):
         path = judged / name / "evaluation.json"
@@ -430,7 +474,7 @@ def test_every_repeat_can_be_drawn(folder):
     (section,) = selection.read([folder])
     cell = section.chosen["spectral"]
     many = cell._replace(runs=cell.runs * 20)
-    positions = [many.runs.index(report.draw(m, many)) % 3 for m in selection.LABELS]
+    positions = [many.runs.index(report.pick_run(m, many)) % 3 for m in selection.LABELS]
     assert len(set(positions)) > 1
 
 
@@ -440,7 +484,7 @@ def test_runs_to_judge_are_named_with_the_command(folder, nothing):
     runs = [str(path.parent) for path in names]
 
     def command(text):
-        (line,) = re.findall(r"^python evaluate.py (?!--report)(.*)$", text, re.M)
+        (line,) = re.findall(r"^python evaluate.py (.*)$", text, re.M)
         return shlex.split(line)
 
     text = write(folder, nothing)
@@ -503,7 +547,7 @@ def write_text(name, text):
         (write_text("sweep.toml", "= 3"), r"sweep.toml is not a TOML file"),
         (write_text(f"{ONE}/config.json", "{"), rf"{ONE}/config.json is not JSON"),
         (write_text(f"{ONE}/metrics.json", "[]"), rf"{ONE}/metrics.json must hold a JSON object"),
-        (change_json("config.json", epochs=9), rf"{ONE}/config.json .*=4. Received: epochs=9"),
+        (change_json("config.json", epochs=9), rf"{ONE}/config.json .*epochs is 9 there, 4 here"),
         (change_json("metrics.json", val_loss=None), "finite number as val_loss. Received: None"),
         (change_json("metrics.json", val_loss=math.nan), "finite number as val_loss"),
         (
@@ -551,7 +595,7 @@ def test_the_same_sweep_twice(folder, nothing):
 # --- the page ---
 
 
-class _Links(html.parser.HTMLParser):
+class _Links(HTMLParser):
     """Gathers everything that a page may load, and its text."""
 
     def __init__(self):
@@ -585,7 +629,7 @@ def test_the_page_holds_its_pictures_and_nothing_else(judged, benchmarks):
 
 
 def test_markup_in_text_is_shown_as_text(tmp_path):
-    shown = page.render("# A <b>title</b>\n\n<script>alert(1)</script> `<i>`\n", tmp_path)
+    shown = html.render("# A <b>title</b>\n\n<script>alert(1)</script> `<i>`\n", tmp_path)
     links = _Links()
     links.feed(shown)
     assert not {"script", "b", "i"} & set(links.tags)

@@ -1,6 +1,7 @@
-"""One run: what the folder holds, how it is interrupted and continued, what it refuses."""
+"""One run: what is in the folder, how it is interrupted and continued, what it refuses."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ import tensorflow as tf
 
 import tfjacreg
 from tfjacreg import datasets
-from tfjacreg.experiments import run as experiment
-from tfjacreg.experiments.run import RunConfig, RunError, run
+from tfjacreg.experiments import callbacks, pipeline
+from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.run import mean_spectral_norm, run
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"epochs": 2, "batch_size": 128}
@@ -26,7 +28,7 @@ SHORT = {"epochs": 2, "batch_size": 128}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "spectral"
-    config = RunConfig(**SHORT)
+    config = RunConfig.of(**SHORT)
     return config, out, run(config, out, verbose=0)
 
 
@@ -39,9 +41,13 @@ def test_folder(finished):
         "classifier.keras",
         "saved_model",
     }
-    held = json.loads((out / "config.json").read_text())
-    assert held["dataset"] == "digits" and held["epochs"] == 2 and held["learning_rate"] == 0.01
-    assert {"tensorflow", "keras", "device"} <= set(held["environment"])
+    settings = json.loads((out / "config.json").read_text())
+    assert (
+        settings["dataset"] == "digits"
+        and settings["epochs"] == 2
+        and settings["learning_rate"] == 0.01
+    )
+    assert {"tensorflow", "keras", "device"} <= set(settings["environment"])
     with (out / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -52,19 +58,53 @@ def test_folder(finished):
     assert json.loads((out / "metrics.json").read_text()) == metrics
     for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
         assert metrics[name] == pytest.approx(float(rows[-1][name]), rel=1e-6)
+    # 1257 digits in batches of 128 are 10 steps.
+    seconds = 10 * sum(float(row["step_seconds"]) for row in rows)
+    assert metrics["training_seconds"] == pytest.approx(seconds)
+
+
+def test_the_whole_training_set(tmp_path, monkeypatch):
+    """All 1437 digits of the training set are trained on; nothing is validated."""
+    seen = []
+    original = pipeline.training_batches
+
+    def record(x, y, *rest):
+        seen.append((x, y))
+        return original(x, y, *rest)
+
+    monkeypatch.setattr(pipeline, "training_batches", record)
+    metrics = run(RunConfig.of(**SHORT, whole_training_set=True), tmp_path, verbose=0)
+    data = datasets.load("digits")
+    ((x, y),) = seen
+    assert sorted(y) == sorted([*data.train.y, *data.validation.y]) and len(y) == 1797 - 360
+    # Standardized with the statistics of just these images.
+    assert np.mean(x, dtype=float) == pytest.approx(0, abs=1e-5)
+    assert np.std(x, dtype=float) == pytest.approx(1, abs=1e-4)
+    pixels = np.concatenate([data.train.x, data.validation.x])
+    np.testing.assert_allclose(x, (pixels - pixels.mean()) / pixels.std(), atol=1e-4)
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and not [name for name in rows[0] if name.startswith("val")]
+    assert not [name for name in metrics if "val" in name]
+    assert metrics["test_loss"] == float(rows[-1]["test_loss"])
+    assert json.loads((tmp_path / "config.json").read_text())["whole_training_set"] is True
+    # Again: the same figures, and not those of a run with a validation split.
+    assert run(RunConfig.of(**SHORT, whole_training_set=True), tmp_path, verbose=0) == metrics
+    with pytest.raises(RunError, match="whole_training_set is True there, False here"):
+        run(RunConfig.of(**SHORT), tmp_path, verbose=0)
 
 
 def test_the_epochs_of_lowest_loss_are_lines_of_the_history(tmp_path, monkeypatch):
     """With a rate that leaps up at the end, neither is the last."""
-    original = experiment._Keeper.on_epoch_begin
+    original = callbacks.EpochClock.on_epoch_begin
 
     def leap(self, epoch, logs=None):
         original(self, epoch, logs)
         if epoch == 2:
             self.model.optimizer.learning_rate.assign(1.0)
 
-    monkeypatch.setattr(experiment._Keeper, "on_epoch_begin", leap)
-    metrics = run(RunConfig(regularizer="none", epochs=3, batch_size=32), tmp_path, verbose=0)
+    monkeypatch.setattr(callbacks.EpochClock, "on_epoch_begin", leap)
+    metrics = run(RunConfig.of(regularizer="none", epochs=3, batch_size=32), tmp_path, verbose=0)
     with (tmp_path / "history.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     for split in ("val", "test"):
@@ -93,7 +133,7 @@ def test_metrics_are_those_of_the_exported_classifier(finished):
     std = datasets.load("digits").std[0]
     sigma = np.linalg.svd(jacobians, compute_uv=False)[:, 0] * std
     network = classifier.layers[-1]
-    mean = experiment.mean_spectral_norm(network, classifier.layers[1](x).numpy())
+    mean = mean_spectral_norm(network, classifier.layers[1](x).numpy())
     assert mean == pytest.approx(np.mean(sigma), rel=1e-4)
 
 
@@ -122,7 +162,7 @@ class _Stop(Exception):
 @pytest.mark.parametrize("where", ["between epochs", "between history and checkpoint"])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, where):
     config, _, metrics = finished
-    original = experiment._Keeper.on_epoch_end
+    original = callbacks.Recorder.on_epoch_end
     replace = os.replace
 
     def stop(self, epoch, logs=None):
@@ -138,7 +178,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, mon
             raise _Stop
         replace(source, target)
 
-    monkeypatch.setattr(experiment._Keeper, "on_epoch_end", stop)
+    monkeypatch.setattr(callbacks.Recorder, "on_epoch_end", stop)
     with pytest.raises(_Stop):
         run(config, tmp_path, verbose=0)
     monkeypatch.undo()
@@ -300,105 +340,31 @@ def test_networks_with_batch_norm_train_end_to_end(tmp_path, monkeypatch, networ
     assert len(moved) == {"vgg16": 13, "resnet20": 21}[network] and all(map(np.any, moved))
 
 
-def test_every_epoch_has_its_own_order_and_all_examples():
-    x = np.arange(50, dtype="float32").reshape(50, 1, 1, 1)
-    y = np.arange(50, dtype="int32")
-    epoch = tf.Variable(0, dtype=tf.int64)
-    batches = experiment.training_batches(x, y, 16, 3, epoch, augment=False)
-    orders = []
-    for number in (0, 1, 0):
-        epoch.assign(number)
-        seen = list(batches.as_numpy_iterator())
-        assert [len(labels) for _, labels in seen] == [16, 16, 16, 2]
-        orders.append(np.concatenate([labels for _, labels in seen]))
-        np.testing.assert_array_equal(
-            np.concatenate([images.ravel() for images, _ in seen]), orders[-1]
-        )
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
-    assert np.any(orders[0] != orders[1]) and np.all(orders[0] == orders[2])
-
-
-def test_augmentation_crops_and_flips():
-    """Every augmented image is one of the 81 crops of the padded image, mirrored or not."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, 6, 5, 2)).astype("float32")
-    padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    epoch = tf.Variable(0, dtype=tf.int64)
-    batches = experiment.training_batches(x, np.arange(64), 64, 3, epoch, augment=True)
-    images, labels = next(batches.as_numpy_iterator())
-    found = set()
-    for image, label in zip(images, labels, strict=True):
-        matches = [
-            (top, left, flip)
-            for top in range(9)
-            for left in range(9)
-            for flip in (1, -1)
-            if np.array_equal(padded[label, top : top + 6, left : left + 5][:, ::flip], image)
-        ]
-        assert matches
-        found.add(matches[0])
-    assert len({t for t, _, _ in found}) > 5 and len({left for _, left, _ in found}) > 5
-    assert {flip for _, _, flip in found} == {1, -1}
-    epoch.assign(1)
-    assert np.any(next(batches.as_numpy_iterator())[0] != images)
-
-
-BAD_SETTINGS = {
-    "dataset": ({"dataset": "mnist"}, "digits.*fashion_mnist.*Received: dataset='mnist'"),
-    "network": ({"network": "alexnet"}, "lenet.*vgg16.*Received"),
-    "regularizer": ({"regularizer": "l1"}, "spectral_bound.*Received"),
-    "factor": ({"factor": -1.0}, "`factor`.*Received: factor=-1.0"),
-    "epochs": ({"epochs": 0}, "`epochs` must be an integer >= 1"),
-    "batch_size": ({"batch_size": -3}, "`batch_size` must be an integer >= 1"),
-    "learning_rate": ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
-    "schedule": ({"schedule": "step"}, "constant.*cosine.*Received"),
-    "seed": ({"seed": -1}, "`seed`.*Received"),
-    "width": ({"width": 0.5}, "`width` is for vgg16"),
-    "width_sign": ({"network": "vgg16", "width": -1.0}, "`width` must be a positive number.*-1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_bad_settings(case):
-    settings, message = BAD_SETTINGS[case]
-    with pytest.raises(ValueError, match=message):
-        RunConfig(**settings)
-
-
-def test_defaults_follow_the_network():
-    lenet, vgg = RunConfig(), RunConfig(network="vgg16", dataset="cifar10")
-    assert (lenet.epochs, lenet.batch_size, lenet.learning_rate) == (50, 32, 0.01)
-    assert (lenet.schedule, lenet.augment) == ("constant", False)
-    assert (vgg.epochs, vgg.batch_size, vgg.learning_rate) == (100, 128, 0.1)
-    assert (vgg.schedule, vgg.augment) == ("cosine", True)
-    assert RunConfig(epochs=3).epochs == 3
-
-
 def test_another_configuration_is_refused_and_nothing_is_lost(finished):
     _, out, _ = finished
     before = (out / "config.json").read_text()
     with pytest.raises(RunError, match="factor is 0.01 there, 0.5 here.*--overwrite"):
-        run(RunConfig(factor=0.5, **SHORT), out)
+        run(RunConfig.of(factor=0.5, **SHORT), out)
     assert (out / "config.json").read_text() == before
 
 
 def test_broken_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="not JSON"):
-        run(RunConfig(**SHORT), tmp_path)
+        run(RunConfig.of(**SHORT), tmp_path)
 
 
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="Cannot write.*Choose a writable --out"):
-        run(RunConfig(**SHORT), tmp_path / "file" / "run")
+        run(RunConfig.of(**SHORT), tmp_path / "file" / "run")
 
 
 def _spoiled(monkeypatch, value):
     data = datasets.load("digits")
     x = data.train.x.copy()
     x[3, 4, 5, 0] = value
-    spoiled = experiment.dataclasses.replace(data, train=data.train._replace(x=x))
+    spoiled = dataclasses.replace(data, train=data.train._replace(x=x))
     monkeypatch.setattr(datasets, "load", lambda *_: spoiled)
 
 
@@ -406,19 +372,19 @@ def _spoiled(monkeypatch, value):
 def test_pixels_that_are_no_numbers_are_refused(tmp_path, monkeypatch, value):
     _spoiled(monkeypatch, value)
     with pytest.raises(RunError, match="1 that are not in the train split"):
-        run(RunConfig(**SHORT), tmp_path, verbose=0)
+        run(RunConfig.of(**SHORT), tmp_path, verbose=0)
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    config = RunConfig(**SHORT)
-    original = experiment._Keeper.on_epoch_begin
+    config = RunConfig.of(**SHORT)
+    original = callbacks.EpochClock.on_epoch_begin
 
     def poison(self, epoch, logs=None):
         original(self, epoch, logs)
         if epoch == 1:
             self.model.optimizer.learning_rate.assign(np.inf)
 
-    monkeypatch.setattr(experiment._Keeper, "on_epoch_begin", poison)
+    monkeypatch.setattr(callbacks.EpochClock, "on_epoch_begin", poison)
     with pytest.raises(RunError, match="diverged in epoch 2.*state after epoch 1 is in"):
         run(config, tmp_path, verbose=0)
     model = keras.models.load_model(tmp_path / "checkpoint.keras")
@@ -434,4 +400,4 @@ def test_missing_data_names_both_ways_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load", missing)
     with pytest.raises(RunError, match="download or prepare"):
-        run(RunConfig(dataset="kmnist"), tmp_path)
+        run(RunConfig.of(dataset="kmnist"), tmp_path)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tfjacreg import regularizers
-from tfjacreg.experiments.run import RunConfig
+from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.sweep import Cell, Sweep
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
-METHODS = {"none", *regularizers.NAMES}
+METHODS = {"none", *regularizers.BY_NAME}
 
 GOOD = """
 dataset = "digits"
@@ -59,11 +59,11 @@ def test_configurations_and_folders(tmp_path):
     configs = sweep.configs("somewhere")
     assert list(configs) == [(cell, repeat) for cell in sweep.cells for repeat in (0, 1)]
     shared = {"dataset": "digits", "epochs": 3, "batch_size": 32, "data_dir": "somewhere"}
-    assert configs[sweep.cells[3], 1] == RunConfig(
+    assert configs[sweep.cells[3], 1] == RunConfig.of(
         regularizer="spectral", factor=0.1, learning_rate=1.0, seed=1, **shared
     )
     # A run without penalty is the one that train.py makes: its factor is the default.
-    assert configs[sweep.cells[0], 0] == RunConfig(
+    assert configs[sweep.cells[0], 0] == RunConfig.of(
         regularizer="none", learning_rate=0.1, seed=0, **shared
     )
     assert sweep.folder(configs[sweep.cells[3], 1]) == "spectral-0.1-lr1-b32-seed1"

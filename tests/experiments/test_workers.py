@@ -1,16 +1,12 @@
 """Workers of a sweep: each run once, whoever is killed when; failures; one table at the end."""
 
-import contextlib
 import csv
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,8 +18,9 @@ import sqlalchemy
 import train
 from tfjacreg import datasets
 from tfjacreg.experiments import workers
-from tfjacreg.experiments.locks import FileLocks, ServerLocks, server_url
-from tfjacreg.experiments.run import RunConfig, RunError
+from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.ledger import Ledger
+from tfjacreg.experiments.locks import server_url
 from tfjacreg.experiments.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
@@ -67,15 +64,23 @@ if select.select([0], [], [], random.uniform(0, 0.2))[0]:
     sys.exit(1)
 {special}
 note("made")
-with open(folder + "/partial", "w") as file:
-    json.dump({{"val_loss": order["config"]["seed"] + 1.5, "test_accuracy": 0.25}}, file)
-os.replace(folder + "/partial", folder + "/metrics.json")
+for name, content in (
+    ("config.json", order["config"]),
+    ("metrics.json", {metrics} | {{"val_loss": order["config"]["seed"] + 1.5}}),
+):
+    if order["config"]["whole_training_set"]:
+        content = {{name: value for name, value in content.items() if "val" not in name}}
+    with open(folder + "/partial", "w") as file:
+        json.dump(content, file)
+    os.replace(folder + "/partial", folder + "/" + name)
 """
+METRICS = {"test_accuracy": 0.25, "test_loss": 2.0, "test_spectral_norm": 1.0, "step_seconds": 0.1}
+METRICS = METRICS | {f"lowest_{split}_loss": METRICS for split in ("val", "test")}
 
 
 def _stand_in(tmp_path, special=""):
     path = tmp_path / "stand_in"
-    path.write_text(STAND_IN.format(python=PYTHON, special=special))
+    path.write_text(STAND_IN.format(python=PYTHON, special=special, metrics=METRICS))
     path.chmod(0o755)
     return str(path)
 
@@ -85,54 +90,6 @@ def _until(condition, what):
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {DEADLINE} s"
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A PostgreSQL server on loopback, run by a user who is not root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found or (os.getuid() == 0 and shutil.which("runuser") is None):
-        if os.environ.get("CI"):
-            pytest.fail("PostgreSQL is not installed: apt-get install postgresql")
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    # Not in tmp_path: that is for its owner alone.
-    with tempfile.TemporaryDirectory(prefix="tfjacreg-postgresql-") as name:
-        prefix = []
-        if os.getuid() == 0:
-            shutil.chown(name, "postgres")
-            prefix = ["runuser", "-u", "postgres", "--"]
-
-        def control(program, *arguments):
-            command = [*prefix, str(found[-1] / program), "-D", f"{name}/data", *arguments]
-            subprocess.run(command, check=True, cwd=name, stdout=subprocess.DEVNULL)
-
-        Path(name, "password").write_text("secret")
-        Path(name, "password").chmod(0o644)
-        login = ("--username=tester", f"--pwfile={name}/password", "--auth=scram-sha-256")
-        control("initdb", *login, "--no-sync")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -F"
-        control("pg_ctl", "start", "-w", "-o", options, "-l", f"{name}/log")
-        yield f"postgresql://tester:secret@127.0.0.1:{port}/postgres"
-        control("pg_ctl", "stop", "-m", "immediate")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def storage(request):
-    """What --storage says: nothing, or a database of its own for each test."""
-    if request.param == "sqlite":
-        return None
-    server = sqlalchemy.make_url(request.getfixturevalue("server"))
-    server = server.set(drivername="postgresql+psycopg")
-    name = f"test{random.SystemRandom().randrange(10**9)}"
-    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
-    engine.dispose()
-    url = server.set(drivername="postgresql", database=name)
-    return url.render_as_string(hide_password=False)
 
 
 def _trials(out, storage):
@@ -181,7 +138,7 @@ def undisturbed(tmp_path_factory):
     (folder / "small.toml").write_text(SMALL)
     return (
         folder / "small.toml",
-        workers.work(folder / "small.toml", folder / "out"),
+        workers.run_sweep(folder / "small.toml", folder / "out"),
         folder / "out",
     )
 
@@ -222,7 +179,7 @@ def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, 
         for row, other in zip(rows, expected, strict=True):
             for key in set(row) - {"step_seconds"}:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5), (name, key)
-    again = workers.work(path, out, storage=storage)
+    again = workers.run_sweep(path, out, storage=storage)
     assert not again.failures
     for result, other in zip(again.results, summary.results, strict=True):
         assert result.cell == other.cell
@@ -288,7 +245,7 @@ def _work(tmp_path, text, monkeypatch, special="", **options):
     """A worker in this process, with the stand-in for its runs."""
     monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path, special))
     (tmp_path / "some.toml").write_text(text)
-    return workers.work(tmp_path / "some.toml", tmp_path / "out", **options)
+    return workers.run_sweep(tmp_path / "some.toml", tmp_path / "out", **options)
 
 
 FEW = 'dataset = "digits"\nepochs = 4\nrepeats = 2\n[methods.none]\n[methods.spectral]\n'
@@ -326,6 +283,13 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch, capfd):
     assert len(notes.read_text().splitlines()) == 4
 
 
+def test_runs_on_the_whole_training_set_have_no_validation_loss(tmp_path, monkeypatch, capfd):
+    summary = _work(tmp_path, "whole_training_set = true\n" + FEW, monkeypatch)
+    assert [(r.val_loss, r.test_accuracy) for r in summary.results] == [([], [0.25, 0.25])] * 2
+    assert [line.split()[4] for line in str(summary).splitlines()[1:]] == ["-", "-"]
+    assert "seed0: test accuracy 0.2500" in capfd.readouterr().out
+
+
 def test_a_run_whose_process_is_killed_has_failed(tmp_path, monkeypatch):
     special = f'os.kill(os.getpid(), 9) if folder.endswith("{FAILED}") else None'
     summary = _work(tmp_path, FEW, monkeypatch, special)
@@ -338,12 +302,13 @@ def test_runs_are_found_by_their_folders(tmp_path, monkeypatch):
     out = tmp_path / "out"
     (tmp_path / "some.toml").write_text(FEW)
     configs = list(Sweep.load(tmp_path / "some.toml").configs().values())
-    other = RunConfig(regularizer="none", epochs=5, seed=1)
+    other = RunConfig.of(regularizer="none", epochs=5, seed=1)
     for config, made in ((configs[0], configs[0]), (configs[1], other)):
         folder = out / Sweep.folder(config)
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(vars(made)))
-        (folder / "metrics.json").write_text('{"val_loss": 0.125, "test_accuracy": 0.5}')
+        metrics = METRICS | {"val_loss": 0.125, "test_accuracy": 0.5}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
     summary = _work(tmp_path, FEW, monkeypatch)
     assert summary.results[0].val_loss == [0.125]
     assert summary.results[0].test_accuracy == [0.5]
@@ -357,109 +322,31 @@ def test_runs_are_found_by_their_folders(tmp_path, monkeypatch):
 
 
 def test_what_a_dying_worker_leaves_in_the_ledger_is_taken_up(tmp_path, monkeypatch):
-    """It may die between any two of Optuna's writes: as asked, before its cell is known, after."""
+    """It may die between any two of Optuna's writes: as it adds the runs, or once it has asked."""
     (tmp_path / "some.toml").write_text(FEW)
     sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
     out.mkdir()
-    with workers._Ledger.open(sweep, out, None, None) as ledger:
-        study = ledger._study
-        study._storage.create_new_trial(study._study_id)
-        study.ask()
-        study.ask().suggest_categorical("cell", [cell.name for cell in sweep.cells])
-        assert ledger.latest() == {}
+    add, added = optuna.Study.add_trial, []
+
+    def die(self, trial):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(trial)
+        add(self, trial)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "add_trial", die)
+        with pytest.raises(KeyboardInterrupt), Ledger.open(sweep, out, None, None):
+            pass
+    assert len(_trials(out, None)) == 2
+    with Ledger.open(sweep, out, None, None) as ledger:
+        assert len(ledger.latest()) == 4
+        ledger._study.ask()
+        ledger._study.ask()
     summary = _work(tmp_path, FEW, monkeypatch)
     assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
     assert len(_trials(out, None)) == 4
     assert len((out / "notes").read_text().splitlines()) == 4
-
-
-def test_workers_that_ask_at_once(tmp_path, storage):
-    """Each run is handed out once, also the last ones; more trials than runs are never begun."""
-    (tmp_path / "some.toml").write_text(MANY)
-    sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
-    out.mkdir()
-    taken = []
-
-    def ask():
-        with workers._Ledger.open(sweep, out, storage, None) as ledger:
-            start.wait()
-            while (claim := ledger.take()) is not None:
-                taken.append(claim.name)
-            start.wait()  # Who leaves frees what it holds.
-
-    start = threading.Barrier(4)
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(taken) == sorted(sweep.folder(c) for c in sweep.configs().values())
-    assert len(_trials(out, storage)) == len(taken) == 36
-
-
-def test_locks_of_runs(tmp_path, storage):
-    """One holder among processes; the process of the run is one with its worker."""
-
-    def locks():
-        if storage is None:
-            return FileLocks(tmp_path)
-        return ServerLocks(tmp_path, server_url(storage), "study")
-
-    first, second = locks(), locks()
-    with contextlib.closing(first), contextlib.closing(second):
-        held = first.take("run")
-        assert held is not None and second.take("run") is None
-        assert (other := second.take("other")) is not None
-        second.give("other", other)
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[held])
-        first.give("run", held)
-        assert second.take("run") is None
-        child.kill()
-        child.wait()
-        held = second.take("run")
-        assert held is not None and first.take("run") is None
-        second.give("run", held)
-        held = first.take("run")
-        assert held is not None
-        first.give("run", held)
-
-
-def test_changes_of_the_ledger_wait_for_each_other(tmp_path, storage):
-    inside, most = [], []
-
-    def enter():
-        locks = FileLocks(tmp_path)
-        if storage is not None:
-            locks = ServerLocks(tmp_path, server_url(storage), "study")
-        with contextlib.closing(locks):
-            for _ in range(5):
-                with locks.ledger():
-                    inside.append(1)
-                    time.sleep(0.01)
-                    most.append(len(inside))
-                    inside.pop()
-
-    threads = [threading.Thread(target=enter) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 15
-
-
-def test_locks_of_machines_without_a_common_folder(tmp_path, server):
-    """The server's locks alone: the first machine's folder is not the second's."""
-    url = server_url(server)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    first = ServerLocks(tmp_path / "a", url, "study")
-    second = ServerLocks(tmp_path / "b", url, "study")
-    with contextlib.closing(second):
-        with contextlib.closing(first):
-            assert first.take("run") is not None and second.take("run") is None
-            assert second.take("other") is not None
-        # The connection has ended, as that of a killed worker does.
-        _until(lambda: second.take("run") is not None, "lock")
 
 
 def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, server):
@@ -505,10 +392,10 @@ def test_other_storages_are_refused(tmp_path, monkeypatch, url):
 
 def test_another_sweeps_folder_is_refused(tmp_path, monkeypatch):
     _work(tmp_path, FEW, monkeypatch)
-    held = (tmp_path / "out" / "sweep.toml").read_bytes()
+    before = (tmp_path / "out" / "sweep.toml").read_bytes()
     with pytest.raises(RunError, match="another sweep.*Choose another --out"):
         _work(tmp_path, FEW + "# changed", monkeypatch)
-    assert (tmp_path / "out" / "sweep.toml").read_bytes() == held
+    assert (tmp_path / "out" / "sweep.toml").read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -524,7 +411,8 @@ def test_missing_data_is_no_failure_of_every_run(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load", missing)
     with pytest.raises(RunError, match="download or prepare"):
         _work(tmp_path, FEW, monkeypatch)
-    assert _trials(tmp_path / "out", None) == []
+    states = [trial.state for trial in _trials(tmp_path / "out", None)]
+    assert states == [optuna.trial.TrialState.WAITING] * 4
 
 
 @pytest.mark.slow
@@ -586,19 +474,19 @@ def test_stopped_by_hand(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "out" / "notes").read_text().splitlines()) == 4
 
 
-def test_the_process_of_a_run_holds_its_lock(tmp_path, monkeypatch):
+def test_the_process_of_a_run_has_its_lock(tmp_path, monkeypatch):
     """By inheritance: an orphan that is still writing keeps the next worker out."""
     special = """
-for held in os.listdir("/proc/self/fd"):
+for number in os.listdir("/proc/self/fd"):
     try:
-        if os.readlink("/proc/self/fd/" + held) == os.path.realpath(folder + "/.lock"):
-            note("holds")
+        if os.readlink("/proc/self/fd/" + number) == os.path.realpath(folder + "/.lock"):
+            note("locked")
     except OSError:
         pass
 """
     _work(tmp_path, FEW, monkeypatch, special)
     notes = (tmp_path / "out" / "notes").read_text().splitlines()
-    assert sum(line.startswith("holds") for line in notes) == 4 and len(notes) == 8
+    assert sum(line.startswith("locked") for line in notes) == 4 and len(notes) == 8
 
 
 @pytest.mark.slow

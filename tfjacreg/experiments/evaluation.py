@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import math
-import platform
-from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 from tqdm import tqdm
 
-from tfjacreg import attacks, robustness
-from tfjacreg.classifiers import check_classifier as check
-from tfjacreg.classifiers import predict
-from tfjacreg.experiments import files
+from tfjacreg import attacks, datasets, robustness
+from tfjacreg.classifiers import check_classifier, predict
+from tfjacreg.experiments import checkpoint, curves, environment, figures, files
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.curves import Evaluation
+from tfjacreg.experiments.folder import RunFolder
 
 PERTURBATIONS = ("noise", "pgd", "tpgd", "square")
 # What each perturbation calls its strength in evaluation.json.
@@ -38,7 +36,6 @@ _PLAN: dict[str, dict[str, Any]] = {
     "square": {"iterations": [1, 10, 30, 100, 300, 1000], "eps": attacks.EPS},
     "boundary": {"samples": 100, "spheres": 64, "resolution": 0.01},
 }
-_FILE = "evaluation.json"
 
 
 class Target(NamedTuple):
@@ -54,11 +51,34 @@ class Target(NamedTuple):
     """
 
     classifier: Path
-    folder: Path
+    folder: RunFolder
     dataset: str
     data_dir: str | None
     method: str
     seed: int | None
+
+
+@contextlib.contextmanager
+def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes out of the folders where the evaluations go.
+
+    Args:
+        paths: Those of `find_targets`.
+        out: That of `find_targets`.
+        wait: Whether to wait for a process that works in one of them.
+
+    Raises:
+        RunError: If another process works there.
+    """
+    folders = {
+        RunFolder(Path(out) / path.stem if path.suffix == ".keras" else path).path.absolute()
+        for path in map(Path, paths)
+        if (path.suffix == ".keras" and path.is_file()) or RunFolder(path).claimed
+    }
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(folders):  # In one order, so that no two wait for each other.
+            stack.enter_context(RunFolder(folder).owned(wait=wait))
+        yield
 
 
 def find_targets(
@@ -83,29 +103,35 @@ def find_targets(
         ValueError: If a path is neither, a run is broken or has not finished, a bare file comes
             without data set, or two runs are the same.
     """
-    files = [Path(path) for path in paths if Path(path).suffix == ".keras"]
-    if dataset is None and files:
-        raise ValueError(f"A bare classifier needs --dataset. Received: {files[0]}.")
-    if dataset is not None and len(files) < len(paths):
+    bare = [Path(path) for path in paths if Path(path).suffix == ".keras"]
+    if dataset is None and bare:
+        raise ValueError(f"A bare classifier needs --dataset. Received: {bare[0]}.")
+    if dataset is not None and len(bare) < len(paths):
         raise ValueError("Run folders name their own data set: give --dataset for bare files only.")
-    configs = {Path(path): _read_run(Path(path)) for path in paths if Path(path) not in files}
+    configs = {}
+    for path in map(Path, paths):
+        if path not in bare:
+            folder = RunFolder(path)
+            folder.require_classifier()
+            configs[path] = folder.read_config()
+        elif not path.is_file():
+            raise ValueError(f"There is no classifier at {path}.")
     targets = []
     for path in map(Path, paths):
         if path in configs:
-            config = configs[path]
-            method, seed, name = (
-                _method(config, configs.values()),
-                config["seed"],
-                config["dataset"],
+            folder, config = RunFolder(path), configs[path]
+            target = Target(
+                classifier=folder.classifier_file,
+                folder=folder,
+                dataset=config["dataset"],
+                data_dir=data_dir or config["data_dir"],
+                method=_method(config, configs.values()),
+                seed=config["seed"],
             )
-            place = data_dir or config["data_dir"]
-            targets.append(Target(path / "classifier.keras", path, name, place, method, seed))
         else:
-            if not path.is_file():
-                raise ValueError(f"There is no classifier at {path}.")
-            targets.append(
-                Target(path, Path(out) / path.stem, str(dataset), data_dir, path.stem, None)
-            )
+            folder = RunFolder(Path(out) / path.stem)
+            target = Target(path, folder, str(dataset), data_dir, path.stem, None)
+        targets.append(target)
     seen: dict[tuple[str, str, int | None], Path] = {}
     for target in targets:
         key = (target.dataset, target.method, target.seed)
@@ -116,6 +142,69 @@ def find_targets(
             )
         seen[key] = target.classifier
     return targets
+
+
+def judge(
+    targets: Sequence[Target],
+    out: Path,
+    *,
+    perturbations: Sequence[str] = PERTURBATIONS,
+    boundary: bool = False,
+    limit: int | None = None,
+    examples: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Evaluates classifiers one after the other and draws what was measured.
+
+    Args:
+        targets: The classifiers.
+        out: Folder of the figures, `robustness.png` and `boundary.png`.
+        perturbations: Some of `PERTURBATIONS`.
+        boundary: Whether to measure the distance to the decision boundary.
+        limit: How many test images to judge on; None for all.
+        examples: How many images to draw before and after PGD, beside each `evaluation.json`.
+        seed: Seed of everything random.
+        overwrite: Start afresh instead of going on with the files that are there.
+
+    Returns:
+        The tables, as text.
+
+    Raises:
+        ValueError: If data is missing, a file that is there was made with other settings, or a
+            classifier cannot be loaded or judged.
+        OSError: If a file cannot be written.
+    """
+    places = dict.fromkeys((target.dataset, target.data_dir) for target in targets)
+    tests = {place: datasets.load(*place).test for place in places}
+    judged = []
+    for target in targets:
+        test = tests[target.dataset, target.data_dir]
+        x, y = test.x[:limit], test.y[:limit]
+        result = evaluate(
+            target,
+            x,
+            y,
+            perturbations=perturbations,
+            boundary=boundary,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        judged.append(Evaluation(target.dataset, target.method, result))
+        if examples:
+            figures.adversarial_figure(
+                *adversarial_examples(target, x, y, examples, seed=seed),
+                f"{target.method}, {target.dataset}: PGD, eps {attacks.EPS * 255:g}/255",
+                target.folder.examples_file,
+            )
+    tables = []
+    if perturbations:
+        tables.append(curves.robustness_table(judged, perturbations))
+        figures.robustness_figure(judged, perturbations, out / "robustness.png")
+    if boundary:
+        tables.append(curves.boundary_table(judged))
+        figures.boundary_figure(judged, out / "boundary.png")
+    return "\n\n".join(tables)
 
 
 def evaluate(
@@ -145,36 +234,36 @@ def evaluate(
     Raises:
         ValueError: If the file that is there was made with other settings, or the classifier
             cannot be loaded or judged.
+        OSError: If the file cannot be written.
     """
-    path = target.folder / _FILE
     wanted = [*perturbations, *(["boundary"] if boundary else [])]
     header = {
         "settings": {
             "dataset": target.dataset,
             "images": len(x),
             "seed": seed,
-            "classifier_sha256": hashlib.sha256(target.classifier.read_bytes()).hexdigest(),
+            "classifier_sha256": files.sha256(target.classifier),
             **_PLAN,
         },
-        "environment": environment(),
+        "environment": environment.environment(),
     }
-    result = read_json(path) if path.exists() and not overwrite else None
+    result = None if overwrite else target.folder.read_evaluation()
     if result is not None:
-        _refuse_other_settings(path, result, header)
+        _refuse_other_settings(target.folder.evaluation_file, result, header)
     classifier = load(target.classifier)
     try:
         if result is None:
-            subject = check(classifier, x, y)
+            subject = check_classifier(classifier, x, y)
             clean = float((predict(subject).argmax(axis=1) == subject.y).mean())
             result = {**header, "clean_accuracy": clean}
         for name in wanted:
             if name not in result:
                 run = target.method if target.seed is None else f"{target.method} #{target.seed}"
                 result |= _measure(name, classifier, x, y, seed, f"{run} {name}")
-                files.write_json(path, result)
+                target.folder.write_evaluation(result)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{target.classifier}: {error}") from error
-    files.write_json(path, result)
+    target.folder.write_evaluation(result)
     return result
 
 
@@ -230,62 +319,20 @@ def adversarial_examples(
         ValueError: If the classifier cannot be loaded or judged, or gets no image right.
     """
     classifier = load(target.classifier)
-    correct = np.flatnonzero(predict(check(classifier, x, y)).argmax(axis=1) == y)[:count]
+    correct = np.flatnonzero(predict(check_classifier(classifier, x, y)).argmax(axis=1) == y)[
+        :count
+    ]
     if not len(correct):
         raise ValueError(f"{target.classifier}: there is no correctly classified image to attack.")
     clean, labels = x[correct], y[correct]
     x_adv = attacks.pgd(classifier, clean, labels, iterations=_STEPS[-1], seed=seed).x_adv
-    fooled = predict(check(classifier, x_adv, labels)).argmax(axis=1)
+    fooled = predict(check_classifier(classifier, x_adv, labels)).argmax(axis=1)
     return clean, x_adv, labels, fooled
 
 
 def load(path: Path) -> keras.Model:
     """Loads a classifier without its training state; raises ValueError where that fails."""
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:
-        # Keras answers a broken file with errors of many kinds.
-        raise ValueError(f"{path} cannot be loaded as a Keras model: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises ValueError, naming the file, where that fails."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
-    return content
-
-
-def environment() -> dict[str, str]:
-    """Returns the versions and the device that numbers depend on."""
-    gpus = tf.config.list_physical_devices("GPU")
-    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("tensorflow", "keras", "numpy", "cleverhans")},
-        "device": details.get("device_name", "GPU") if gpus else "CPU",
-    }
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is neither a run folder nor a .keras file.")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.json.")
-    if not (folder / "metrics.json").is_file():
-        raise ValueError(f"{folder} has not finished (no metrics.json): run train.py to its end.")
-    if not (folder / "classifier.keras").is_file():
-        raise ValueError(f"{folder} is broken: it has no classifier.keras. Train it again.")
-    config = read_json(folder / "config.json")
-    needed = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
-    if needed - config.keys():
-        raise ValueError(f"{folder}/config.json lacks {sorted(needed - config.keys())}.")
-    return config
+    return checkpoint.load(path, compile=False)
 
 
 def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
@@ -293,22 +340,28 @@ def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
     name = str(config["regularizer"])
     if name != "none":
         name += f" {config['factor']:g}"
-    told = {"dataset", "regularizer", "factor", "seed", "data_dir", "environment"}
+    named = {"dataset", "regularizer", "factor", "seed", "data_dir"}
     rivals = [c for c in configs if c["dataset"] == config["dataset"]]
     others = [
         f"{key}={value}"
         for key, value in config.items()
-        if key not in told and any(rival.get(key) != value for rival in rivals)
+        if key in RunConfig.names()
+        and key not in named
+        and any(rival.get(key) != value for rival in rivals)
     ]
     return " ".join([name, *others])
 
 
-def _refuse_other_settings(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    for part, values in asked.items():
-        for key, value in values.items():
-            before = found.get(part, {}).get(key)
-            if before != value:
-                raise ValueError(
-                    f"{path} was made with {key}={before}, now it is {value}. "
-                    "Ask for the same, or start afresh with --overwrite."
-                )
+def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    settings = before.get("settings", {})
+    different = {
+        name: (settings.get(name), value)
+        for name, value in now["settings"].items()
+        if settings.get(name) != value
+    }
+    different |= environment.differences(before.get("environment", {}), now["environment"])
+    for name, (there, here) in different.items():
+        raise ValueError(
+            f"{path} was made with {name}={there}, now it is {here}. "
+            "Ask for the same, or start afresh with --overwrite."
+        )

@@ -1,4 +1,4 @@
-"""Tables and pictures from evaluations of one or many runs."""
+"""The pictures: of judged runs, of training, and of what the benchmarks measure."""
 
 from __future__ import annotations
 
@@ -8,194 +8,59 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from tfjacreg.experiments import files
+from tfjacreg import temporary
+from tfjacreg.experiments import curves
+from tfjacreg.experiments.curves import Evaluation
 
-_TITLES = {"noise": "White noise", "pgd": "PGD", "tpgd": "TPGD", "square": "Square"}
-_AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vP*"
+_BLACK, _ORANGE, _SKY_BLUE, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+_BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+
+class _Style(NamedTuple):
+    """How a line is drawn."""
+
+    color: str
+    marker: str
+
+
 # The paper's methods look the same in all figures, whichever of them are there.
 _METHODS = {
-    "Spectral": ("#0072B2", "s"),
-    "Frobenius": ("#E69F00", "P"),
-    "Spectral-Bound": ("#CC79A7", "v"),
-    "L2": ("#009E73", "^"),
-    "None": ("#000000", "o"),
+    "Spectral": _Style(_BLUE, "s"),
+    "Frobenius": _Style(_ORANGE, "P"),
+    "Spectral-Bound": _Style(_PURPLE, "v"),
+    "L2": _Style(_GREEN, "^"),
+    "None": _Style(_BLACK, "o"),
 }
-# The steps that are drawn, out of those timed, and the estimators: label, colour, marker.
+# Methods of other names take these in turn.
+_OTHERS = (
+    _METHODS["None"],
+    _Style(_VERMILION, "s"),
+    _Style(_BLUE, "D"),
+    _METHODS["L2"],
+    _METHODS["Spectral-Bound"],
+    _METHODS["Frobenius"],
+    _Style(_SKY_BLUE, "*"),
+)
+# The steps that are drawn, out of those timed, and the estimators.
 _STEPS = {
-    "plain": ("plain", "#000000", "o"),
-    "spectral_bound": ("SpectralBound", "#CC79A7", "v"),
-    "frobenius": ("FrobeniusNorm, 1 projection", "#E69F00", "P"),
-    "power_1": ("SpectralNorm, N = 1", "#0072B2", "s"),
-    "power_1_transpose": ("SpectralNorm, N = 1, transpose", "#56B4E9", "D"),
-    "exact": ("SpectralNorm, exact", "#009E73", "^"),
-    "analytic": ("analytic (row by row, SVD)", "#D55E00", "*"),
+    "plain": ("plain", _METHODS["None"]),
+    "spectral_bound": ("SpectralBound", _METHODS["Spectral-Bound"]),
+    "frobenius": ("FrobeniusNorm, 1 projection", _METHODS["Frobenius"]),
+    "power_1": ("SpectralNorm, N = 1", _METHODS["Spectral"]),
+    "power_1_transpose": ("SpectralNorm, N = 1, transpose", _Style(_SKY_BLUE, "D")),
+    "exact": ("SpectralNorm, exact", _Style(_GREEN, "^")),
+    "analytic": ("analytic (row by row, SVD)", _Style(_VERMILION, "*")),
 }
 _ESTIMATORS = {
-    "power": ("power iteration", "#0072B2", "s"),
-    "lanczos": ("Lanczos as penalty", "#D55E00", "o"),
-    "complete_lanczos": ("Lanczos in spectral_norm", "#009E73", "^"),
+    "power": ("power iteration", _METHODS["Spectral"]),
+    "lanczos": ("Lanczos as penalty", _Style(_VERMILION, "o")),
+    "complete_lanczos": ("Lanczos in spectral_norm", _Style(_GREEN, "^")),
 }
-
-
-class Evaluation(NamedTuple):
-    """One judged run.
-
-    Attributes:
-        dataset: Name of the data set.
-        method: Name of the training method; its runs are the repeats.
-        result: Content of `evaluation.json`.
-    """
-
-    dataset: str
-    method: str
-    result: dict[str, Any]
-
-
-class Curve(NamedTuple):
-    """Accuracy against strength, over the repeats of one method.
-
-    Attributes:
-        strength: Strengths `[S]`.
-        clean: Clean accuracy of each run, `[R]`.
-        accuracy: Accuracy of each run at each strength, `[R, S]`.
-    """
-
-    strength: npt.NDArray[np.float64]
-    clean: npt.NDArray[np.float64]
-    accuracy: npt.NDArray[np.float64]
-
-
-class Distances(NamedTuple):
-    """Distances to the boundary of the points that every run classifies correctly.
-
-    Attributes:
-        values: Distances of each run, `[R, P]`; infinite beyond the largest radius tried.
-        points: Number of points in the test set.
-    """
-
-    values: npt.NDArray[np.float64]
-    points: int
-
-
-def curves(evaluations: Sequence[Evaluation], name: str) -> dict[str, dict[str, Curve]]:
-    """Gathers the curves of one perturbation by data set and method.
-
-    Args:
-        evaluations: The judged runs.
-        name: "noise", "pgd", "tpgd" or "square".
-
-    Returns:
-        Curve of each method of each data set, in the order of the runs.
-
-    Raises:
-        ValueError: If runs of one method were judged at different strengths.
-    """
-    strength = "variance" if name == "noise" else "iterations"
-    gathered: dict[str, dict[str, Curve]] = {}
-    for dataset, method in dict.fromkeys((e.dataset, e.method) for e in evaluations):
-        results = [e.result for e in evaluations if (e.dataset, e.method) == (dataset, method)]
-        grids = [r[name][strength] for r in results]
-        if any(grid != grids[0] for grid in grids):
-            raise ValueError(f"{method} on {dataset} must share strengths. Received: {grids}.")
-        gathered.setdefault(dataset, {})[method] = Curve(
-            np.array(grids[0], float),
-            np.array([r["clean_accuracy"] for r in results]),
-            np.array([r[name]["accuracy"] for r in results]),
-        )
-    return gathered
-
-
-def distances(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Distances]]:
-    """Gathers the boundary distances by data set and method.
-
-    Args:
-        evaluations: The judged runs.
-
-    Returns:
-        Distances of each method of each data set, for the points all its runs get right.
-
-    Raises:
-        ValueError: If runs on one data set were judged on different numbers of points, or share
-            no correctly classified one.
-    """
-    gathered: dict[str, dict[str, Distances]] = {}
-    for dataset in dict.fromkeys(e.dataset for e in evaluations):
-        runs = [e for e in evaluations if e.dataset == dataset]
-        counts = {len(e.result["boundary_distance"]) for e in runs}
-        if len(counts) > 1:
-            raise ValueError(f"Runs on {dataset} must share their points. Received: {counts}.")
-        count = counts.pop()
-        shared = np.ones(count, bool)
-        for run in runs:
-            shared[run.result["boundary"]["misclassified"]] = False
-        if not shared.any():
-            raise ValueError(f"There is no point on {dataset} that every run classifies correctly.")
-        gathered[dataset] = {
-            method: Distances(
-                np.array(
-                    [
-                        # null marks the misclassified, dropped here, and the unreached.
-                        np.array(
-                            [np.inf if d is None else d for d in e.result["boundary_distance"]]
-                        )[shared]
-                        for e in runs
-                        if e.method == method
-                    ]
-                ),
-                count,
-            )
-            for method in dict.fromkeys(e.method for e in runs)
-        }
-    return gathered
-
-
-def robustness_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    """Formats the accuracies, in percent, as text: one block per data set and perturbation."""
-    blocks = []
-    for name in names:
-        for dataset, methods in curves(evaluations, name).items():
-            strength = next(iter(methods.values())).strength
-            head = ["clean", *(f"{s:g}" for s in strength)]
-            rows = [
-                [
-                    method,
-                    str(len(c.clean)),
-                    *(_spread(100 * a) for a in np.column_stack([c.clean, c.accuracy]).T),
-                ]
-                for method, c in methods.items()
-            ]
-            title = f"{dataset}, {_TITLES[name]}: accuracy in % against {_axis(name)}"
-            blocks.append(_layout(title, ["method", "runs", *head], rows))
-    return "\n\n".join(blocks)
-
-
-def boundary_table(evaluations: Sequence[Evaluation]) -> str:
-    """Formats the boundary distances as text: one block per data set."""
-    blocks = []
-    for dataset, methods in distances(evaluations).items():
-        shared = next(iter(methods.values()))
-        rows = [
-            [
-                method,
-                str(len(d.values)),
-                *(f"{q:.3f}" for q in _quantiles(d.values)),
-                str(int(np.isinf(d.values).sum())),
-            ]
-            for method, d in methods.items()
-        ]
-        title = (
-            f"{dataset}: distance to the decision boundary (Euclidean, pixel units), quantiles over"
-            f" the {shared.values.shape[1]} of {shared.points} points that every run gets right"
-        )
-        head = ["method", "runs", "5 %", "25 %", "50 %", "75 %", "95 %", "none found"]
-        blocks.append(_layout(title, head, rows))
-    return "\n\n".join(blocks)
 
 
 def robustness_figure(
@@ -211,23 +76,22 @@ def robustness_figure(
         names: The perturbations.
         path: PNG file to write.
     """
-    columns = [curves(evaluations, name) for name in names]
-    figure = Figure(figsize=(3.4 * len(names) + 0.6, 2.9 * len(columns[0]) + 1.0), dpi=130)
+    columns = [curves.curves(evaluations, name) for name in names]
+    size = (3.4 * len(names) + 0.6, 2.9 * len(columns[0]) + 1.0)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     axes = figure.subplots(len(columns[0]), len(names), squeeze=False)
     styles = _styles(evaluations)
     for column, (name, gathered) in enumerate(zip(names, columns, strict=True)):
         for row, (dataset, methods) in enumerate(gathered.items()):
             ax = axes[row, column]
             for method, curve in methods.items():
-                colour, marker = styles[method]
+                style = styles[method]
                 drop = 100 * (curve.clean[:, None] - curve.accuracy)
                 mean = drop.mean(axis=0)
-                ax.plot(curve.strength, mean, color=colour, marker=marker, ms=4, label=method)
+                ax.plot(curve.strength, mean, ms=4, label=method, **style._asdict())
                 if len(drop) > 1:
                     std = drop.std(axis=0, ddof=1)
-                    ax.fill_between(
-                        curve.strength, mean - std, mean + std, color=colour, alpha=0.2, lw=0
-                    )
+                    _band(ax, curve.strength, mean - std, mean + std, style)
             if name != "noise":
                 ax.set_xscale("log")
                 ax.xaxis.set_major_locator(FixedLocator(curve.strength.tolist()))
@@ -235,12 +99,12 @@ def robustness_figure(
                 ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
             ax.grid(alpha=0.3)
-            ax.set_xlabel(_axis(name))
+            ax.set_xlabel(curves.axis(name))
             if row == 0:
-                ax.set_title(_TITLES[name])
+                ax.set_title(curves.TITLES[name])
             if column == 0:
                 ax.set_ylabel(f"{dataset}\naccuracy drop (percentage points)")
-    _legend_below(figure, styles)
+    _legend_below(figure)
     _save(figure, path)
 
 
@@ -254,18 +118,23 @@ def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
         evaluations: The judged runs.
         path: PNG file to write.
     """
-    gathered = distances(evaluations)
+    gathered = curves.distances(evaluations)
     figure = Figure(figsize=(6.4, 3.6 * len(gathered) + 0.6), dpi=130)
     axes = figure.subplots(len(gathered), 1, squeeze=False)[:, 0]
     styles = _styles(evaluations)
     for ax, (dataset, methods) in zip(axes, gathered.items(), strict=True):
         for method, found in methods.items():
-            colour, _ = styles[method]
             values = np.sort(found.values, axis=None)
             share = 100 * np.arange(1, len(values) + 1) / len(values)
             reached = np.isfinite(values)
             label = f"{method} (median {np.median(values):.2f})"
-            ax.step(values[reached], share[reached], where="post", color=colour, label=label)
+            ax.step(
+                values[reached],
+                share[reached],
+                where="post",
+                label=label,
+                color=styles[method].color,
+            )
         points = next(iter(methods.values()))
         ax.set_title(f"{dataset}: {points.values.shape[1]} of {points.points} points")
         ax.set_xlabel("distance to the decision boundary (Euclidean, pixel units)")
@@ -291,13 +160,13 @@ def training_figure(
     axes = figure.subplots(1, len(losses), squeeze=False)[0]
     for ax, (title, methods) in zip(axes, losses.items(), strict=True):
         for method, loss in methods.items():
-            colour, marker = _METHODS[method]
+            style = _METHODS[method]
             epochs = np.arange(1, loss.shape[1] + 1)
             mean = loss.mean(axis=0)
-            ax.plot(epochs, mean, color=colour, marker=marker, ms=3, lw=1, label=method)
+            ax.plot(epochs, mean, ms=3, lw=1, label=method, **style._asdict())
             if len(loss) > 1:
                 std = loss.std(axis=0, ddof=1)
-                ax.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+                _band(ax, epochs, mean - std, mean + std, style)
         ax.set_title(title)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -364,12 +233,11 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
     axes = figure.subplots(1, len(contents), squeeze=False)[0]
     for ax, content in zip(axes, contents, strict=True):
         settings, timed = content["settings"], content["batch_size"]
-        for name, (label, colour, marker) in _STEPS.items():
+        for name, (label, style) in _STEPS.items():
             points = [(int(b), rows[name]["seconds"]) for b, rows in timed.items() if name in rows]
             if points:
-                ax.plot(
-                    *zip(*sorted(points), strict=True), label=label, color=colour, marker=marker
-                )
+                sizes, seconds = zip(*sorted(points), strict=True)
+                ax.plot(sizes, seconds, label=label, **style._asdict())
         if not ax.lines:
             raise ValueError(
                 f"Step times must hold some of {tuple(_STEPS)}: time these variants. "
@@ -381,13 +249,13 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
         ax.set_title(f"{network}{', XLA' * settings['xla']}\n{_environment(content)}", fontsize=9)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        sizes = sorted(map(int, timed))
-        ax.set_xticks(sizes, list(map(str, sizes)))
+        ticks = sorted(map(int, timed))
+        ax.set_xticks(ticks, list(map(str, ticks)))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("batch size")
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds per training step (median)")
-    _legend_outside(figure)
+    _legend_below(figure)
     _save(figure, path)
 
 
@@ -419,24 +287,30 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, name in ((left, "power_1"), (right, "none")):
         networks = [n for n in trained if n["name"] == name]
-        for estimator, (label, colour, marker) in _ESTIMATORS.items():
+        for estimator, (label, style) in _ESTIMATORS.items():
             products, errors = _mean_errors(networks, estimator)
             mean = errors.mean(axis=0)
-            ax.plot(products, mean, label=label, color=colour, marker=marker, markersize=4)
-            ax.fill_between(products, errors.min(0), errors.max(0), color=colour, alpha=0.2, lw=0)
+            ax.plot(products, mean, ms=4, label=label, **style._asdict())
+            _band(ax, products, errors.min(0), errors.max(0), style)
         ax.set_xlabel("products spent (J v and J^T u count one each)")
         ax.grid(alpha=0.3)
     bound = [n["bound_error"]["mean"] for n in trained if n["name"] == "spectral_bound"]
     label = "product of the layers' norms, trained with SpectralBound"
-    left.axhline(np.mean(bound), color="#CC79A7", linestyle="--", label=label)
+    left.axhline(np.mean(bound), color=_PURPLE, linestyle="--", label=label)
     for network in trained:
         estimator, _, iterations = network["name"].partition("_")
         if estimator in ("power", "lanczos"):
-            label, colour, marker = _ESTIMATORS[estimator]
+            label, style = _ESTIMATORS[estimator]
             row = network["errors"][estimator][int(iterations) - 1]
-            style = {"color": "none", "markeredgecolor": colour, "markersize": 9}
-            label += ", trained with it"
-            right.plot(row["products"], row["mean"], marker, label=label, **style)
+            right.plot(
+                row["products"],
+                row["mean"],
+                style.marker,
+                label=f"{label}, trained with it",
+                color="none",
+                markeredgecolor=style.color,
+                markersize=9,
+            )
     left.set_yscale("log")
     left.set_ylim(bottom=1e-4)
     left.set_xticks(range(2, 21, 2))
@@ -448,7 +322,7 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
         f"{settings['points']} training points; {_environment(content)}",
         fontsize=9,
     )
-    _legend_outside(figure)
+    _legend_below(figure)
     _save(figure, path)
 
 
@@ -461,11 +335,17 @@ def _mean_errors(
     return products, np.array([[row["mean"] for row in rows] for rows in errors])
 
 
-def _legend_outside(figure: Figure) -> None:
-    """One legend for all panels, below them; what several panels draw is named once."""
+def _legend_below(figure: Figure) -> None:
+    """One legend for all panels, below them; what several panels draw is named once.
+
+    The figure needs `layout="constrained"`, which makes room for it.
+    """
     found = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)
+    # Of an entry the line takes about .7 inches, and a letter .065.
+    columns = int(figure.get_size_inches()[0] / (0.7 + 0.065 * max(map(len, handles))))
+    columns = max(1, min(columns, len(handles)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _environment(content: Mapping[str, Any]) -> str:
@@ -473,53 +353,17 @@ def _environment(content: Mapping[str, Any]) -> str:
     return f"{versions['device']}; TensorFlow {versions['tensorflow']}, Keras {versions['keras']}"
 
 
-def _axis(name: str) -> str:
-    return _AXES.get(name, "iterations")
-
-
-def _styles(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
+def _styles(evaluations: Sequence[Evaluation]) -> dict[str, _Style]:
     methods = dict.fromkeys(e.method for e in evaluations)
     return {
-        method: _METHODS.get(method, (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]))
-        for i, method in enumerate(methods)
+        method: _METHODS.get(method, _OTHERS[i % len(_OTHERS)]) for i, method in enumerate(methods)
     }
 
 
-def _legend_below(figure: Figure, styles: dict[str, tuple[str, str]]) -> None:
-    handles = {}
-    for ax in figure.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles[label] = handle
-    width, height = map(float, figure.get_size_inches())
-    columns = max(1, min(len(handles), int(width / 2)))
-    rows = -(-len(handles) // columns)
-    figure.tight_layout(rect=(0, (0.1 + 0.25 * rows) / height, 1, 1))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=columns)
-
-
-def _spread(values: npt.NDArray[np.float64]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{values.mean():.1f}±{values.std(ddof=1):.1f}"
-
-
-def _quantiles(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    # Not interpolated: some distances may be infinite.
-    return np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], method="inverted_cdf")
-
-
-def _layout(title: str, head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
-    return "\n".join([title, *lines])
+def _band(ax: Axes, x: Any, low: Any, high: Any, style: _Style) -> None:
+    ax.fill_between(x, low, high, color=style.color, alpha=0.2, lw=0)
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with files.replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
+    with temporary.replacing(Path(path)) as file:
+        figure.savefig(file, format="png")

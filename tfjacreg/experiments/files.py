@@ -1,31 +1,16 @@
-"""Result files, written whole or not at all."""
+"""JSON files, written whole or not at all, with a digest of what they hold."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
+from tfjacreg import temporary
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder to write to, and then puts the file in place.
-
-    The folder is made if it is not there. What was at `path` before is untouched until the end.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: If the file cannot be put in place.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{path.name}")
-    yield temporary
-    os.replace(temporary, path)
+_SEAL = "sha256"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -33,10 +18,83 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
     Args:
         path: The file.
-        content: What JSON can hold.
+        content: What JSON can represent.
 
     Raises:
         OSError: If the file cannot be written; what was there before is then untouched.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with temporary.replacing(path) as file:
+        file.write_text(json_text(content), encoding="utf-8")
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """`content` as JSON, indented, with every list of numbers on one line."""
+    text = json.dumps(content, indent=2)
+    # Inside a JSON string there is no line break, so that no string can match.
+    return re.sub(r'\[\n\s+([^][{}"]+?)\n\s+\]', _on_one_line, text) + "\n"
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + re.sub(r",\s+", ", ", match[1]) + "]"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If the file cannot be read or is no JSON object; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # Of the decoder or of JSON.
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_sha256(folder: Path) -> str:
+    """The SHA-256 of the names and contents of all files in a folder; raises OSError."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return content_sha256({str(path.relative_to(folder)): sha256(path) for path in files})
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """The SHA-256 of what JSON represents, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with its own digest, under `sha256`."""
+    return {**content, _SEAL: content_sha256(content)}
+
+
+def check_seal(path: Path, content: dict[str, Any]) -> None:
+    """Checks that content that was sealed is what it was then; older files have no seal.
+
+    Args:
+        path: Where it was read.
+        content: What `read_json` read there.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    held = unsealed(content)
+    if len(held) < len(content) and content[_SEAL] != content_sha256(held):
+        raise ValueError(f"{path} is damaged or was changed: its content and its sha256 differ.")
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` without its own digest."""
+    return {name: value for name, value in content.items() if name != _SEAL}

@@ -1,15 +1,17 @@
-"""Locks that die with their holder: among the processes of one machine, and among machines."""
+"""Locks that die with their owner: among the processes of one machine, and among machines."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy
+
+from tfjacreg import extras
+from tfjacreg.experiments import owner
 
 # A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
 # after 60, hands its run to another.
@@ -23,45 +25,40 @@ _CONNECTION = {
 
 
 class FileLocks:
-    """Locks among the processes of one machine, freed by the kernel when their holder dies."""
+    """Locks among the processes of one machine, freed by the kernel when their owner dies.
+
+    The lock of a run is that of its folder, which train.py and evaluate.py take too.
+    """
 
     def __init__(self, out: Path) -> None:
         self._out = out
 
     @contextlib.contextmanager
-    def ledger(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger."""
-        with (self._out / ".lock").open("a") as file:
+        with (self._out / ".sweep.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def take(self, name: str) -> int | None:
+    def acquire(self, name: str) -> int | None:
         """The descriptor of the lock of a run, or None if somebody has it.
 
-        A process that inherits the descriptor holds the lock too.
+        A process that inherits the descriptor has the lock too.
         """
-        folder = self._out / name
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return owner.acquire(self._out / name)
 
-    def give(self, name: str, descriptor: int) -> None:
+    def release(self, name: str, descriptor: int) -> None:
         """Frees the lock of a run."""
-        os.close(descriptor)
+        owner.release(self._out / name, descriptor)
 
-    def check(self) -> None:
+    def ensure_alive(self) -> None:
         """Raises if the locks may be lost, which the kernel does to no living process."""
 
     def close(self) -> None:
         """Frees what is not the kernel's."""
 
 
-class ServerLocks(FileLocks):
+class PostgresLocks(FileLocks):
     """Locks among machines too: PostgreSQL's advisory locks, which live as long as a connection."""
 
     def __init__(self, out: Path, url: sqlalchemy.URL, study: str) -> None:
@@ -80,31 +77,31 @@ class ServerLocks(FileLocks):
         return self._connection.execute(statement, {"key": key}).scalar()
 
     @contextlib.contextmanager
-    def ledger(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger, on all machines."""
         # One for all studies: Optuna's tables, which the first worker makes, are theirs in common.
-        with super().ledger():
+        with super().exclusive():
             self._call("pg_advisory_lock", "tfjacreg")
             try:
                 yield
             finally:
                 self._call("pg_advisory_unlock", "tfjacreg")
 
-    def take(self, name: str) -> int | None:
+    def acquire(self, name: str) -> int | None:
         """As for files; None too if a worker on another machine has the lock."""
         if not self._call("pg_try_advisory_lock", f"{self._study}/{name}"):
             return None
-        descriptor = super().take(name)
+        descriptor = super().acquire(name)
         if descriptor is None:
             self._call("pg_advisory_unlock", f"{self._study}/{name}")
         return descriptor
 
-    def give(self, name: str, descriptor: int) -> None:
+    def release(self, name: str, descriptor: int) -> None:
         """Frees the lock of a run."""
-        super().give(name, descriptor)
+        super().release(name, descriptor)
         self._call("pg_advisory_unlock", f"{self._study}/{name}")
 
-    def check(self) -> None:
+    def ensure_alive(self) -> None:
         """Raises if the connection, and the locks with it, is lost."""
         self._connection.execute(sqlalchemy.text("SELECT 1"))
 
@@ -117,16 +114,38 @@ def server_url(storage: str) -> sqlalchemy.URL:
     """The URL of a PostgreSQL server, with the driver that is used.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If it is not one; the message has nothing of a password in it.
+        ImportError: If the driver is not installed.
     """
-    try:
+    # Neither message nor cause: SQLAlchemy's errors quote the URL.
+    with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
         url = sqlalchemy.make_url(storage)
-        if url.get_backend_name() == "postgresql":
+        if url.get_backend_name() in ("postgresql", "postgres"):
             # psycopg 3, whichever driver SQLAlchemy's version takes for the bare name.
+            with extras.importing("postgresql", "A sweep on a PostgreSQL server"):
+                import psycopg  # noqa: F401
             return url.set(drivername="postgresql+psycopg")
-    except sqlalchemy.exc.ArgumentError:
-        pass
     raise ValueError(
         "`--storage` must be the URL of a PostgreSQL database, such as postgresql://user@host/name."
-        f" Received: {storage}. Leave it out for an SQLite file in the sweep's folder."
+        f" Received: {_without_password(storage)}. Leave it out for an SQLite file in the sweep's "
+        "folder."
     )
+
+
+def _without_password(text: str) -> str:
+    """A URL, or what was meant as one, without what may be a password."""
+    scheme, separator, rest = text.rpartition("://")
+    rest = rest.partition("?")[0]
+    _, at, host = rest.rpartition("@")
+    if at:
+        return f"{scheme}{separator}***@{host}"
+    host, colon, _ = rest.partition(":")
+    return f"{scheme}{separator}{host}{colon}{'***' * bool(colon)}"
+
+
+def hidden(text: str, storage: str | None) -> str:
+    """`text`, such as an error of the storage, without the password that its URL has."""
+    password = None
+    with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
+        password = sqlalchemy.make_url(storage or "").password
+    return text.replace(str(password), "***") if password else text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from tfjacreg.experiments import figures, files, selection, tables
-from tfjacreg.experiments import html as page
-from tfjacreg.experiments.evaluation import PERTURBATIONS, read_json
-from tfjacreg.experiments.figures import Evaluation
-from tfjacreg.experiments.selection import LABELS, CellRuns, Run, Section
+from tfjacreg import temporary
+from tfjacreg.experiments import curves, figures, files, html, selection, tables
+from tfjacreg.experiments.curves import Evaluation
+from tfjacreg.experiments.evaluation import PERTURBATIONS
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.selection import LABELS, CellResults, RunResult, SweepResults
 
 # The seed that draws the runs of Figure 4, and how many images the runs should be judged on.
 SEED = 0
@@ -40,50 +40,52 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
             planned, or a file is damaged; the message names the file.
         OSError: If the report cannot be written.
     """
-    sections = selection.read(folders)
-    command = shlex.join(["python", "evaluate.py", "--report", *map(str, folders)])
+    sweeps = selection.read(folders)
+    command = shlex.join(["python", "-m", "tfjacreg", "report", *map(str, folders)])
     blocks = [
-        f"# Jacobian regularization: {', '.join(section.label for section in sections)}",
+        f"# Jacobian regularization: {', '.join(results.label for results in sweeps)}",
         f"Written by `{command}`.",
         "## Accuracy (Table 1)",
         tables.TABLE_1,
     ]
-    for section in sections:
-        blocks += [f"### {section.label}", tables.setting(section), tables.table_1(section)]
-        if section.chosen:
-            blocks += ["The cells of this table:", tables.chosen_cells(section)]
-        blocks += tables.missing(section)
-    blocks += [*_training(sections, out), *_robustness(sections, out), *_cost(benchmarks, out)]
+    if not all(results.validated for results in sweeps):
+        blocks.append(tables.WHOLE_TRAINING_SET)
+    for results in sweeps:
+        blocks += [f"### {results.label}", tables.setting(results), tables.table_1(results)]
+        if results.chosen:
+            blocks += ["The cells of this table:", tables.chosen_cells(results)]
+        blocks += tables.missing(results)
+    blocks += [*_training(sweeps, out), *_robustness(sweeps, out), *_cost(benchmarks, out)]
     blocks += ["## All cells", tables.ALL_CELLS]
-    for section in sections:
-        blocks += [f"### {section.label}", tables.all_cells(section)]
-    blocks += ["## Runs and machines", *map(tables.environment, sections)]
+    for results in sweeps:
+        blocks += [f"### {results.label}", tables.all_cells(results)]
+    blocks += ["## Runs and machines", *map(tables.machines, sweeps)]
     text = "\n\n".join(blocks) + "\n"
-    for name, content in (("report.md", text), ("report.html", page.render(text, out))):
-        with files.replacing(out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+    for name, content in (("report.md", text), ("report.html", html.render(text, out))):
+        with temporary.replacing(out / name) as file:
+            file.write_text(content, encoding="utf-8")
     return out / "report.html"
 
 
-def draw(method: str, cell: CellRuns) -> Run:
-    """Draws the run that Figure 4 shows of a method (appendix A.3), always the same.
+def pick_run(method: str, cell: CellResults) -> RunResult:
+    """Picks at random the run that Figure 4 shows of a method (appendix A.3), always the same.
 
     Args:
-        method: Its name; methods draw independently of each other.
+        method: Its name; the choices for methods are independent of each other.
         cell: The cell that stands for it, with at least one finished run.
     """
     rng = np.random.default_rng([SEED, list(LABELS).index(method)])
     return cell.finished[rng.integers(len(cell.finished))]
 
 
-def _training(sections: Sequence[Section], out: Path) -> list[str]:
+def _training(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
     losses = {
-        section.label: {
-            LABELS[method]: np.stack([run.history["val_loss"] for run in cell.finished])
-            for method, cell in section.chosen.items()
+        results.label: {
+            LABELS[method]: np.stack([run.curve("val_loss") for run in cell.finished])
+            for method, cell in results.chosen.items()
         }
-        for section in sections
-        if section.chosen
+        for results in sweeps
+        if results.chosen and results.validated
     }
     if not losses:
         return []
@@ -96,27 +98,27 @@ def _training(sections: Sequence[Section], out: Path) -> list[str]:
     ]
 
 
-def _robustness(sections: Sequence[Section], out: Path) -> list[str]:
+def _robustness(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
     """Figures 3 and 4, from those runs of the chosen cells that evaluate.py has judged."""
-    curves: list[Evaluation] = []
-    distances: list[Evaluation] = []
-    commands, drawn = [], []
-    for section in sections:
-        judged = _judged(section)
-        commands += _evaluation_command(section, judged)
-        for method, cell in section.chosen.items():
-            one = draw(method, cell)
+    perturbed: list[Evaluation] = []
+    measured: list[Evaluation] = []
+    commands, picked = [], []
+    for results in sweeps:
+        judged = _judged(results)
+        commands += _evaluation_command(results, judged)
+        for method, cell in results.chosen.items():
             for run in cell.finished:
-                result = judged.get(run.folder, {})
-                evaluation = Evaluation(section.label, LABELS[method], result)
-                curves += [evaluation] * _has(result, PERTURBATIONS)
-                if run is one:
-                    there = _has(result, ["boundary_distance"])
-                    distances += [evaluation] * there
-                    note = (
-                        "" if there else ", not in the figure: its distances are not measured yet"
-                    )
-                    drawn.append(f"- {section.label}, {LABELS[method]}: `{run.folder.name}`{note}")
+                result = judged.get(run.folder.path, {})
+                if _has(result, PERTURBATIONS):
+                    perturbed.append(Evaluation(results.label, LABELS[method], result))
+            run = pick_run(method, cell)
+            result = judged.get(run.folder.path, {})
+            line = f"- {results.label}, {LABELS[method]}: `{run.folder.path.name}`"
+            if _has(result, ["boundary_distance"]):
+                measured.append(Evaluation(results.label, LABELS[method], result))
+            else:
+                line += ", not in the figure: its distances are not measured yet"
+            picked.append(line)
     blocks = ["## Robustness (Figure 3)"]
     if commands:
         blocks += [
@@ -124,38 +126,39 @@ def _robustness(sections: Sequence[Section], out: Path) -> list[str]:
             "what is missing. To judge them:",
             tables.fence("\n".join(commands)),
         ]
-    if curves:
-        figures.robustness_figure(curves, PERTURBATIONS, out / "robustness.png")
+    if perturbed:
+        figures.robustness_figure(perturbed, PERTURBATIONS, out / "robustness.png")
         blocks += [
             "Accuracy on clean test images less that on perturbed ones: mean over the judged "
             "repeats of the cells of Table 1, and a band of one standard deviation.",
             "![Accuracy drop against the strength of four perturbations](robustness.png)",
-            tables.fence(figures.robustness_table(curves, PERTURBATIONS)),
+            tables.fence(curves.robustness_table(perturbed, PERTURBATIONS)),
         ]
     blocks.append("## Distance to the decision boundary (Figure 4)")
-    if drawn:
+    if picked:
         blocks += [
             f"One repeat of each cell of Table 1, drawn at random with a fixed seed ({SEED}), at "
             "the test images that all runs shown classify correctly:",
-            "\n".join(drawn),
+            "\n".join(picked),
         ]
-    if distances:
-        figures.boundary_figure(distances, out / "boundary.png")
+    if measured:
+        figures.boundary_figure(measured, out / "boundary.png")
         blocks += [
             "![Share of the points with a boundary within a distance](boundary.png)",
-            tables.fence(figures.boundary_table(distances)),
+            tables.fence(curves.boundary_table(measured)),
         ]
     return blocks
 
 
-def _judged(section: Section) -> dict[Path, dict[str, Any]]:
+def _judged(results: SweepResults) -> dict[Path, dict[str, Any]]:
     """The evaluations of the finished runs of the chosen cells, by run folder."""
-    judged = {
-        run.folder: _read_evaluation(run.folder)
-        for cell in section.chosen.values()
-        for run in cell.finished
-        if (run.folder / "evaluation.json").exists()
-    }
+    judged = {}
+    for cell in results.chosen.values():
+        for run in cell.finished:
+            result = run.folder.read_evaluation()
+            if result is not None:
+                _check_evaluation(run.folder, result)
+                judged[run.folder.path] = result
     settings = {
         folder: {k: v for k, v in result["settings"].items() if k != "classifier_sha256"}
         for folder, result in judged.items()
@@ -164,39 +167,37 @@ def _judged(section: Section) -> dict[Path, dict[str, Any]]:
         if settings[folder] != settings[other]:
             raise ValueError(
                 "Evaluations that are compared must have equal settings. Received: "
-                f"{folder / 'evaluation.json'} and {other / 'evaluation.json'}, which differ in "
+                f"{RunFolder(folder).evaluation_file} and {RunFolder(other).evaluation_file}, "
+                "which differ in "
                 f"{[k for k, v in settings[folder].items() if settings[other].get(k) != v]}. "
                 "Judge one of them again, with evaluate.py --overwrite."
             )
     return judged
 
 
-def _read_evaluation(folder: Path) -> dict[str, Any]:
-    path, classifier = folder / "evaluation.json", folder / "classifier.keras"
-    result = read_json(path)
+def _check_evaluation(folder: RunFolder, result: dict[str, Any]) -> None:
+    path, classifier = folder.evaluation_file, folder.classifier_file
     alone = [Evaluation("", "", result)]
     try:
         digest = result["settings"]["classifier_sha256"]
         _limits(result)
         for name in PERTURBATIONS:
             if name in result:
-                curve = figures.curves(alone, name)[""][""]
+                curve = curves.curves(alone, name)[""][""]
                 if curve.accuracy.shape != (1, len(curve.strength)):
                     raise ValueError(f"{name} needs an accuracy for each strength")
         if "boundary_distance" in result:
-            figures.distances(alone)
+            curves.distances(alone)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must be as evaluate.py writes it. Received: {error!r}. Judge that run again, "
             "with evaluate.py --overwrite."
         ) from error
-    # Results may be kept without the weights.
-    if classifier.exists() and hashlib.sha256(classifier.read_bytes()).hexdigest() != digest:
+    if folder.classifier_digest() not in (None, digest):
         raise ValueError(
             f"{path} must judge {classifier}. Received: an evaluation of another classifier. "
             "Judge that run again, with evaluate.py --overwrite."
         )
-    return result
 
 
 def _has(result: dict[str, Any], names: Iterable[str]) -> bool:
@@ -208,12 +209,12 @@ def _limits(result: dict[str, Any]) -> list[str]:
     return ["--limit", f"{settings['images']:d}", "--seed", f"{settings['seed']:d}"]
 
 
-def _evaluation_command(section: Section, judged: dict[Path, dict[str, Any]]) -> list[str]:
+def _evaluation_command(results: SweepResults, judged: dict[Path, dict[str, Any]]) -> list[str]:
     lacking = [
-        str(run.folder)
-        for cell in section.chosen.values()
+        str(run.folder.path)
+        for cell in results.chosen.values()
         for run in cell.finished
-        if not _has(judged.get(run.folder, {}), (*PERTURBATIONS, "boundary_distance"))
+        if not _has(judged.get(run.folder.path, {}), (*PERTURBATIONS, "boundary_distance"))
     ]
     if not lacking:
         return []
@@ -226,12 +227,12 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
     blocks = ["## Time and error (Figure 5)"]
     times = {}
     for path in sorted(benchmarks.glob("step_time*.json")):
-        content = read_json(path)
-        with _naming(path, "step_time.py"):
+        content = files.read_json(path)
+        with _errors_name(path, "step_time.py"):
             if len(content["batch_size"]) > 1:
                 times[path.name] = content
     if times:
-        with _naming(benchmarks / "step_time*.json", "step_time.py"):
+        with _errors_name(benchmarks / "step_time*.json", "step_time.py"):
             figures.step_time_figure(list(times.values()), out / "step_time.png")
         blocks += [
             "Left: the time of a training step against the batch size "
@@ -246,8 +247,8 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
         ]
     target = benchmarks / "estimator_error.json"
     if target.exists():
-        content = read_json(target)
-        with _naming(target, "estimator_error.py"):
+        content = files.read_json(target)
+        with _errors_name(target, "estimator_error.py"):
             figures.estimator_error_figure(content, out / "estimator_error.png")
         blocks += [
             f"Right: the relative error of sigma against the products spent (`{target.name}`).",
@@ -260,7 +261,7 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, script: str) -> Iterator[None]:
+def _errors_name(path: Path, script: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

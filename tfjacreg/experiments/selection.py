@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
 import operator
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tfjacreg.experiments.evaluation import read_json
-from tfjacreg.experiments.run import RunConfig
-from tfjacreg.experiments.sweep import Cell, Sweep
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.sweep import SWEEP_FILE, Cell, Sweep
 
 # The paper's names of the methods, in the order of its Table 1.
 LABELS = {
@@ -30,16 +29,6 @@ LABELS = {
 # split itself.
 VALIDATION_LOSS = ("val_loss",)
 LOWEST_TEST_LOSS = ("lowest_test_loss", "test_loss")
-_NUMBERS = (
-    VALIDATION_LOSS,
-    LOWEST_TEST_LOSS,
-    ("lowest_test_loss", "test_accuracy"),
-    ("lowest_val_loss", "test_accuracy"),
-    ("test_accuracy",),
-    ("test_spectral_norm",),
-    ("step_seconds",),
-)
-_COLUMNS = ("val_loss", "step_seconds")
 
 
 class Statistic(NamedTuple):
@@ -62,7 +51,7 @@ class Statistic(NamedTuple):
         return cls(float(np.mean(values)), std, len(values))
 
 
-class Run(NamedTuple):
+class RunResult(NamedTuple):
     """One planned run of a sweep.
 
     Attributes:
@@ -70,15 +59,15 @@ class Run(NamedTuple):
         config: Its settings.
         problem: None if it has finished; else why not.
         metrics: Content of `metrics.json`; empty unless finished.
-        history: The numbers in `history.csv`, `[epochs]` by column; empty unless finished.
+        history: A row of figures per epoch; empty unless finished.
         environment: Versions and hardware; empty unless finished.
     """
 
-    folder: Path
+    folder: RunFolder
     config: RunConfig
     problem: str | None
     metrics: dict[str, Any]
-    history: dict[str, npt.NDArray[np.float64]]
+    history: list[dict[str, float]]
     environment: dict[str, Any]
 
     @property
@@ -86,8 +75,12 @@ class Run(NamedTuple):
         """Whether it ended with an error."""
         return self.problem is not None and self.problem.startswith("failed")
 
+    def curve(self, name: str) -> npt.NDArray[np.float64]:
+        """A column of the history, `[epochs]`."""
+        return np.array([row[name] for row in self.history])
 
-class CellRuns(NamedTuple):
+
+class CellResults(NamedTuple):
     """The repeats of a cell.
 
     Attributes:
@@ -96,10 +89,10 @@ class CellRuns(NamedTuple):
     """
 
     cell: Cell
-    runs: tuple[Run, ...]
+    runs: tuple[RunResult, ...]
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[RunResult]:
         """The runs that have finished."""
         return [run for run in self.runs if run.problem is None]
 
@@ -116,7 +109,7 @@ class CellRuns(NamedTuple):
         return Statistic.of(values)
 
 
-class Section(NamedTuple):
+class SweepResults(NamedTuple):
     """A sweep, and the cell that stands for each of its methods.
 
     Attributes:
@@ -124,75 +117,89 @@ class Section(NamedTuple):
         folder: Its folder.
         sweep: What was planned.
         methods: The cells of each method, in the order of `LABELS`.
-        chosen: The cell that stands for each method that has a finished run.
+        chosen: The cell that stands for each method that has a finished run. Runs on the whole
+            training set have no validation loss to choose by: there it is the method's only cell,
+            and a method with several has none.
     """
 
     label: str
     folder: Path
     sweep: Sweep
-    methods: dict[str, list[CellRuns]]
-    chosen: dict[str, CellRuns]
+    methods: dict[str, list[CellResults]]
+    chosen: dict[str, CellResults]
 
     @property
     def dataset(self) -> str:
         """The name of the data set."""
-        return self.runs[0].config.dataset
+        return self.sweep.any_config.dataset
 
     @property
-    def runs(self) -> list[Run]:
+    def validated(self) -> bool:
+        """Whether its runs have a validation split."""
+        return not self.sweep.any_config.whole_training_set
+
+    @property
+    def runs(self) -> list[RunResult]:
         """Every planned run."""
         return [run for cells in self.methods.values() for cell in cells for run in cell.runs]
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[RunResult]:
         """The runs that have finished."""
         return [run for run in self.runs if run.problem is None]
 
 
-def read(folders: Sequence[Path]) -> list[Section]:
+def read(folders: Sequence[Path]) -> list[SweepResults]:
     """Reads sweeps and chooses a cell for each of their methods.
 
     Args:
         folders: Folders of sweeps, each with its `sweep.toml`.
 
     Returns:
-        One section per sweep, labelled with its data set, and with its folder where several
+        The results of each sweep, labelled with its data set, and with its folder where several
         sweeps share a data set.
 
     Raises:
-        ValueError: If a folder is no sweep's or comes twice, or a run folder in it holds a run
-            with other settings or a damaged file; the message names the file.
+        ValueError: If a folder is no sweep's or comes twice, or a run folder in it is that of a run
+            with other settings or has a damaged file; the message names the file.
     """
     folders = list(folders)
     for folder, count in Counter(folder.resolve() for folder in folders).items():
         if count > 1:
             raise ValueError(f"Every sweep must be named once. Received: {folder} {count} times.")
     for folder in folders:
-        if not (folder / "sweep.toml").is_file():
+        if not (folder / SWEEP_FILE).is_file():
             raise ValueError(
-                f"A sweep's folder must hold sweep.toml. Received: {folder}, which does not. "
+                f"A sweep's folder must hold {SWEEP_FILE}. Received: {folder}, which does not. "
                 "`python train.py --sweep FILE --out DIR` makes such a folder."
             )
-    sweeps = [Sweep.load(folder / "sweep.toml") for folder in folders]
-    names = [next(iter(sweep.configs().values())).dataset for sweep in sweeps]
+    sweeps = [Sweep.load(folder / SWEEP_FILE) for folder in folders]
+    names = [sweep.any_config.dataset for sweep in sweeps]
     return [
-        _section(name if names.count(name) == 1 else f"{name}, {folder}", folder, sweep)
+        _read_sweep(name if names.count(name) == 1 else f"{name}, {folder}", folder, sweep)
         for name, folder, sweep in zip(names, folders, sweeps, strict=True)
     ]
 
 
-def _section(label: str, folder: Path, sweep: Sweep) -> Section:
+def _read_sweep(label: str, folder: Path, sweep: Sweep) -> SweepResults:
     cells = read_cells(folder, sweep)
-    methods: dict[str, list[CellRuns]] = {
+    methods: dict[str, list[CellResults]] = {
         method: [cell for cell in cells if cell.cell.method == method]
         for method in LABELS
         if any(cell.cell.method == method for cell in cells)
     }
-    chosen = {method: choose(group, VALIDATION_LOSS) for method, group in methods.items()}
-    return Section(label, folder, sweep, methods, {m: c for m, c in chosen.items() if c})
+    chosen = {}
+    for method, group in methods.items():
+        if sweep.any_config.whole_training_set:
+            cell = group[0] if len(group) == 1 and group[0].finished else None
+        else:
+            cell = choose(group, VALIDATION_LOSS)
+        if cell:
+            chosen[method] = cell
+    return SweepResults(label, folder, sweep, methods, chosen)
 
 
-def read_cells(folder: Path, sweep: Sweep) -> list[CellRuns]:
+def read_cells(folder: Path, sweep: Sweep) -> list[CellResults]:
     """Reads the runs of a sweep, finished or not.
 
     Args:
@@ -203,15 +210,15 @@ def read_cells(folder: Path, sweep: Sweep) -> list[CellRuns]:
         Every cell of the sweep, in its order.
 
     Raises:
-        ValueError: If a run folder holds a run with other settings or a damaged file.
+        ValueError: If a run folder is that of a run with other settings or has a damaged file.
     """
-    runs: dict[Cell, list[Run]] = {cell: [] for cell in sweep.cells}
+    runs: dict[Cell, list[RunResult]] = {cell: [] for cell in sweep.cells}
     for (cell, _), config in sweep.configs().items():
-        runs[cell].append(_read_run(folder / sweep.folder(config), config))
-    return [CellRuns(cell, tuple(planned)) for cell, planned in runs.items()]
+        runs[cell].append(_read_run(RunFolder(folder / sweep.folder(config)), config))
+    return [CellResults(cell, tuple(planned)) for cell, planned in runs.items()]
 
 
-def choose(cells: Sequence[CellRuns], loss: Sequence[str]) -> CellRuns | None:
+def choose(cells: Sequence[CellResults], loss: Sequence[str]) -> CellResults | None:
     """Picks the cell with the lowest mean loss over its repeats.
 
     Args:
@@ -227,57 +234,16 @@ def choose(cells: Sequence[CellRuns], loss: Sequence[str]) -> CellRuns | None:
     return min(complete or begun, key=lambda cell: cell.statistic(*loss).mean, default=None)
 
 
-def _read_run(folder: Path, config: RunConfig) -> Run:
-    if (folder / "config.json").exists():
-        held = read_json(folder / "config.json")
-        _refuse_other_settings(folder / "config.json", held, config)
-        if (folder / "metrics.json").exists():
-            metrics = read_json(folder / "metrics.json")
-            _check_numbers(folder / "metrics.json", metrics)
-            history = _read_history(folder / "history.csv", config.epochs)
-            return Run(folder, config, None, metrics, history, held.get("environment", {}))
-    return Run(folder, config, _problem(folder), {}, {}, {})
-
-
-def _refuse_other_settings(path: Path, held: dict[str, Any], config: RunConfig) -> None:
-    for name, (theirs, planned) in config.differences(held).items():
+def _read_run(folder: RunFolder, config: RunConfig) -> RunResult:
+    if folder.claimed:
+        folder.check_settings(config, "Move that run out of the sweep's folder.")
+    problem = folder.problem
+    if problem is not None:
+        return RunResult(folder, config, problem, {}, [], {})
+    history = folder.read_history()
+    if len(history) != config.epochs:
         raise ValueError(
-            f"{path} must be that of the sweep's run, with {name}={planned!r}. Received: "
-            f"{name}={theirs!r}. Move that run out of the sweep's folder."
+            f"{folder.history_file} must hold {config.epochs} epochs. Received: {len(history)}."
         )
-
-
-def _check_numbers(path: Path, metrics: dict[str, Any]) -> None:
-    for keys in _NUMBERS:
-        value: Any = metrics
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(
-                f"{path} must hold a finite number as {'.'.join(keys)}. Received: {value!r}. "
-                "Train that run again, with train.py --overwrite."
-            )
-
-
-def _read_history(path: Path, epochs: int) -> dict[str, npt.NDArray[np.float64]]:
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        history = {name: np.array([float(row[name]) for row in rows]) for name in _COLUMNS}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} must hold a line of numbers per epoch, among them {_COLUMNS}. "
-            f"Received: {error!r}. Train that run again, with train.py --overwrite."
-        ) from error
-    if len(rows) != epochs:
-        raise ValueError(f"{path} must hold {epochs} epochs. Received: {len(rows)}.")
-    return history
-
-
-def _problem(folder: Path) -> str:
-    error = folder / "error.txt"
-    if error.exists():
-        # Of a traceback the last line is the error itself.
-        lines = error.read_text(errors="replace").strip().splitlines()
-        return f"failed: {lines[-1] if lines else 'error.txt is empty'}"
-    return "not finished" if folder.exists() else "not started"
+    environment = folder.read_config().get("environment", {})
+    return RunResult(folder, config, None, folder.read_metrics(), history, environment)

@@ -25,11 +25,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tfjacreg import norms, regularizers
-from tfjacreg.experiments.run import RunConfig
+from tfjacreg import arguments, regularizers
+from tfjacreg.experiments.config import RunConfig
 
+SWEEP_FILE = "sweep.toml"  # In the sweep's folder, a copy of the file that was given.
 AXES = ("learning_rate", "batch_size", "factor")
-METHODS = ("none", *regularizers.NAMES)
+METHODS = ("none", *regularizers.BY_NAME)
 
 # A repeat is a seed, a method a regularizer, and where the data lies is not what a run is.
 SETTINGS = tuple(
@@ -46,7 +47,7 @@ class Cell:
     """A point of the grid: what the repeats of a run have in common.
 
     Attributes:
-        method: `"none"` or a name in `regularizers.NAMES`.
+        method: `"none"` or a name in `regularizers.BY_NAME`.
         factor: The weight of the penalty; None for the method `"none"`.
         learning_rate: Of SGD, at the start.
         batch_size: Examples in a step.
@@ -124,6 +125,11 @@ class Sweep:
             for repeat in range(self.repeats)
         }
 
+    @property
+    def any_config(self) -> RunConfig:
+        """One of the configurations, for what all of them share."""
+        return _config(self.settings, self.cells[0])
+
     @staticmethod
     def folder(config: RunConfig) -> str:
         """The name of a run's folder inside the sweep's folder."""
@@ -133,16 +139,16 @@ class Sweep:
 def _config(settings: Mapping[str, Any], cell: Cell, **others: Any) -> RunConfig:
     # Without a penalty the factor means nothing and keeps its default, as in a run made by hand.
     own = {name: value for name, value in vars(cell).items() if value is not None}
-    return RunConfig(regularizer=own.pop("method"), **own, **settings, **others)
+    return RunConfig.of(regularizer=own.pop("method"), **own, **settings, **others)
 
 
 def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
     _known("The top level ", table, (*SETTINGS, "repeats", "grid", "methods"))
     if "repeats" not in table:
         raise ValueError("`repeats` is missing: how often each cell is run, such as `repeats = 5`.")
-    norms.validate_positive("repeats", table["repeats"])
+    arguments.positive_integer("repeats", table["repeats"])
     settings = {key: _typed(key, table[key]) for key in SETTINGS if key in table}
-    default = RunConfig(**settings)
+    default = RunConfig.of(**settings)
     grid = {name: [getattr(default, name)] for name in AXES}
     grid |= _axes("[grid]", _table("[grid]", table.get("grid", {})), AXES)
     methods = _table("[methods]", table.get("methods", {}))
@@ -178,7 +184,7 @@ def _axes(where: str, table: dict[str, Any], names: tuple[str, ...]) -> dict[str
         if not isinstance(values, list) or not values:
             raise ValueError(
                 f"{where} `{name}` must be a list of at least one value, such as "
-                f"`{name} = [{getattr(RunConfig(), name)}]`. Received: {values!r}"
+                f"`{name} = [{getattr(RunConfig.of(), name)}]`. Received: {values!r}"
             )
     return {
         name: [_typed(f"{where} {name}", value) for value in values]

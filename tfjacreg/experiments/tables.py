@@ -7,10 +7,10 @@ import math
 import shlex
 from collections import Counter
 
-from tfjacreg import datasets
 from tfjacreg.experiments import selection
-from tfjacreg.experiments.selection import LABELS, CellRuns, Run, Section, Statistic
-from tfjacreg.experiments.sweep import Cell
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.selection import LABELS, CellResults, Statistic, SweepResults
+from tfjacreg.experiments.sweep import SWEEP_FILE, Cell
 
 # Table 1 of the paper: test accuracy in %, mean and standard deviation over five runs.
 PAPER = {
@@ -38,13 +38,6 @@ PAPER = {
 }
 _PAPER_RUNS = {"cifar10": "VGG16, 100 epochs", "kmnist": "LeNet, 50 epochs"}
 _PAPER_RUNS["fashion_mnist"] = _PAPER_RUNS["kmnist"]
-# Published sizes of the training sets, the validation split included.
-_TRAINING_IMAGES = {
-    "digits": 1797 - datasets.DIGITS_TEST_SIZE,
-    "fashion_mnist": 60_000,
-    "kmnist": 60_000,
-    "cifar10": 50_000,
-}
 
 TABLE_1 = """\
 Test accuracy in % on the official test split, mean ± sample standard deviation (ddof = 1) over the
@@ -62,71 +55,80 @@ repeats of one cell of the grid.
 Sigma is the exact spectral norm of the Jacobian, in logits per standardized pixel, averaged over
 the test split after the last epoch. The time of a step is the mean over the repeats of each run's
 median epoch; runs that shared a machine slowed each other down (Figure 5 is the measurement)."""
+WHOLE_TRAINING_SET = """\
+Runs on the whole training set have no validation loss to choose by: a method's only cell stands for
+it, after the last epoch; a method with several cells has no choice but that on the test split."""
 ALL_CELLS = """\
 Values of the last epoch, mean ± sample standard deviation over the repeats that there are. \\*
 marks the cells of Table 1."""
 
 
-def table_1(section: Section) -> str:
+def table_1(results: SweepResults) -> str:
     """Table 1: the accuracy of each method, beside the paper's where it has the data set."""
-    paper = PAPER.get(section.dataset, {})
-    complete = [cell for cell in section.chosen.values() if cell.complete]
+    published = PAPER.get(results.dataset, {})
+    complete = [cell for cell in results.chosen.values() if cell.complete]
     best = max((cell.statistic("test_accuracy").mean for cell in complete), default=math.nan)
     rows = []
-    for method, cells in section.methods.items():
-        cell = section.chosen.get(method)
-        theirs = selection.choose(cells, selection.LOWEST_TEST_LOSS)
+    for method, cells in results.methods.items():
+        cell = results.chosen.get(method)
+        by_test = selection.choose(cells, selection.LOWEST_TEST_LOSS)
         row = [LABELS[method], "no finished run", "", "", ""]
-        if cell and theirs:
+        if cell:
             last = cell.statistic("test_accuracy")
             bold = "**" if last.mean == best else ""
-            row = [
+            row[:3] = [
                 LABELS[method] + _dagger(cell),
                 f"{bold}{_percent(last)}{bold}",
                 _repeats(cell),
-                _percent(cell.statistic("lowest_val_loss", "test_accuracy")),
-                _percent(theirs.statistic("lowest_test_loss", "test_accuracy")) + _dagger(theirs),
             ]
-        if paper:
-            mean, std = paper[method]
+            if results.validated:
+                row[3] = _percent(cell.statistic("lowest_val_loss", "test_accuracy"))
+        elif by_test:
+            row[1] = "no validation loss to choose by"
+        if by_test:
+            accuracy = by_test.statistic("lowest_test_loss", "test_accuracy")
+            row[4] = _percent(accuracy) + _dagger(by_test)
+        if published:
+            mean, std = published[method]
             row.insert(3, f"{mean:.2f} ± {std:.2f}")
         rows.append(row)
     head = ["Method", "Last epoch", "Repeats", "Lowest validation loss", "Chosen on the test split"]
-    if paper:
+    if published:
         head.insert(3, "Paper")
     return _table(head, rows)
 
 
-def setting(section: Section) -> str:
+def setting(results: SweepResults) -> str:
     """What the sweep trains, how much of it is done, and what the paper trained."""
-    config = section.runs[0].config
+    config = results.sweep.any_config
     width = "" if config.network == "lenet" else f", width {config.width:g}"
-    told = (
-        f"{config.network}{width}, {config.epochs} epochs, {config.schedule} learning rate, "
-        f"{len(section.sweep.cells)} cells, planned repeats of each: {section.sweep.repeats}; "
-        f"{len(section.finished)} of {len(section.runs)} runs have finished. The plan is in "
-        f"{code(str(section.folder / 'sweep.toml'))}."
+    split = ", the whole training set" if config.whole_training_set else ""
+    sentence = (
+        f"{config.network}{width}, {config.epochs} epochs, {config.schedule} learning rate{split}, "
+        f"{len(results.sweep.cells)} cells, planned repeats of each: {results.sweep.repeats}; "
+        f"{len(results.finished)} of {len(results.runs)} runs have finished. The plan is in "
+        f"{code(str(results.folder / SWEEP_FILE))}."
     )
-    paper = _PAPER_RUNS.get(section.dataset)
-    return f"{told} The paper: {paper}, 5 repeats." if paper else told
+    paper = _PAPER_RUNS.get(results.dataset)
+    return f"{sentence} The paper: {paper}, 5 repeats." if paper else sentence
 
 
-def chosen_cells(section: Section) -> str:
+def chosen_cells(results: SweepResults) -> str:
     """The cells that Table 1 shows, out of how many, with their loss, sigma and time."""
     rows = []
-    for method, cell in section.chosen.items():
-        cells = section.methods[method]
+    for method, cell in results.chosen.items():
+        cells = results.methods[method]
         complete = sum(other.complete for other in cells)
-        theirs = selection.choose(cells, selection.LOWEST_TEST_LOSS) or cell
+        by_test = selection.choose(cells, selection.LOWEST_TEST_LOSS) or cell
         rows.append(
             [
                 LABELS[method] + _dagger(cell),
                 _name(cell.cell),
                 f"{complete} of {len(cells)}",
-                _number(cell.statistic("val_loss"), 4),
+                _validation_loss(results, cell),
                 _number(cell.statistic("test_spectral_norm"), 3),
                 _milliseconds(cell),
-                "the same" if theirs is cell else _name(theirs.cell),
+                "the same" if by_test is cell else _name(by_test.cell),
             ]
         )
     head = ["Method", "Cell", "Complete cells", "Validation loss", "Mean exact sigma"]
@@ -134,77 +136,81 @@ def chosen_cells(section: Section) -> str:
     return _table(head, rows)
 
 
-def missing(section: Section) -> list[str]:
+def missing(results: SweepResults) -> list[str]:
     """Which repeats are missing and why, how to make them, and which runs are not the sweep's."""
     lines = []
-    for cells in section.methods.values():
+    for cells in results.methods.values():
         for cell in cells:
             if not cell.complete:
                 seeds: dict[str, list[str]] = {}
                 for run in cell.runs:
                     if run.problem:
                         seeds.setdefault(run.problem, []).append(str(run.config.seed))
-                told = [f"{code(why)} (seed {', '.join(those)})" for why, those in seeds.items()]
+                reasons = [f"{code(why)} (seed {', '.join(own)})" for why, own in seeds.items()]
                 lines.append(
                     f"- {LABELS[cell.cell.method]}, {_name(cell.cell)}: {_repeats(cell)} repeats; "
-                    f"{'; '.join(told)}"
+                    f"{'; '.join(reasons)}"
                 )
     blocks = []
     if lines:
-        folder = str(section.folder)
-        command = ["python", "train.py", "--sweep", f"{folder}/sweep.toml", "--out", folder]
-        command += ["--retry-failed"] * any(run.failed for run in section.runs)
+        folder = str(results.folder)
+        command = ["python", "train.py", "--sweep", f"{folder}/{SWEEP_FILE}", "--out", folder]
+        command += ["--retry-failed"] * any(run.failed for run in results.runs)
         blocks = [
-            f"**{len(lines)} of {len(section.sweep.cells)} cells are incomplete.** This command "
+            f"**{len(lines)} of {len(results.sweep.cells)} cells are incomplete.** This command "
             "goes on with them:",
             fence(shlex.join(command)),
             "\n".join(lines),
         ]
-    planned = {run.folder.name for run in section.runs}
-    others = sorted(path.parent.name for path in section.folder.glob("*/config.json"))
-    foreign = [name for name in others if name not in planned]
+    planned = {run.folder.path for run in results.runs}
+    foreign = [f.path.name for f in RunFolder.all_in(results.folder) if f.path not in planned]
     if foreign:
         blocks.append(
-            f"Left out, because `sweep.toml` does not name them: {', '.join(map(code, foreign))}."
+            f"Left out, because `{SWEEP_FILE}` does not name them: {', '.join(map(code, foreign))}."
         )
     return blocks
 
 
-def all_cells(section: Section) -> str:
+def all_cells(results: SweepResults) -> str:
     """Every cell of the sweep, with how many of its repeats there are."""
     head = ["Method", "Cell", "Repeats", "Validation loss", "Test accuracy in %"]
     head += ["Mean exact sigma", "Milliseconds per step"]
     rows = []
-    for method, cells in section.methods.items():
+    for method, cells in results.methods.items():
         for cell in cells:
             row = [LABELS[method], _name(cell.cell), _repeats(cell)]
             if cell.finished:
                 row += [
-                    _number(cell.statistic("val_loss"), 4),
+                    _validation_loss(results, cell),
                     _percent(cell.statistic("test_accuracy")),
                     _number(cell.statistic("test_spectral_norm"), 3),
                     _milliseconds(cell),
                 ]
-            if cell is section.chosen.get(method):
+            if cell is results.chosen.get(method):
                 row[0] += " \\*"
             rows.append(row + [""] * (len(head) - len(row)))
     return _table(head, rows)
 
 
-def environment(section: Section) -> str:
+def machines(results: SweepResults) -> str:
     """How many runs were made with which versions on which hardware, and their hours."""
-    counts = Counter(json.dumps(run.environment, sort_keys=True) for run in section.finished)
-    machines = [(json.loads(text), count) for text, count in counts.most_common()]
-    names = list(dict.fromkeys(name for machine, _ in machines for name in machine))
+    counts = Counter(json.dumps(run.environment, sort_keys=True) for run in results.finished)
+    found = [(json.loads(text), count) for text, count in counts.most_common()]
+    names = list(dict.fromkeys(name for machine, _ in found for name in machine))
     rows = [
-        [str(count), *(str(machine.get(name, "")) for name in names)] for machine, count in machines
+        [str(count), *(str(machine.get(name, "")) for name in names)] for machine, count in found
     ]
-    hours = sum(map(_seconds, section.finished)) / 3600
-    told = (
-        f"{section.label}: {len(section.finished)} finished runs, {hours:.1f} hours of training "
-        "steps (without the evaluation after each epoch)."
-    )
-    return f"{told}\n\n{_table(['runs', *names], rows)}" if rows else told
+    # Runs of version 0.1.0 did not record it.
+    timed = [run.metrics for run in results.finished if "training_seconds" in run.metrics]
+    hours = sum(metrics["training_seconds"] for metrics in timed) / 3600
+    sentence = f"{results.label}: {len(results.finished)} finished runs"
+    if timed or not results.finished:
+        sentence += (
+            f", {hours:.1f} hours of training steps (without the evaluation after each epoch)"
+        )
+    if len(timed) < len(results.finished):
+        sentence += f"; {len(results.finished) - len(timed)} of them did not record their hours"
+    return f"{sentence}.\n\n{_table(['runs', *names], rows)}" if rows else f"{sentence}."
 
 
 def fence(text: str) -> str:
@@ -217,22 +223,16 @@ def code(text: str) -> str:
     return "`" + text.replace("`", "'") + "`"
 
 
-def _seconds(run: Run) -> float:
-    config = run.config
-    images = _TRAINING_IMAGES[config.dataset] - datasets.VALIDATION_SIZES[config.dataset]
-    return math.ceil(images / config.batch_size) * float(run.history["step_seconds"].sum())
-
-
 def _name(cell: Cell) -> str:
     factor = "" if cell.factor is None else f"factor {cell.factor:g}, "
     return f"{factor}rate {cell.learning_rate:g}, batch {cell.batch_size}"
 
 
-def _repeats(cell: CellRuns) -> str:
+def _repeats(cell: CellResults) -> str:
     return f"{len(cell.finished)} of {len(cell.runs)}"
 
 
-def _dagger(cell: CellRuns) -> str:
+def _dagger(cell: CellResults) -> str:
     return "" if cell.complete else " †"
 
 
@@ -245,7 +245,11 @@ def _percent(statistic: Statistic) -> str:
     return _number(Statistic(100 * statistic.mean, 100 * statistic.std, statistic.repeats), 2)
 
 
-def _milliseconds(cell: CellRuns) -> str:
+def _validation_loss(results: SweepResults, cell: CellResults) -> str:
+    return _number(cell.statistic("val_loss"), 4) if results.validated else ""
+
+
+def _milliseconds(cell: CellResults) -> str:
     return f"{1e3 * cell.statistic('step_seconds').mean:.2f}"
 
 

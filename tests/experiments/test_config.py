@@ -1,0 +1,37 @@
+"""The settings of a run: what is filled in and what is refused."""
+
+import pytest
+
+from tfjacreg.experiments.config import RunConfig
+
+BAD_SETTINGS = {
+    "dataset": ({"dataset": "mnist"}, "digits.*fashion_mnist.*Received: dataset='mnist'"),
+    "network": ({"network": "alexnet"}, "lenet.*vgg16.*Received"),
+    "regularizer": ({"regularizer": "l1"}, "spectral_bound.*Received"),
+    "factor": ({"factor": -1.0}, "`factor`.*Received: factor=-1.0"),
+    "epochs": ({"epochs": 0}, "`epochs` must be an integer >= 1"),
+    "batch_size": ({"batch_size": -3}, "`batch_size` must be an integer >= 1"),
+    "learning_rate": ({"learning_rate": 0.0}, "`learning_rate` must be a positive number"),
+    "schedule": ({"schedule": "step"}, "constant.*cosine.*Received"),
+    "seed": ({"seed": -1}, "`seed`.*Received"),
+    "width": ({"width": 0.5}, "`width` is for vgg16"),
+    "width_sign": ({"network": "vgg16", "width": -1.0}, "`width` must be a positive number.*-1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings(case):
+    settings, message = BAD_SETTINGS[case]
+    with pytest.raises(ValueError, match=message):
+        RunConfig.of(**settings)
+
+
+def test_defaults_follow_the_network():
+    lenet, vgg = RunConfig.of(), RunConfig.of(network="vgg16", dataset="cifar10")
+    assert (lenet.epochs, lenet.batch_size, lenet.learning_rate) == (50, 32, 0.01)
+    assert (lenet.schedule, lenet.augment) == ("constant", False)
+    assert (vgg.epochs, vgg.batch_size, vgg.learning_rate) == (100, 128, 0.1)
+    assert (vgg.schedule, vgg.augment) == ("cosine", True)
+    assert RunConfig.of(epochs=3).epochs == 3
+    with pytest.raises(TypeError, match="epochs"):
+        RunConfig(network="lenet")

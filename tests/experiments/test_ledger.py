@@ -1,0 +1,107 @@
+"""The ledger of a sweep: each run is handed out once, whoever dies when."""
+
+import threading
+
+import optuna
+import pytest
+
+from tfjacreg.experiments.ledger import Ledger
+from tfjacreg.experiments.sweep import Sweep
+
+MANY = """
+dataset = "digits"
+epochs = 1
+repeats = 12
+[grid]
+factor = [0.01, 0.1]
+[methods.none]
+[methods.weight_decay]
+"""
+FEW = 'dataset = "digits"\nrepeats = 2\n[methods.none]\n[methods.spectral]\n'
+METRICS = {"val_loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.7}
+
+
+@pytest.fixture
+def few(tmp_path):
+    (tmp_path / "some.toml").write_text(FEW)
+    (tmp_path / "out").mkdir()
+    return Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
+
+
+def test_runs_are_handed_out_in_the_sweeps_order(few):
+    sweep, out = few
+    names = [sweep.folder(config) for config in sweep.configs().values()]
+    with Ledger.open(sweep, out, None, None) as ledger:
+        assert list(ledger.latest()) == list(ledger.configs) == names
+        for name in names:
+            assert not ledger.finished()
+            claim = ledger.take()
+            assert claim.name == name
+            assert claim.trial.params == {"cell": name[:-6], "repeat": int(name[-1])}
+            ledger.succeed(claim, METRICS)
+            ledger.locks.release(claim.name, claim.descriptor)
+        assert ledger.finished() and ledger.take() is None
+        assert [result.val_loss for result in ledger.summary().results] == [[0.5, 0.5]] * 2
+
+
+def test_a_second_worker_adds_nothing(few):
+    for _ in range(2):
+        with Ledger.open(*few, None, None) as ledger:
+            assert len(ledger._study.get_trials()) == 4
+
+
+def test_a_study_of_the_first_version_goes_on(few):
+    """There a trial got its cell and repeat after it was asked for; some workers died between."""
+    sweep, out = few
+    with Ledger.open(sweep, out, None, None) as ledger:
+        url, study = f"sqlite:///{out}/sweep.sqlite3", ledger._study.study_name
+    (out / "sweep.sqlite3").unlink()
+    old = optuna.create_study(study_name=study, storage=url)
+    cells = [cell.name for cell in sweep.cells]
+    done = old.ask()
+    done.suggest_categorical("cell", cells)
+    done.suggest_categorical("repeat", [0, 1])
+    done.set_user_attr("test_accuracy", 0.9)
+    old.tell(done, 0.25)
+    old.ask()
+    old.ask().suggest_categorical("cell", cells)
+    old.enqueue_trial({"cell": cells[0], "repeat": 0})
+    name = f"{done.params['cell']}-seed{done.params['repeat']}"
+    with Ledger.open(sweep, out, None, None) as ledger:
+        assert len(ledger.latest()) == 4
+        taken = []
+        # The one that was put back has no name; it is passed over once.
+        while len(taken) < 3:
+            claim = ledger.take()
+            if claim is not None:
+                taken.append(claim.name)
+                ledger.succeed(claim, METRICS)
+        assert sorted([*taken, name]) == sorted(ledger.configs) and ledger.finished()
+        losses = [loss for result in ledger.summary().results for loss in result.val_loss]
+        assert sorted(losses) == [0.25, 0.5, 0.5, 0.5]
+
+
+def test_workers_that_ask_at_once(tmp_path, storage):
+    """Each run is handed out once, also the last ones; more trials than runs are never begun."""
+    (tmp_path / "some.toml").write_text(MANY)
+    sweep, out = Sweep.load(tmp_path / "some.toml"), tmp_path / "out"
+    out.mkdir()
+    taken = []
+
+    def ask():
+        with Ledger.open(sweep, out, storage, None) as ledger:
+            start.wait()
+            while (claim := ledger.take()) is not None:
+                taken.append(claim.name)
+            start.wait()  # Who leaves frees its locks.
+
+    start = threading.Barrier(4)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted(sweep.folder(c) for c in sweep.configs().values())
+    with Ledger.open(sweep, out, storage, None) as ledger:
+        states = [trial.state for trial in ledger._study.get_trials()]
+    assert states == [optuna.trial.TrialState.RUNNING] * len(taken) and len(taken) == 36

@@ -1,0 +1,60 @@
+"""What tfjacreg uses of Keras that has no public name; `tests/test_keras_names.py` names each.
+
+Two more private names are overridden or patched where they are used, since no function can stand
+between: `RegularizedModel._maybe_symbolic_build` and `BatchNormalization._moments`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+
+def layers_of(network: keras.Layer) -> list[keras.Layer]:
+    """The network and all layers in it, at any depth, also those inside of layers."""
+    return network._flatten_layers()
+
+
+@contextlib.contextmanager
+def losses_kept(network: keras.Layer) -> Iterator[None]:
+    """Keeps the losses that layers have added so far: Keras clears them in each call."""
+    kept = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers_of(network)]
+    try:
+        yield
+    finally:
+        for layer, losses, loss_ids in kept:
+            layer._losses[:] = losses
+            layer._loss_ids.clear()
+            layer._loss_ids |= loss_ids
+
+
+def graph_of(network: keras.Layer) -> Any:
+    """The functional graph of a network built from `keras.Input`, or None."""
+    # A Sequential wraps its functional graph in `_functional`.
+    graph = getattr(network, "_functional", None) or network
+    return graph if hasattr(graph, "_nodes_by_depth") else None
+
+
+def input_structure(network: keras.Layer) -> Any:
+    """The symbolic inputs of a network built from `keras.Input`, as it takes them; or None."""
+    graph = graph_of(network)
+    return None if graph is None else graph._inputs_struct
+
+
+def nodes_in_order(graph: Any) -> list[Any]:
+    """The calls of a functional graph in the order in which they run."""
+    by_depth = sorted(graph._nodes_by_depth.items(), reverse=True)
+    return [node for _, nodes in by_depth for node in nodes]
+
+
+def input_shapes(layer: keras.Layer) -> set[tuple[Any, ...]]:
+    """The shapes `[*in]` of the first tensor of every symbolic call of a layer."""
+    return {tuple(node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes}
+
+
+def element_spec(iterator: Any) -> Any:
+    """The shapes and dtypes of the batches of the iterator that Keras' `fit` trains on."""
+    return iterator._distributed_dataset.element_spec

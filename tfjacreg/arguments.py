@@ -1,0 +1,143 @@
+"""Is an argument what it should be? Each function returns it in its plain form, or raises."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_SINGLE = float(np.finfo(np.float32).max)
+_SMALLEST_SINGLE = float(np.finfo(np.float32).tiny)
+
+
+def network(value: Any) -> keras.Layer:
+    """Returns a network that is a Keras layer.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, keras.Layer):
+        raise TypeError(
+            "`network` must be a keras.Layer, for example a keras.Model. "
+            f"Received: network={value!r} (of type {type(value).__name__})"
+        )
+    return value
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Returns an integer of at least 1 that TensorFlow can count to, NumPy's too, as Python's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _is_integer(value) or not 1 <= value <= _LARGEST_COUNT:
+        raise ValueError(
+            f"`{name}` must be an integer >= 1 (and < 2**31). Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int | None:
+    """Returns a seed that is None or an integer from 0, NumPy's too, as Python's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value is None:
+        return None
+    if not _is_integer(value) or not 0 <= value < below:
+        power = below.bit_length() - 1
+        raise ValueError(
+            f"`{name}` must be None or an integer >= 0 (and < 2**{power}). "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def non_negative(name: str, value: Any) -> float:
+    """Returns a finite number of at least 0 in single precision, NumPy's too, as Python's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _is_real(value) or not 0 <= value <= _LARGEST_SINGLE:
+        raise ValueError(
+            f"`{name}` must be a finite number >= 0 (and < 3.4e38). Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """Returns a finite number above 0 that single precision can tell from 0, as Python's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _is_real(value) or not _SMALLEST_SINGLE <= value <= _LARGEST_SINGLE:
+        raise ValueError(
+            f"`{name}` must be a positive number (from 1.2e-38 to 3.4e38). "
+            f"Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def fraction(value: Any, name: str = "fraction") -> float:
+    """Returns a fraction, a number in (0, 1], NumPy's too, as Python's.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not _is_real(value) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be a number in (0, 1]. Received: {name}={value!r}")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Returns True or False, NumPy's too, as Python's.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return bool(value)
+
+
+def path(name: str, value: Any) -> Path:
+    """Returns the path that a string or a path-like object means.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it cannot be a path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"`{name}` must be a path. Received: {name}={value!r}")
+    found = Path(value)
+    if not str(value) or "\0" in str(found):
+        raise ValueError(f"`{name}` must be a path. Received: {name}={value!r}")
+    return found
+
+
+def one_of(name: str, value: Any, options: Collection[str]) -> str:
+    """Returns a value that is one of the options.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"`{name}` must be one of {tuple(options)}. Received: {name}={value!r}")
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

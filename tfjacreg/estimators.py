@@ -1,0 +1,248 @@
+"""Estimators of the leading singular pair, by products alone: they know `matvec` and `rmatvec`.
+
+Each method looks for the unit `u` that maximizes `||J^T u||`, with no gradient attached.
+`singular_value` then gives the differentiable `sigma = ||J^T u||` with one more product, which is
+the last backward mode of Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from tfjacreg import arguments
+from tfjacreg.vectors import (
+    broadcast_like,
+    flatten,
+    inner,
+    length,
+    num_elements,
+    random_unit,
+    squared_length,
+    unit,
+)
+
+METHODS = ("power", "lanczos", "exact")
+
+
+class LinearOperator(Protocol):
+    """What an estimator needs to know of a batch of linear maps."""
+
+    @property
+    def x(self) -> tf.Tensor:
+        """A tensor of the shape of the maps' inputs, `[B, *in]`."""
+
+    @property
+    def primal(self) -> tf.Tensor:
+        """A tensor of the shape of the maps' outputs, `[B, *out]`."""
+
+    def matvec(self, v: tf.Tensor) -> tf.Tensor:
+        """Returns `J v`."""
+
+    def rmatvec(self, u: tf.Tensor) -> tf.Tensor:
+        """Returns `J^T u`."""
+
+
+def validate_method(method: str, iterations: int) -> int:
+    """Checks the two arguments that all users of `leading_left_vector` take.
+
+    Returns:
+        The iterations, as Python's integer.
+
+    Raises:
+        ValueError: If `method` is unknown or `iterations` is not a positive integer.
+    """
+    arguments.one_of("method", method, METHODS)
+    return arguments.positive_integer("iterations", iterations)
+
+
+def singular_value(op: LinearOperator, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """`sigma = ||J^T u||` and `v = J^T u / sigma`: the last backward mode of Algorithm 1.
+
+    sigma is written as `<J^T u, v>` with u and v held constant, so that its gradient is
+    `d sigma = u^T dJ v`, and 0 instead of NaN where J = 0.
+
+    Args:
+        op: The maps.
+        u: Unit vectors `[B, *out]`; no gradient flows into them.
+
+    Returns:
+        sigma `[B]`, differentiable in what `op` depends on, and v `[B, *in]`, without gradient.
+    """
+    w = op.rmatvec(tf.stop_gradient(u))
+    v = tf.stop_gradient(unit(w))
+    return inner(w, v), v
+
+
+def leading_left_vector(
+    op: LinearOperator, method: str, iterations: int, start: tf.Tensor | None
+) -> tf.Tensor:
+    """An estimate of the leading left singular vector of every map, `[B, *out]`.
+
+    Args:
+        op: The maps.
+        method: One of `METHODS`.
+        iterations: The N of Algorithm 1, or the steps of Lanczos.
+        start: Unit vectors `[B, *in]`; `"exact"` needs none.
+
+    Returns:
+        Unit vectors, with no gradient; zero where J = 0.
+    """
+    if method == "power":
+        u = _power_iteration(op, iterations, start)
+    elif method == "lanczos":
+        u, _ = _lanczos(op, iterations, start, complete=False)
+    else:
+        u = _exact(op)
+    return tf.stop_gradient(u)
+
+
+def leading_left_vector_and_product(
+    op: LinearOperator, method: str, iterations: int, start: tf.Tensor | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds u as `leading_left_vector` does, and `J^T u`, without gradient.
+
+    The products are 2 N in all, as in training. But here Lanczos, whose recurrence holds `J^T u` of
+    every u in its space, chooses u with the last of them: its `||J^T u||` is the largest there is
+    in that space.
+
+    Args:
+        op: The maps.
+        method: One of `METHODS`.
+        iterations: The N of Algorithm 1, or the steps of Lanczos.
+        start: Unit vectors `[B, *in]`; `"exact"` needs none.
+
+    Returns:
+        Unit vectors u, zero where J = 0, and `J^T u`.
+    """
+    if method == "lanczos":
+        u, w = _lanczos(op, iterations, start, complete=True)
+    else:
+        u = leading_left_vector(op, method, iterations, start)
+        w = op.rmatvec(u)
+    return tf.stop_gradient(u), tf.stop_gradient(w)
+
+
+def squared_frobenius_sample(op: LinearOperator, num_projections: int, key: Any) -> tf.Tensor:
+    """The unbiased estimate of `||J||_F^2` inside eq. (2), differentiable, `[B]`.
+
+    Args:
+        op: The maps.
+        num_projections: How many `v` to draw on the sphere in output space (`n_proj`).
+        key: Seed of the sequence of draws, and which draw of it this is (two integers).
+    """
+    like = tf.cast(op.primal, op.x.dtype)
+    seed, draw = key
+    projections = [
+        squared_length(op.rmatvec(random_unit(like, (seed, draw * num_projections + j))))
+        for j in range(num_projections)
+    ]
+    n_out = tf.cast(num_elements(like), like.dtype)
+    return n_out * tf.add_n(projections) / num_projections
+
+
+def products_with_basis(
+    product: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor, dtype: tf.DType
+) -> tf.Tensor:
+    """The products with every unit vector of the space of `like`, `[B, n, m]`."""
+    n = num_elements(like)
+    products = []
+    for k in range(n):
+        basis_vector = tf.broadcast_to(tf.one_hot(k, n, dtype=dtype), tf.shape(flatten(like)))
+        products.append(flatten(product(tf.reshape(basis_vector, tf.shape(like)))))
+    return tf.stack(products, axis=1)
+
+
+def _power_iteration(op: LinearOperator, iterations: int, v: tf.Tensor) -> tf.Tensor:
+    """Algorithm 1 up to its last backward mode, which `singular_value` makes."""
+    u = unit(op.matvec(v))
+    for _ in range(iterations - 1):
+        v = unit(op.rmatvec(u))
+        u = unit(op.matvec(v))
+    return u
+
+
+def _lanczos(
+    op: LinearOperator, steps: int, v: tf.Tensor, *, complete: bool
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Golub-Kahan bidiagonalization with full reorthogonalization: the leading u, and J^T u.
+
+    After k steps `J V_k = U_k B_k` and `J^T U_k = V_{k+1} [B_k, beta_k e_k]^T`, with B upper
+    bidiagonal. The best u in the span of U_k is `U_k p`, with p the leading left singular vector of
+    `[B_k, beta_k e_k]`; or of `B_k` while the last product `J^T u_k` has not been made, as in
+    training, where that product is the penalty itself: then `J^T u` is not known.
+    """
+    steps = min(steps, num_elements(op.x), num_elements(op.primal) if complete else steps)
+    vs: list[tf.Tensor] = [v]
+    us: list[tf.Tensor] = []
+    alphas: list[tf.Tensor] = []
+    betas: list[tf.Tensor] = []
+    for k in range(steps):
+        alpha, u = _next_direction(op.matvec(vs[-1]), us, alphas + betas)
+        us.append(u)
+        alphas.append(alpha)
+        if k + 1 < steps or complete:
+            beta, v = _next_direction(op.rmatvec(u), vs, alphas + betas)
+            vs.append(v)
+            betas.append(beta)
+        else:
+            betas.append(tf.zeros_like(alpha))
+    # B B^T is tridiagonal: alpha_k^2 + beta_k^2 on the diagonal, beta_k alpha_{k+1} beside it.
+    alpha_k, beta_k = tf.stack(alphas, -1), tf.stack(betas, -1)
+    beside = beta_k[:, :-1] * alpha_k[:, 1:]
+    gram = tf.linalg.diag(tf.square(alpha_k) + tf.square(beta_k))
+    gram += tf.linalg.diag(beside, k=1) + tf.linalg.diag(beside, k=-1)
+    p = _leading_eigenvector(gram)
+    u = unit(_combination(p, us))
+    if not complete:
+        return u, None
+    q = tf.pad(alpha_k * p, [[0, 0], [0, 1]]) + tf.pad(beta_k * p, [[0, 0], [1, 0]])
+    return u, _combination(q, vs)
+
+
+def _combination(coefficients: tf.Tensor, vectors: list[tf.Tensor]) -> tf.Tensor:
+    """The sum of `[B, k]` coefficients times k vectors `[B, ...]`."""
+    basis = tf.stack([flatten(vector) for vector in vectors], axis=1)
+    return tf.reshape(tf.einsum("bk,bkn->bn", coefficients, basis), tf.shape(vectors[0]))
+
+
+def _next_direction(
+    a: tf.Tensor, basis: list[tf.Tensor], scales: list[tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Orthogonalizes `a` against `basis`; returns the length that is left and the unit vector.
+
+    What is left at the level of rounding means that the Krylov space is complete: then both are 0.
+    """
+    largest = tf.reduce_max(tf.stack([length(a), *scales]), axis=0)
+    for _ in range(2):  # Twice is enough (Kahan, Parlett).
+        for b in basis:
+            a -= broadcast_like(inner(a, b), a) * b
+    left = length(a)
+    rounding = 16 * np.finfo(a.dtype.as_numpy_dtype).eps
+    # Not `>`: a length that is infinite must stay so.
+    left = tf.where(left >= rounding * largest, left, tf.zeros_like(left))
+    return left, a * broadcast_like(tf.math.divide_no_nan(tf.ones_like(left), left), a)
+
+
+def _exact(op: LinearOperator) -> tf.Tensor:
+    """The left vector from the eigenvectors of the Gram matrix on the smaller side."""
+    if num_elements(op.primal) <= num_elements(op.x):
+        rows = products_with_basis(op.rmatvec, op.primal, op.x.dtype)
+        gram = tf.matmul(rows, rows, transpose_b=True)
+        u = _leading_eigenvector(gram)
+        u *= tf.cast(tf.reduce_any(rows != 0, axis=(1, 2)), u.dtype)[:, None]
+        return tf.reshape(u, tf.shape(op.primal))
+    columns = products_with_basis(op.matvec, op.x, op.x.dtype)
+    gram = tf.matmul(columns, columns, transpose_b=True)
+    v = _leading_eigenvector(gram)
+    return unit(tf.reshape(tf.einsum("bk,bkn->bn", v, columns), tf.shape(op.primal)))
+
+
+def _leading_eigenvector(gram: tf.Tensor) -> tf.Tensor:
+    """`[B, n, n]` to `[B, n]`; NaN where the matrix is not finite: `eigh` would fail for all."""
+    is_finite = tf.reduce_all(tf.math.is_finite(gram), axis=(1, 2))
+    finite = tf.where(is_finite[:, None, None], gram, tf.zeros_like(gram))
+    return tf.where(is_finite[:, None], tf.linalg.eigh(finite)[1][:, :, -1], np.nan)

@@ -1,0 +1,98 @@
+"""What happens around the epochs of a run: they are timed, checked, tested and kept."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfjacreg.datasets import Split
+from tfjacreg.experiments.config import RunError
+from tfjacreg.experiments.folder import RunFolder
+
+EVALUATION_BATCH = 500
+
+
+class EpochClock(keras.callbacks.Callback):
+    """Numbers the epochs for the pipeline and times their training steps.
+
+    Attributes:
+        epoch: The number of the present epoch, counted from 0.
+        step_seconds: The mean time of a step of the present epoch, validation left out.
+    """
+
+    def __init__(self, first_epoch: int) -> None:
+        super().__init__()
+        self.epoch = tf.Variable(first_epoch, dtype=tf.int64)
+        self.step_seconds = 0.0
+        self._started = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Starts the clock."""
+        self.epoch.assign(epoch)
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Reads the clock."""
+        self.step_seconds = (time.perf_counter() - self._started) / (batch + 1)
+
+
+class StopAtNaN(keras.callbacks.Callback):
+    """Ends the run where the loss or a weight is no longer a finite number.
+
+    Comes before `Recorder`, so that no such state is kept.
+    """
+
+    def __init__(self, folder: RunFolder, history: list[dict[str, float]]) -> None:
+        super().__init__()
+        self._folder = folder
+        self._history = history
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Checks the loss."""
+        self._check(logs["loss"])
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Checks the loss and every weight."""
+        self._check(logs["loss"], *self.model.get_weights())
+
+    def _check(self, *values: Any) -> None:
+        if all(np.all(np.isfinite(value)) for value in values):
+            return
+        done = len(self._history)
+        kept = (
+            f"the state after epoch {done} is in {self._folder.checkpoint_file}"
+            if done
+            else "no epoch was finished"
+        )
+        raise RunError(
+            f"Training diverged in epoch {done + 1}: the loss or a weight is no longer "
+            f"a finite number; {kept}. Start again with a smaller --learning-rate or --factor."
+        )
+
+
+class Recorder(keras.callbacks.Callback):
+    """Tests the network after each epoch, and keeps a line of figures and the whole state."""
+
+    def __init__(
+        self, folder: RunFolder, history: list[dict[str, float]], clock: EpochClock, test: Split
+    ) -> None:
+        super().__init__()
+        self._folder = folder
+        self._history = history
+        self._clock = clock
+        self._test = test
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Adds a row to the history, and writes it and the checkpoint."""
+        row = {"epoch": epoch + 1, **{k: float(v) for k, v in logs.items()}}
+        test = self.model.evaluate(
+            *self._test, batch_size=EVALUATION_BATCH, verbose=0, return_dict=True
+        )
+        row |= {"test_loss": float(test["loss"]), "test_accuracy": float(test["accuracy"])}
+        row["step_seconds"] = self._clock.step_seconds
+        self._history.append(row)
+        self._folder.write_epoch(self._history, self.model)

@@ -1,0 +1,114 @@
+"""How a command ends: its errors in one message, and at once when it is told to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from tfjacreg import extras
+
+STOPPED = 130  # What shells give to a program that Ctrl-C has ended.
+FAILED = 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds for what is being computed to end by itself. Then the process is ended, which harms
+# nothing: files are written whole or not at all, and locks go with their owner.
+_GRACE = 3.0
+
+
+def run(name: str, main: Callable[[], int], stopped: str) -> int:
+    """Runs a command.
+
+    Args:
+        name: Its name, which begins every message.
+        main: Does the work and returns the exit status.
+        stopped: What to say when Ctrl-C or SIGTERM ends it.
+
+    Returns:
+        The exit status: that of `main`; 2 after one message on stderr where something was wrong
+        with what the command was given, or could not be written; 130 where it was stopped.
+    """
+    try:
+        with _interruptible(stopped):
+            status = main()
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        _say(stopped)
+        return STOPPED
+    except (ValueError, OSError, extras.MissingExtraError) as error:
+        _give_up_stdout()
+        with contextlib.suppress(OSError):
+            print(f"{name}: error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def path(text: str) -> Path:
+    """The type of an option that names a folder: an empty text is a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path. Received: an empty one.")
+    return Path(text)
+
+
+def _give_up_stdout() -> None:
+    """Python writes what is left at its end: where that fails there would be a second message."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"\n{text}", flush=True)
+
+
+@contextlib.contextmanager
+def _interruptible(stopped: str) -> Iterator[None]:
+    """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Signals are another thread's.
+        return
+    ended = threading.Event()
+
+    def end() -> None:
+        if not ended.wait(_GRACE):
+            _say(stopped)
+            os._exit(STOPPED)
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # Python's own handlers wait for TensorFlow to come back from C++; this pipe does not.
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+
+    def watch() -> None:
+        while data := os.read(receiver, 1):
+            if data[0] in _SIGNALS:
+                end()
+                return
+
+    # A shell has what it starts in the background ignore Ctrl-C.
+    caught = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in caught}
+    old = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(old)
+        os.close(sender)
+        watcher.join()
+        os.close(receiver)

@@ -1,0 +1,284 @@
+"""Which runs of a sweep were taken, and what came of them: a study of Optuna.
+
+The first worker makes a trial for each run, waiting, with the run's cell and repeat as parameters.
+All changes are made under one lock, and a run is worked on under a lock of its own. Both vanish
+with their owner: locks of files are freed by the kernel, and those of PostgreSQL by its server when
+the connection ends. A trial that is running and unlocked is a dead worker's, and the next one to
+look takes it up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
+from tfjacreg.experiments.sweep import Cell, Sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of the repeats of a cell.
+
+    Attributes:
+        cell: The cell.
+        val_loss: Of each finished repeat, after its last epoch; empty on the whole training set.
+        test_accuracy: Of each finished repeat, after its last epoch.
+    """
+
+    cell: Cell
+    val_loss: list[float]
+    test_accuracy: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What came of a sweep.
+
+    Attributes:
+        repeats: How many each cell was to have.
+        results: A line for each cell, in the sweep's order.
+        failures: The errors of the failed runs, by the names of their folders.
+    """
+
+    repeats: int
+    results: list[Result]
+    failures: dict[str, str]
+
+    def __str__(self) -> str:
+        """A table of means over the finished repeats, and the failed runs."""
+        lines = [f"{'cell':<36} {'repeats':>8} {'val_loss':>9} {'test accuracy':>14}"]
+        for result in self.results:
+            means = (
+                f"{statistics.fmean(values):.4f}" if values else "-"
+                for values in (result.val_loss, result.test_accuracy)
+            )
+            done = f"{len(result.test_accuracy)} of {self.repeats}"
+            lines.append("{:<36} {:>8} {:>9} {:>14}".format(result.cell.name, done, *means))
+        lines += [f"failed: {name}: {error}" for name, error in self.failures.items()]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A run that this worker has the lock of.
+
+    Attributes:
+        name: The name of its folder.
+        trial: Its trial.
+        descriptor: That of the lock's file: a process that inherits it has the lock too.
+    """
+
+    name: str
+    trial: Trial
+    descriptor: int
+
+
+class Ledger:
+    """The trials of a sweep. `Ledger.open` joins them.
+
+    Attributes:
+        sweep: The sweep.
+        out: Its folder.
+        configs: The configuration of each run, by the name of its folder.
+        locks: The locks of the runs and of the ledger itself.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        out: Path,
+        configs: dict[str, RunConfig],
+        locks: FileLocks,
+        study: optuna.Study,
+    ) -> None:
+        self.sweep = sweep
+        self.out = out
+        self.configs = configs
+        self.locks = locks
+        self._study = study
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls, sweep: Sweep, out: Path, storage: str | None, data_dir: str | None
+    ) -> Iterator[Ledger]:
+        """Joins the sweep's study, which the first worker makes.
+
+        Args:
+            sweep: The sweep.
+            out: Its folder, where `sweep.sqlite3` is without `storage`.
+            storage: A `postgresql://` URL, or None.
+            data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+
+        Raises:
+            ValueError: If the URL is not valid.
+        """
+        configs = {sweep.folder(c): c for c in sweep.configs(data_dir).values()}
+        digest = hashlib.sha256(sweep.content).hexdigest()[:16]
+        name = f"{sweep.any_config.dataset}-{sweep.any_config.network}-{digest}"
+        locks: FileLocks
+        if storage is None:
+            url = sqlalchemy.URL.create("sqlite", database=str(out / "sweep.sqlite3"))
+            locks, options = FileLocks(out), {"connect_args": {"timeout": 60}}
+        else:
+            url = server_url(storage)
+            locks, options = PostgresLocks(out, url, name), {}
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with contextlib.closing(locks):
+            with locks.exclusive():
+                tables = optuna.storages.RDBStorage(
+                    url.render_as_string(hide_password=False), engine_kwargs=options
+                )
+                study = optuna.create_study(
+                    study_name=name,
+                    storage=tables,
+                    sampler=optuna.samplers.RandomSampler(),  # Nothing is left to sample.
+                    load_if_exists=True,
+                )
+                ledger = cls(sweep, out, configs, locks, study)
+                # All of them at first; later what a first worker did not come to before it died.
+                ledger._add(configs.keys() - ledger.latest().keys())
+            try:
+                yield ledger
+            finally:
+                tables.engine.dispose()
+
+    def _add(self, names: set[str]) -> None:
+        """Adds a waiting trial for each of these runs, in the sweep's order."""
+        distributions: dict[str, BaseDistribution] = {
+            "cell": CategoricalDistribution([cell.name for cell in self.sweep.cells]),
+            "repeat": CategoricalDistribution(list(range(self.sweep.repeats))),
+        }
+        for name, config in self.configs.items():
+            if name in names:
+                self._study.add_trial(
+                    optuna.trial.create_trial(
+                        state=TrialState.WAITING,
+                        params={"cell": Cell.of(config).name, "repeat": config.seed},
+                        distributions=distributions,
+                    )
+                )
+
+    def latest(self) -> dict[str, FrozenTrial]:
+        """The last trial of each run. A run tried again has several."""
+        named = ((_name(trial), trial) for trial in self._study.get_trials(deepcopy=False))
+        return {name: trial for name, trial in named if name is not None}
+
+    def finished(self) -> bool:
+        """Whether every run is, by success or by failure."""
+        return all(trial.state.is_finished() for trial in self.latest().values())
+
+    def reopen(self, *, failed: bool, lost: bool) -> None:
+        """Puts runs back that were finished.
+
+        Args:
+            failed: Those that failed.
+            lost: Those that succeeded and whose folder was removed since.
+        """
+        with self.locks.exclusive():
+            again = set()
+            for name, trial in self.latest().items():
+                gone = not RunFolder(self.out / name).finished
+                if (failed and trial.state == TrialState.FAIL) or (
+                    lost and gone and trial.state == TrialState.COMPLETE
+                ):
+                    again.add(name)
+            self._add(again)
+
+    def check_folders(self) -> None:
+        """Compares what runs came to with their folders, where those are here and finished.
+
+        Raises:
+            RunError: If a folder is another run's, is damaged, or has other figures.
+        """
+        for name, trial in self.latest().items():
+            folder = RunFolder(self.out / name)
+            if trial.state != TrialState.COMPLETE or not folder.finished:
+                continue
+            folder.check_settings(self.configs[name], "Move that run out of the sweep's folder.")
+            here, known = folder.read_metrics()["test_accuracy"], trial.user_attrs["test_accuracy"]
+            if here != known:
+                raise RunError(
+                    f"{folder.metrics_file} is not of the run that this sweep has made: its test "
+                    f"accuracy is {here!r}, that of the run was {known!r}. Move it out of the "
+                    "sweep's folder, and this command makes it again."
+                )
+
+    def take(self) -> Claim | None:
+        """A run that a dead worker left or nobody has begun; None if there is none."""
+        with self.locks.exclusive():
+            running = (TrialState.RUNNING,)
+            for trial in self._study.get_trials(deepcopy=False, states=running):
+                claim = self._claim(Trial(self._study, trial._trial_id))
+                if claim is not None:
+                    return claim
+            if any(trial.state == TrialState.WAITING for trial in self.latest().values()):
+                return self._claim(self._study.ask())
+        return None
+
+    def _claim(self, trial: Trial) -> Claim | None:
+        name = _name(trial)
+        descriptor = None if name is None else self.locks.acquire(name)
+        if name is None or descriptor is None:
+            return None
+        return Claim(name, trial, descriptor)
+
+    def succeed(self, claim: Claim, metrics: dict[str, Any]) -> None:
+        """Records what a run came to."""
+        with self.locks.exclusive():
+            claim.trial.set_user_attr("test_accuracy", metrics["test_accuracy"])
+            # A trial needs a value, and runs on the whole training set have no validation loss.
+            loss = metrics.get("val_loss", metrics["test_loss"])
+            # A worker killed inside `tell` may have recorded the result already.
+            self._study.tell(claim.trial, loss, skip_if_finished=True)
+
+    def fail(self, claim: Claim, error: str) -> None:
+        """Records why a run failed."""
+        with self.locks.exclusive():
+            claim.trial.set_user_attr("error", error)
+            self._study.tell(claim.trial, state=TrialState.FAIL)
+
+    def epochs(self) -> int:
+        """How many epochs of the sweep are done with, as far as the run folders are seen here."""
+        latest = self.latest()
+        return sum(
+            config.epochs
+            if latest[name].state.is_finished()
+            else RunFolder(self.out / name).count_epochs()
+            for name, config in self.configs.items()
+        )
+
+    def summary(self) -> Summary:
+        """The sweep as it is now."""
+        results = {cell: Result(cell, [], []) for cell in self.sweep.cells}
+        failures = {}
+        latest = self.latest()
+        for name, config in self.configs.items():
+            trial = latest[name]
+            if trial.state == TrialState.COMPLETE:
+                result = results[Cell.of(config)]
+                if not config.whole_training_set:
+                    result.val_loss.append(trial.values[0])
+                result.test_accuracy.append(trial.user_attrs["test_accuracy"])
+            elif trial.state == TrialState.FAIL:
+                failures[name] = trial.user_attrs.get("error", "its val_loss is not a number")
+        return Summary(self.sweep.repeats, list(results.values()), failures)
+
+
+def _name(trial: FrozenTrial | Trial) -> str | None:
+    """The run of a trial; None where a worker of version 0.1.0 died as it asked for one."""
+    params = trial.params
+    return f"{params['cell']}-seed{params['repeat']}" if len(params) == 2 else None

@@ -1,0 +1,268 @@
+"""What is read from a run folder, and that nothing is taken for what was not written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tfjacreg.experiments import checkpoint, files, records
+from tfjacreg.experiments.config import EARLIER, RunConfig, RunError
+
+CLEARING = "clearing"  # In config.json while the files of an earlier run are being removed.
+SETTINGS_DIGEST = "settings"  # Beside those of the files in metrics.json.
+_AGAIN = "Train that run again, with train.py --overwrite."
+_ANEW = "Put the file back as it was, or use --overwrite to start anew."
+# What every config.json says, since the first version.
+_SETTINGS = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
+
+
+class FolderReader:
+    """The readers of `RunFolder`, which has the names of the files."""
+
+    path: Path
+    config_file: Path
+    history_file: Path
+    checkpoint_file: Path
+    classifier_file: Path
+    saved_model: Path
+    metrics_file: Path
+    evaluation_file: Path
+    error_file: Path
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it is the folder of some run."""
+        return self.config_file.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over."""
+        return self.metrics_file.exists() and not self.is_clearing
+
+    @property
+    def problem(self) -> str | None:
+        """None if the run has finished; else why not, in a few words."""
+        if self.claimed and self.finished:
+            return None
+        if self.error_file.exists():
+            # Of a traceback the last line is the error itself.
+            lines = self.error_file.read_text(errors="replace").strip().splitlines()
+            return f"failed: {lines[-1] if lines else 'error.txt is empty'}"
+        return "not finished" if self.path.exists() else "not started"
+
+    @property
+    def is_clearing(self) -> bool:
+        """Whether --overwrite was killed as it removed the files of an earlier run."""
+        try:
+            return CLEARING in files.read_json(self.config_file)
+        except ValueError:  # Missing or damaged, which other readers report.
+            return False
+
+    def check_settings(self, config: RunConfig, way_out: str) -> None:
+        """Refuses the folder of another configuration.
+
+        Args:
+            config: The settings that are expected.
+            way_out: What to do if they are not those of the folder; ends the message.
+
+        Raises:
+            RunError: If a setting differs or the file is damaged.
+        """
+        different = config.differences(self.read_config())
+        if different:
+            settings = ", ".join(
+                f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items()
+            )
+            raise RunError(
+                f"{self.config_file} is that of a run with another configuration: {settings}. "
+                f"{way_out}"
+            )
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings, and `environment`.
+
+        Raises:
+            RunError: If the file is missing or damaged.
+        """
+        way_out = "Use --overwrite to start anew."
+        content = self._read_json(self.config_file, way_out)
+        lacking = sorted(_SETTINGS - content.keys())
+        if lacking:
+            raise RunError(f"{self.config_file} lacks {lacking}. {way_out}")
+        content |= {k: v for k, v in EARLIER.items() if k not in content}
+        try:
+            RunConfig.of(**{k: content[k] for k in RunConfig.names() if k in content})
+        except ValueError as error:
+            raise RunError(f"{self.config_file}: {error} {way_out}") from error
+        return content
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The figures of the finished run.
+
+        Raises:
+            RunError: If the file is missing or damaged, a number in it is not finite, or it is not
+                of the settings and the history that are beside it.
+        """
+        metrics = self._read_json(self.metrics_file, _AGAIN, sealed=True)
+        with self._value_errors_as_run_errors(self.metrics_file, _AGAIN):
+            records.check_metrics(metrics, validated=self._validated)
+        self._check_digest(self.history_file)
+        return metrics
+
+    def read_history(self) -> list[dict[str, float]]:
+        """A row of figures per epoch.
+
+        Raises:
+            RunError: If the file is missing or damaged.
+        """
+        with self._value_errors_as_run_errors(self.history_file, _AGAIN):
+            return records.read_history(self.history_file, validated=self._validated)[1]
+
+    def count_epochs(self) -> int:
+        """How many epochs the history has, at a glance; 0 if there is none."""
+        try:
+            return max(self.history_file.read_bytes().count(b"\n") - 1, 0)
+        except FileNotFoundError:
+            return 0
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """What evaluate.py has measured so far; None if there is nothing.
+
+        Raises:
+            RunError: If the file is damaged.
+        """
+        if not self.evaluation_file.exists():
+            return None
+        way_out = "Judge that run again, with evaluate.py --overwrite."
+        content = self._read_json(self.evaluation_file, way_out, sealed=True)
+        return files.unsealed(content)
+
+    def classifier_digest(self) -> str | None:
+        """The SHA-256 of the classifier; None if it is not there: results may be kept alone."""
+        if not self.classifier_file.exists():
+            return None
+        return files.sha256(self.classifier_file)
+
+    def check_products(self, *, alone: bool = False) -> None:
+        """Checks that the files of a finished run are those that it wrote.
+
+        Args:
+            alone: Whether the figures may be kept alone, without classifier and SavedModel.
+
+        Raises:
+            RunError: If one is missing or another than the one that was written.
+        """
+        self.read_metrics()
+        kept = [self.history_file, self.classifier_file, self.saved_model]
+        if alone and not self.classifier_file.exists() and not self.saved_model.exists():
+            kept = [self.history_file]
+        for file in kept:
+            self._check_digest(file)
+
+    def require_classifier(self) -> None:
+        """Checks that a finished run with its classifier is here.
+
+        Raises:
+            RunError: If not; the message says what is missing.
+        """
+        if not self.path.is_dir():
+            raise RunError(f"{self.path} is neither a run folder nor a .keras file.")
+        if not self.claimed:
+            raise RunError(f"{self.path} is no run folder: it has no config.json.")
+        if not self.finished:
+            raise RunError(
+                f"{self.path} has not finished (no metrics.json): run train.py to its end."
+            )
+        if not self.classifier_file.is_file():
+            raise RunError(f"{self.path} is broken: it has no classifier.keras. {_AGAIN}")
+        self._check_digest(self.classifier_file)
+
+    def _check_digest(self, file: Path) -> None:
+        """Compares settings and a file with what `metrics.json` says of them, if it does."""
+        metrics = self._read_json(self.metrics_file, _AGAIN, sealed=True)
+        with self._value_errors_as_run_errors(self.metrics_file, _AGAIN):
+            digests = records.digests(metrics)
+        if digests.get(SETTINGS_DIGEST) not in (None, self.settings_digest):
+            raise RunError(
+                f"{self.metrics_file} is not of the settings in {self.config_file.name}. {_AGAIN}"
+            )
+        if file.name not in digests:  # Of a run of version 0.1.0.
+            return
+        with self._value_errors_as_run_errors(file, _AGAIN):
+            if not file.exists():
+                raise ValueError("is missing")
+            if digest(file) != digests[file.name]:
+                raise ValueError(
+                    f"is damaged, or not of the run of {self.metrics_file.name}: their digests "
+                    "differ"
+                )
+
+    def read_state(self, steps_per_epoch: int) -> tuple[keras.Model | None, list[dict[str, float]]]:
+        """The model and the history as they were after the last finished epoch, if there is one.
+
+        Args:
+            steps_per_epoch: How many steps of the optimizer an epoch takes.
+
+        Raises:
+            RunError: If a file is damaged, or they are not of one run.
+        """
+        file = self.checkpoint_file
+        if not file.exists():
+            return None, []
+        try:
+            note = checkpoint.read_note(file)
+            model = checkpoint.load(file)
+        except ValueError as error:
+            raise RunError(f"{error}. {_ANEW}") from error
+        if note.get("settings") != self.settings_digest:
+            raise RunError(f"{file} cannot be loaded: it is of a run with other settings. {_ANEW}")
+        done = int(model.optimizer.iterations) // steps_per_epoch
+        with self._value_errors_as_run_errors(self.history_file, _ANEW):
+            text, history = records.read_history(self.history_file, validated=self._validated)
+            if len(history) < done:
+                raise ValueError(
+                    f"must hold the {done} epochs of {file.name}. Received: {len(history)}"
+                )
+            records.check_same(text, note.get("history"), done)
+        return model, history[:done]
+
+    @property
+    def _validated(self) -> bool:
+        return not self.read_config().get("whole_training_set", False)
+
+    @property
+    def settings_digest(self) -> str:
+        """Of what the run is: not of where its data lies, nor of the machine."""
+        self.read_config()
+        # What is not in the file was no setting then, and must not change the digest.
+        content = files.read_json(self.config_file)
+        names = content.keys() & set(RunConfig.names()) - {"data_dir"}
+        return files.content_sha256({name: content[name] for name in names})
+
+    def _read_json(self, path: Path, way_out: str, *, sealed: bool = False) -> dict[str, Any]:
+        try:
+            content = files.read_json(path)
+            if sealed:
+                files.check_seal(path, content)
+        except ValueError as error:
+            raise RunError(f"{error} {way_out}") from error
+        return content
+
+    @contextlib.contextmanager
+    def _value_errors_as_run_errors(self, path: Path, way_out: str) -> Iterator[None]:
+        """Errors that say what a file must be, after its name."""
+        try:
+            yield
+        except RunError:
+            raise
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} {error}. {way_out}") from error
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, or of all files in a folder; raises OSError."""
+    return files.tree_sha256(path) if path.is_dir() else files.sha256(path)

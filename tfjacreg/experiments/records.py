@@ -1,0 +1,120 @@
+"""What a run's history and figures must look like."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Keys into metrics.json.
+_Keys = tuple[str, ...]
+_NUMBERS: tuple[_Keys, ...] = (
+    ("lowest_test_loss", "test_loss"),
+    ("lowest_test_loss", "test_accuracy"),
+    ("test_accuracy",),
+    ("test_loss",),
+    ("test_spectral_norm",),
+    ("step_seconds",),
+)
+_VALIDATION_NUMBERS: tuple[_Keys, ...] = (
+    ("val_loss",),
+    ("lowest_val_loss", "test_accuracy"),
+)
+
+
+def check_metrics(metrics: dict[str, Any], *, validated: bool) -> None:
+    """Checks that the figures of a finished run are numbers.
+
+    Args:
+        metrics: Content of `metrics.json`.
+        validated: Whether the run has a validation split.
+
+    Raises:
+        ValueError: If one is missing or not finite.
+    """
+    numbers = _VALIDATION_NUMBERS + _NUMBERS if validated else _NUMBERS
+    # Runs of version 0.1.0 did not record it.
+    if "training_seconds" in metrics:
+        numbers += (("training_seconds",),)
+    for keys in numbers:
+        value: Any = metrics
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+            raise ValueError(f"must hold a finite number as {'.'.join(keys)}. Received: {value!r}")
+
+
+def digests(metrics: dict[str, Any]) -> dict[str, str]:
+    """The digests in `metrics.json` by file; none in one of version 0.1.0; or raises ValueError."""
+    found = metrics.get("files", {})
+    if not isinstance(found, dict):
+        raise ValueError(f"must hold digests as files. Received: {found!r}")
+    return found
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # An integer beyond every float.
+        return False
+
+
+def history_text(rows: Sequence[dict[str, float]]) -> str:
+    """A history as the text of `history.csv`."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def read_history(path: Path, *, validated: bool) -> tuple[str, list[dict[str, float]]]:
+    """The text of a history, and its rows, one per epoch.
+
+    Args:
+        path: `history.csv`.
+        validated: Whether the run has a validation split.
+
+    Raises:
+        ValueError: If it cannot be read, or a row is not complete, not of numbers or not the next
+            epoch's.
+    """
+    needed = ("val_loss", "step_seconds") if validated else ("step_seconds",)
+    try:
+        # As bytes: the ends of lines belong to what was written.
+        text = path.read_bytes().decode()
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows = [{name: float(value) for name, value in row.items()} for row in reader]
+        for number, row in enumerate(rows, start=1):
+            for name in needed:
+                row[name]
+            if row.setdefault("epoch", number) != number:
+                raise ValueError(f"epoch {row['epoch']:g} in line {number}")
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"must hold a line of numbers per epoch, among them {needed}. Received: {error!r}"
+        ) from error
+    return text, [row | {"epoch": int(row["epoch"])} for row in rows]
+
+
+def check_same(text: str, kept: Any, epochs: int) -> None:
+    """Checks that a history is, up to an epoch, the one that a checkpoint was saved with.
+
+    Args:
+        text: Content of `history.csv`.
+        kept: What the checkpoint says it was.
+        epochs: How many epochs count.
+
+    Raises:
+        ValueError: If a line differs.
+    """
+    lines, expected = text.splitlines(), str(kept).splitlines()
+    for number in range(epochs + 1):
+        if lines[number : number + 1] != expected[number : number + 1]:
+            raise ValueError(
+                f"is not the history of the checkpoint beside it: line {number + 1} was "
+                f"{expected[number : number + 1]}. Received: {lines[number : number + 1]}"
+            )

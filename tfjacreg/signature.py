@@ -1,0 +1,225 @@
+"""Which of the tensors that a network takes and gives the Jacobian is of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+# How `input=` and `output=` name a tensor: by position, or by name or key.
+Name = int | str | None
+
+
+class Taken(NamedTuple):
+    """What a network takes, as tensors, and the one that the Jacobian is taken in.
+
+    Attributes:
+        structure: As given: a tensor, or a list, tuple or dict of them.
+        leaves: Its tensors in order.
+        position: Where among them the input of the Jacobian is.
+    """
+
+    structure: Any
+    leaves: list[Any]
+    position: int
+
+    @property
+    def x(self) -> tf.Tensor:
+        """The input of the Jacobian, `[B, *in]`, in at least float32."""
+        return self.leaves[self.position]
+
+    def mapped(self, function: Any) -> Taken:
+        """The same with `function` of every tensor."""
+        return self._replace(leaves=[function(leaf) for leaf in self.leaves])
+
+    def packed(self) -> Any:
+        """The tensors in the structure that the network takes."""
+        return keras.tree.pack_sequence_as(self.structure, self.leaves)
+
+
+def taken(network: keras.Layer, x: Any, name: Name = None) -> Taken:
+    """Casts what a network takes as Keras casts it, and finds the input of the Jacobian.
+
+    A floating tensor keeps its dtype, but for half precision, which becomes float32: norms of
+    thousands of squares overflow it. Any other is cast where Keras casts it to a floating `Input`.
+
+    Args:
+        network: The network.
+        x: A tensor or array, or a list, tuple or dict of them.
+        name: Which one the Jacobian is taken in: a position, a key, or the name of an `Input`. None
+            stands for the only one that is floating.
+
+    Raises:
+        TypeError: If there is no floating tensor.
+        ValueError: If there are several and `name` is None; if `name` is none of them; if a batch
+            is empty or has no batch axis.
+    """
+    inputs = list(getattr(network, "inputs", None) or [])
+    paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(x)]
+    leaves = keras.tree.flatten(x)
+    specs = _specs(x, paths, inputs)
+    leaves = [_as_keras_takes(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+    names = [_names(path, spec) for path, spec in zip(paths, specs, strict=True)]
+    candidates = [number for number, leaf in enumerate(leaves) if _is_floating(leaf)]
+    if not candidates:
+        received = ", ".join(f"x of dtype {_dtype(leaf)}" for leaf in leaves) or f"x={x!r}"
+        raise TypeError(
+            "The Jacobian needs a floating input: differentiate with respect to pixels as floats, "
+            f"or to the output of an embedding. Received: {received}"
+        )
+    position = _chosen("input", name, names, candidates)
+    batch = leaves[position]
+    if batch.shape.rank is not None and (batch.shape.rank == 0 or batch.shape[0] == 0):
+        raise ValueError(
+            "`x` must hold at least one example along its first axis. "
+            f"Received: x of shape {tuple(batch.shape)}"
+        )
+    return Taken(x, leaves, position)
+
+
+def given(network: keras.Layer, outputs: Any, name: Name = None) -> tf.Tensor:
+    """The output that the Jacobian is of.
+
+    Args:
+        network: The network.
+        outputs: What it returned.
+        name: Which output: a position, a key, or the name of the network's output. None stands for
+            the only one that is floating.
+
+    Raises:
+        TypeError: If there is no dense floating tensor.
+        ValueError: If there are several and `name` is None, or `name` is none of them.
+    """
+    leaves = keras.tree.flatten(outputs)
+    paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(outputs)]
+    known = getattr(network, "output_names", None) or []
+    if len(known) != len(leaves):
+        known = [None] * len(leaves)
+    names = [[n for n in (path, own) if n] for path, own in zip(paths, known, strict=True)]
+    candidates = [number for number, leaf in enumerate(leaves) if _is_floating(leaf)]
+    if not candidates:
+        kinds = ", ".join(type(leaf).__name__ for leaf in leaves)
+        raise TypeError(
+            "`network` must return a dense floating tensor. "
+            f"Received: an output of type {kinds or type(outputs).__name__}"
+        )
+    return leaves[_chosen("output", name, names, candidates)]
+
+
+def example(network: keras.Layer, specs: Any) -> Any:
+    """Random examples of what a network takes, for a check of it; zeros where it takes integers.
+
+    Args:
+        network: The network.
+        specs: `tf.TensorSpec`s of the data, in its structure; or None, for what the network's
+            `Input`s say.
+
+    Returns:
+        Tensors of two examples, or of as many as the network's `Input` fixes; None where a shape is
+        not known, or the network takes one example at a time.
+    """
+    inputs = list(getattr(network, "inputs", None) or [])
+    if specs is None:
+        specs = list(inputs)
+        specs = specs[0] if len(specs) == 1 else specs
+    leaves = keras.tree.flatten(specs)
+    if not leaves or any(leaf.shape is None for leaf in leaves):
+        return None
+    paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(specs)]
+    made = []
+    for number, (leaf, spec) in enumerate(zip(leaves, _specs(specs, paths, inputs), strict=True)):
+        shape = tf.TensorShape(leaf.shape)
+        known = tf.TensorShape(None if spec is None else spec.shape)
+        if shape.rank is None:
+            shape = known
+        elif known.rank == shape.rank:
+            # A stateful recurrence takes batches of one size only.
+            shape = shape.merge_with(known) if shape.is_compatible_with(known) else shape
+        if not shape.rank or not shape[1:].is_fully_defined():
+            return None
+        size = 2 if shape[0] is None else shape[0]
+        if size < 2:
+            return None
+        dtype = tf.as_dtype(leaf.dtype if spec is None else spec.dtype)
+        if dtype.is_floating:
+            dtype = tf.float32 if dtype.size < 4 else dtype
+            made.append(
+                tf.random.stateless_normal(
+                    (size, *shape[1:]), (0, number), dtype=dtype, alg="philox"
+                )
+            )
+        else:
+            made.append(tf.zeros((size, *shape[1:]), dtype))
+    return keras.tree.pack_sequence_as(specs, made)
+
+
+def _chosen(
+    kind: str, name: Name, names: Sequence[Sequence[str]], candidates: Sequence[int]
+) -> int:
+    """The position that `name` means."""
+    shown = ", ".join(
+        f"{number}" + "".join(f" or {own!r}" for own in dict.fromkeys(names[number]))
+        for number in candidates
+    )
+    if name is None:
+        if len(candidates) == 1:
+            return candidates[0]
+        raise ValueError(
+            f"The network has several {kind}s that the Jacobian could be "
+            f"{'taken in' if kind == 'input' else 'of'}: name one with `{kind}=`. "
+            f"The candidates are {shown}. Received: {kind}=None"
+        )
+    found = [
+        number
+        for number in candidates
+        if (not isinstance(name, bool) and name == number) or name in names[number]
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"`{kind}` must be the position, key or name of one floating {kind} of the network: "
+            f"{shown}. Received: {kind}={name!r}"
+        )
+    return found[0]
+
+
+def _specs(x: Any, paths: Sequence[str], inputs: Sequence[Any]) -> list[Any]:
+    """The `Input` that each tensor of x goes to, or None where the network declares none."""
+    if len(inputs) == len(paths):
+        by_name = {spec.name: spec for spec in inputs}
+        # Keras matches the keys of a dict to the names of inputs that were given as a list.
+        if isinstance(x, dict) and set(paths) == set(by_name):
+            return [by_name[path] for path in paths]
+        return list(inputs)
+    return [None] * len(paths)
+
+
+def _names(path: str, spec: Any) -> list[str]:
+    return [name for name in (path, getattr(spec, "name", None)) if name]
+
+
+def _as_keras_takes(leaf: Any, spec: Any) -> Any:
+    """A tensor in the dtype and, as far as known, the shape that the network computes with."""
+    if isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
+        return leaf
+    leaf = tf.convert_to_tensor(leaf)
+    if leaf.dtype in (tf.float16, tf.bfloat16):
+        leaf = tf.cast(leaf, tf.float32)
+    elif not leaf.dtype.is_floating and leaf.dtype != tf.string:
+        wanted = tf.as_dtype(spec.dtype) if spec is not None else leaf.dtype
+        if wanted.is_floating:
+            leaf = tf.cast(leaf, tf.float32 if wanted.size < 4 else wanted)
+    if spec is not None and not leaf.shape.is_fully_defined():
+        shape = tf.TensorShape([None, *spec.shape[1:]])
+        if leaf.shape.is_compatible_with(shape):
+            leaf = tf.ensure_shape(leaf, leaf.shape.merge_with(shape))
+    return leaf
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, tf.Tensor) and leaf.dtype.is_floating
+
+
+def _dtype(leaf: Any) -> str:
+    return leaf.dtype.name

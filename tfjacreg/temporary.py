@@ -1,0 +1,76 @@
+"""Temporary names beside a file: of this process alone, and known as such to the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = ".partial-"
+
+
+def beside(path: Path) -> Path:
+    """A name in the same folder, with the same ending, that no other process gives."""
+    return path.with_name(f"{_PREFIX}{platform.node()}-{os.getpid()}-{path.name}")
+
+
+def left_in(folder: Path) -> list[Path]:
+    """What was begun in a folder under a temporary name, by whichever process."""
+    return list(folder.glob(f"{_PREFIX}*"))
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, if it is there; raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_stale(path: Path) -> None:
+    """Removes what processes of this machine that have ended left of an attempt to write `path`."""
+    pattern = re.compile(rf"{_PREFIX}{re.escape(platform.node())}-(\d+)-{re.escape(path.name)}")
+    for file in left_in(path.parent):
+        match = pattern.fullmatch(file.name)
+        if match and not _lives(int(match[1])):
+            with contextlib.suppress(OSError):
+                remove(file)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # Somebody else's.
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name in the same folder to write to, and then puts the result in place.
+
+    The folder is made if it is not there. What was at `path` before is untouched until the end,
+    unless it is a folder: that one is removed just before.
+
+    Args:
+        path: A file, or a folder.
+
+    Raises:
+        OSError: If the result cannot be put in place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path)
+    temporary = beside(path)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            remove(path)
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
