@@ -52,13 +52,13 @@ class AttackResult(NamedTuple):
         faded: Whether each image was still classified correctly there although the attack had lost
             its gradient, bool `[S, N]`: the loss had rounded to 0, and with it the part of its
             gradient that lowers the label's logit, or the last gradient was zero or denormal in
-            every pixel. None for Square, which follows no gradient.
+            every pixel. Nowhere for Square, which follows no gradient.
     """
 
     x_adv: Array
     iterations: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
-    faded: npt.NDArray[np.bool_] | None = None
+    faded: npt.NDArray[np.bool_]
 
     @property
     def accuracy(self) -> npt.NDArray[np.float64]:
@@ -221,7 +221,7 @@ def square(
         batch_size=batch_size,
         progress=progress,
     )
-    return AttackResult(best, np.array(strengths), correct)
+    return AttackResult(best, np.array(strengths), correct, np.zeros_like(correct))
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
