@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from reference import dense_jacobian, singular_values
+from sklearn.datasets import load_digits
 
 from tfjacreg import datasets, regularizers, vectors
 from tfjacreg.experiments import figures
@@ -32,6 +33,7 @@ def script(name):
 
 estimator_error = script("estimator_error")
 step_time = script("step_time")
+margin_reference = script("margin_reference")
 
 
 @pytest.fixture
@@ -333,3 +335,28 @@ def test_estimators_are_trained_measured_and_resumed(tmp_path, monkeypatch, caps
     again = json.loads((tmp_path / "error.json").read_text())
     for first, second in zip(content["networks"], again["networks"], strict=True):
         assert first["mean_sigma"] == pytest.approx(second["mean_sigma"], rel=1e-5)
+
+
+def test_the_margin_is_compared_with_art(capsys):
+    data = load_digits()
+    images, labels = (data.images[..., None] / 16).astype("float32"), data.target
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(16, "relu"), layers.Dense(10)]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(images[:1200], labels[:1200], epochs=15, verbose=0)
+    plain, scaled = (
+        margin_reference.judge(
+            margin_reference.scaled(model, factor), images[1200:1240], labels[1200:1240]
+        )
+        for factor in margin_reference.FACTORS
+    )
+    assert plain["clean"] == scaled["clean"] > 0.7
+    assert scaled["eps_32"]["cross_entropy"] > plain["eps_32"]["cross_entropy"] + 0.2
+    for name in ("margin", "art_autopgd_dlr"):
+        assert abs(scaled["eps_32"][name] - plain["eps_32"][name]) <= 0.05
+    assert abs(plain["eps_32"]["margin"] - plain["eps_32"]["art_autopgd_dlr"]) <= 0.05
+    np.testing.assert_allclose(scaled["minimal_distance"], plain["minimal_distance"], rtol=0.01)
+    assert min(plain["ratio"]) > 0.97
+    margin_reference.print_row({"method": "none", "seed": 0, "factor": 1, **plain})
+    assert "art_deepfool" in capsys.readouterr().out

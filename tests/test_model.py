@@ -678,6 +678,7 @@ def test_a_schedule_gives_the_factor_of_each_step(tmp_path):
 
 def test_the_threshold_is_saved(tmp_path):
     model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(1, threshold=2)))
+    fit(model)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.regularizer.get_config()["threshold"] == 2.0

@@ -55,6 +55,11 @@ def input_shapes(layer: keras.Layer) -> set[tuple[Any, ...]]:
     return {tuple(node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes}
 
 
+def is_inside_another(layer: keras.Layer) -> bool:
+    """Whether a layer that is being called is called by another one."""
+    return layer._get_call_context().entry_layer is not layer
+
+
 def element_spec(iterator: Any) -> Any:
     """The shapes and dtypes of the batches of the iterator that Keras' `fit` trains on."""
     return iterator._distributed_dataset.element_spec

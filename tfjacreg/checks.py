@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, frozen, signature
-from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative
+from tfjacreg import _keras, arguments, frozen, graphs, signature
+from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.vectors import inner, length, random_unit, unit
 
 _ANSI_ESCAPES = re.compile(r"\x1b\[\d*m")
@@ -33,12 +33,10 @@ _NO_TANGENTS_OF_LOOPS = (
     "cannot be differentiated forward: a loop or a branch in a graph (tf.while_loop, tf.cond) "
     "holds values of dtype variant, which have no tangents"
 )
-_LOOPS = ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase")
-# Steps, whose derivative is 0 wherever it exists, and what says in words that it has none.
-_CONSTANT_OPERATIONS = {
-    *("Floor", "Ceil", "Round", "Rint", "Sign", "FloorDiv", "StopGradient", "PreventGradient"),
-    *("ZerosLike", "OnesLike", "Placeholder", "PlaceholderWithDefault"),
-}
+_NOT_CONNECTED = (
+    "has no differentiable operation that leads from its input to its output: every product would "
+    "be 0. Replace the operation without a derivative (an integer cast, tf.numpy_function, ...)"
+)
 
 
 class _Fault(NamedTuple):
@@ -46,12 +44,10 @@ class _Fault(NamedTuple):
 
     Attributes:
         text: What the network, or the layer, does; it follows a name.
-        layer: The layer that is known to do it, or None.
         cause: The exception that told, or None.
     """
 
     text: str
-    layer: str | None = None
     cause: Exception | None = None
 
 
@@ -104,15 +100,16 @@ def check_network(
         fault = _fault(network, taken, training, forward_mode, output, variables)
         if fault is None:
             return
-        name = fault.layer or f"the network {network.name!r} ({type(network).__name__}) as a whole"
+        name = f"the network {network.name!r} ({type(network).__name__}) as a whole"
         text, cause = fault.text, fault.cause
-        if fault.layer is None:
-            for layer, function, value in _calls(network, taken, training):
-                one = signature.Taken(value, [value], 0)
-                found = _fault(function, one, training, forward_mode, None, variables)
-                if found is not None:
-                    name, text, cause = _named(layer), found.text, found.cause
-                    break
+        for layer, function, value in _calls(network, taken, training):
+            one = signature.Taken(value, [value], 0)
+            found = _fault(function, one, training, forward_mode, None, variables)
+            # A layer may well take a tensor that says nothing of its output.
+            is_idle = found is not None and found.text == _NOT_CONNECTED != fault.text
+            if found is not None and not is_idle:
+                name, text, cause = _named(layer), found.text, found.cause
+                break
         other = forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES
         if other and _fault(network, taken, training, "transpose", output, variables) is None:
             text += ". With forward_mode='transpose' it can be had"
@@ -121,6 +118,41 @@ def check_network(
         f"forward_mode={forward_mode!r}: {name} {text}. "
         f"Received: x of shape {shape}, training={training}"
     ) from cause
+
+
+def contradiction_tolerance(network: keras.Layer, dtype: str) -> float:
+    """How far, relatively, two products of one recorded pass may differ by rounding alone.
+
+    Rounding loses at most half of the digits of the coarsest layer: in a pass that is recorded once
+    it is hundreds of times less, however deep the network (EfficientNetB0: 2e-5, most 1e-6).
+
+    Args:
+        network: The network.
+        dtype: That of the products.
+    """
+    dtypes = {dtype, *(layer.compute_dtype for layer in _keras.layers_of(network))}
+    return float(np.sqrt(max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes)))
+
+
+def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
+    """Refuses a network with an operation whose part of the Jacobian would be lost in silence.
+
+    That a branch beside others has no derivative shows in no product: only the graph of the pass
+    tells. It is traced once for each network and shape of x.
+
+    Raises:
+        ValueError: If there is such an operation.
+    """
+    network = jacobian.network
+    try:
+        fault = jacobian.of_graph("hides", lambda op: _hidden(op.x, op.primal))
+    except Exception:  # It runs eagerly only: then nothing is to be seen.
+        return
+    if fault is not None:
+        raise ValueError(
+            f"The Jacobian of network {network.name!r} is not known: it {fault}. `check_network` "
+            f"names the layer. Received: x of shape {tuple(jacobian.x.shape)}"
+        )
 
 
 def explained(error: Exception, network: keras.Layer, forward_mode: str) -> ValueError:
@@ -166,7 +198,7 @@ def _fault(
                 input=given.position,
                 output=output,
             )
-            graph.append((op.x, op.primal))
+            passes.append((op.x, op.primal))
             # Of the first example alone: what the others have of it shows how examples mix.
             u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
             back = op.rmatvec(u)
@@ -177,7 +209,7 @@ def _fault(
                 return back[1:], forth[1:], *dots
             return back[1:], forth[1:], *dots, op.tangent_out, op.matvec(tf.identity(along))
 
-    graph: list[tuple[tf.Tensor, tf.Tensor]] = []
+    passes: list[tuple[tf.Tensor, tf.Tensor]] = []
     try:
         # As training runs: a loop in a graph is another operation than an eager one.
         traced = tf.function(products, autograph=False).get_concrete_function(taken.leaves)
@@ -187,22 +219,22 @@ def _fault(
             part.numpy() for part in traced(*taken.leaves)
         )
     except LostDerivative as error:
-        return _Fault(_LOSES_A_DERIVATIVE, None, error)
+        return _Fault(_LOSES_A_DERIVATIVE, error)
+    except NotConnected as error:
+        return _Fault(_NOT_CONNECTED, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
         reason = _reason(error)
         if "variant" in reason:
-            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", None, error)
-        return _Fault(f"cannot be differentiated as often as needed ({reason})", None, error)
+            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
+        return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
     finally:
         _reset_dropout_masks(network)
-    lost = _without_derivative(*graph[0], network)
+    lost = _hidden(*passes[0])
     if lost is not None:
-        return lost
+        return _Fault(lost)
     if any(np.any(np.isfinite(part) & (part != 0)) for part in (others, other_outputs)):
         return _Fault(_MIXES_EXAMPLES)
-    # Rounding loses at most half of the digits of the coarsest layer.
-    dtypes = {taken.x.dtype.name, *(layer.compute_dtype for layer in _keras.layers_of(network))}
-    tolerance = np.sqrt(max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes))
+    tolerance = contradiction_tolerance(network, taken.x.dtype.name)
     if np.abs(forward - backward) > tolerance * scale:
         return _Fault(_LOSES_A_DERIVATIVE)
     if both:
@@ -236,63 +268,12 @@ def _reset_dropout_masks(network: keras.Layer) -> None:
             getattr(layer, name, lambda: None)()
 
 
-def _without_derivative(x: tf.Tensor, primal: tf.Tensor, network: keras.Layer) -> _Fault | None:
-    """Finds an operation between x and the output that has a derivative and hides it.
-
-    TensorFlow gives None for operations that are registered without a derivative, such as
-    HSVToRGB, and the Jacobian would lack their part in silence.
-    """
-    reached = {x.ref()}
-    known: dict[str, bool] = {}
-    for op in x.graph.get_operations():
-        inputs = [t for t in op.inputs if t.ref() in reached]
-        outputs = [t for t in op.outputs if t.dtype.is_floating]
-        if not inputs or not outputs:
-            continue
-        if op.type not in _CONSTANT_OPERATIONS and not known.setdefault(
-            op.type, _has_derivative(outputs[0], inputs)
-        ):
-            if _leads_to(op, primal):
-                return _Fault(
-                    f"has an operation without a derivative, {op.type}: its part of the Jacobian "
-                    "would be lost",
-                    _layer_of(op, network),
-                )
-            continue
-        reached.update(t.ref() for t in outputs)
-        if op is primal.op:
-            break
-    return None
-
-
-def _has_derivative(output: tf.Tensor, inputs: list[tf.Tensor]) -> bool:
-    try:
-        with output.graph.as_default():
-            return any(g is not None for g in tf.gradients(output, inputs))
-    except Exception:  # No gradient is registered: the products themselves would have failed.
-        return True
-
-
-def _leads_to(op: tf.Operation, target: tf.Tensor) -> bool:
-    """Whether the target is computed from what the operation gives."""
-    waiting, seen = [target.op], set()
-    while waiting:
-        current = waiting.pop()
-        if current is op:
-            return True
-        if current.name not in seen:
-            seen.add(current.name)
-            waiting += [t.op for t in current.inputs]
-    return False
-
-
-def _layer_of(op: tf.Operation, network: keras.Layer) -> str | None:
-    """The innermost layer in whose name scope an operation was made."""
-    layers = {layer.name: layer for layer in _keras.layers_of(network) if layer is not network}
-    for part in reversed(op.name.split("/")[:-1]):
-        if part in layers:
-            return _named(layers[part])
-    return None
+def _hidden(x: tf.Tensor, primal: tf.Tensor) -> str | None:
+    """What an operation between x and the output does whose part of the Jacobian is lost."""
+    found = graphs.without_derivative(x, primal)
+    if found is None:
+        return None
+    return f"has an operation without a derivative, {found}: its part of the Jacobian would be lost"
 
 
 def _named(layer: keras.Operation) -> str:
@@ -351,9 +332,13 @@ def _calls(
         operations.update({id(found): found for found in getattr(model, "operations", [])})
     with contextlib.ExitStack() as stack:
         for operation in operations.values():
-            stack.enter_context(
-                frozen.substituted(operation, "call", recording(operation, operation.call))
-            )
+            # A layer after `quantize("int8")` is called by its second name.
+            for name in ("call", "quantized_call"):
+                own = getattr(operation, name, None)
+                if own is not None:
+                    stack.enter_context(
+                        frozen.substituted(operation, name, recording(operation, own))
+                    )
         with frozen.without_trace(network):
             network(taken.packed(), training=training)
 

@@ -9,18 +9,28 @@ computational graph; here the graph is TensorFlow's.
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfjacreg import arguments, frozen, signature
+from tfjacreg import arguments, frozen, graphs, signature
 
 FORWARD_MODES = ("accumulator", "transpose")
 
 
+# What is known of the graphs of networks; see `JacobianOperator.of_graph`.
+_found: weakref.WeakKeyDictionary[keras.Layer, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
 class LostDerivative(ValueError):
     """A layer has a first derivative but not the second, which transposition needs."""
+
+
+class NotConnected(ValueError):
+    """Nothing differentiable leads from the input of a network to its output."""
 
 
 class JacobianOperator:
@@ -104,21 +114,61 @@ class JacobianOperator:
             tangent: Vectors `[R, *in]` whose product is computed along that pass, or None.
 
         Raises:
-            ValueError: If the network draws random numbers, or takes anything from the whole batch:
-                the pass would then be another one.
+            ValueError: If the network draws random numbers, keeps a state in a plain `tf.Variable`,
+                or takes anything from the whole batch: the pass would then be another one.
         """
         part = object.__new__(JacobianOperator)
         part.network, part.training, part._output = self.network, self.training, self._output
-        taken = self._taken.mapped(lambda leaf: tf.gather(leaf, indices))
+        some = [tf.gather(tensor, indices) for tensor in self._taken.tensors()]
+        taken = self._taken.with_tensors(some)
+        before = len(_operations())
         with frozen.without_trace(self.network) as scope:
             part._run(taken, tangent, is_partial=True)
         own = {id(v) for v in self.network.variables if "seed_generator" not in v.path}
-        if set(scope.state_mapping) - own:
+        drawn = "such as those of Dropout" if set(scope.state_mapping) - own else None
+        if tf.executing_eagerly():
+            drawn = drawn or self.of_graph(
+                "draws", lambda _: graphs.draws_or_assigns(_operations())
+            )
+        else:
+            drawn = drawn or graphs.draws_or_assigns(_operations()[before:])
+        if drawn:
             raise ValueError(
                 f"{frozen.NEEDS_THE_WHOLE_BATCH}Received: network {self.network.name!r}, which "
-                "draws random numbers, such as those of Dropout"
+                f"draws random numbers or keeps a state, {drawn}"
             )
         return part
+
+    def of_graph(self, kind: str, find: Callable[[JacobianOperator], Any]) -> Any:
+        """What `find` finds in the same pass as a graph, which nothing runs.
+
+        Args:
+            kind: A name: of each kind it is looked for once in a network and for a shape of x.
+            find: A function of an operator of symbolic tensors; `x.graph` holds all operations.
+        """
+        found: list[Any] = []
+
+        def forward(tensors: list[Any]) -> tf.Tensor:
+            taken = self._taken.with_tensors(tensors)
+            with frozen.without_trace(self.network):
+                symbolic = JacobianOperator(
+                    self.network,
+                    taken.packed(),
+                    training=self.training,
+                    input=taken.position,
+                    output=self._output,
+                )
+            found.append(find(symbolic))
+            return symbolic.primal
+
+        specs = [tf.type_spec_from_value(tensor) for tensor in self._taken.tensors()]
+        known = _found.setdefault(self.network, {})
+        key = kind, self.training, self._output, self._taken.position, str(specs)
+        if key not in known:
+            with tf.init_scope():
+                tf.function(forward, autograph=False).get_concrete_function(specs)
+            known[key] = found[0]
+        return known[key]
 
     def matvec(self, v: Any) -> tf.Tensor:
         """Computes `J_i v_i` for every example: the forward mode, eq. (6).
@@ -179,13 +229,18 @@ class JacobianOperator:
     def _connected(self, product: tf.Tensor | None) -> tf.Tensor:
         """A product that TensorFlow has a path for: no path is not the same as a product of 0."""
         if product is None:
-            raise ValueError(
+            raise NotConnected(
                 "The Jacobian is not known: no differentiable operation leads from the input of "
                 f"network {self.network.name!r} to its output, so that every product would be 0. "
-                "Replace the operation without a derivative (an integer cast, tf.numpy_function, "
-                f"tf.stop_gradient, ...). Received: x of shape {tuple(self.x.shape)}"
+                "Replace the operation without a derivative (an integer cast, a look-up of tokens, "
+                f"tf.numpy_function, ...). Received: x of shape {tuple(self.x.shape)}"
             )
         return product
+
+
+def _operations() -> list[tf.Operation]:
+    """What the graph that is being traced holds so far; nothing eagerly."""
+    return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
 
 
 def _checked_vector(name: str, a: Any, like: tf.Tensor, what: str) -> tf.Tensor:

@@ -40,9 +40,10 @@ class RegularizedModel(keras.Model):
 
     Raises:
         TypeError: If `network` is not a Keras layer.
-        ValueError: When built, if there is a regularizer and the network has no trainable weights;
-            before the first training step, if `check_network` refuses the network; under
-            `tf.distribute.MultiWorkerMirroredStrategy`.
+        ValueError: If `network` has a training step or loss of its own (another `RegularizedModel`,
+            say), which would be ignored. When built, if there is a regularizer and the network has
+            no trainable weights; before the first training step, if `check_network` refuses the
+            network; under `tf.distribute.MultiWorkerMirroredStrategy`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RegularizedModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         arguments.network(network)
+        _refuse_own_training(network)
         # The network casts its own inputs, as it does alone.
         kwargs = {"dtype": network.dtype_policy, **kwargs, "autocast": False}
         super().__init__(**kwargs)
@@ -117,7 +119,18 @@ class RegularizedModel(keras.Model):
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Runs the network."""
+        """Runs the network.
+
+        Raises:
+            ValueError: If it is a layer of another model that trains, which would lose the penalty.
+        """
+        if training and self.regularizer is not None and _keras.is_inside_another(self):
+            raise ValueError(
+                "A RegularizedModel adds its penalty in its own training step: as a layer of "
+                "another model that trains it would add none. Put its `network` into the other "
+                "model, and that into a RegularizedModel. "
+                f"Received: a call of {self.name!r} with training=True from another layer"
+            )
         return self.network(inputs, training=training)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
@@ -243,6 +256,18 @@ class RegularizedModel(keras.Model):
                 config[key], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+def _refuse_own_training(network: keras.Layer) -> None:
+    """Refuses a network whose training is more than its layers, its losses and its metrics."""
+    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
+        own = getattr(type(network), name, None)
+        if own is not None and not own.__module__.startswith("keras."):
+            raise ValueError(
+                f"`network` must train as Keras models do: {type(network).__name__} has a "
+                f"`{name}` of its own, which the model around it would ignore. Pass the network "
+                f"inside it, or the same layers as a plain keras.Model. Received: {network!r}"
+            )
 
 
 class _WithFactor:

@@ -5,19 +5,29 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import keras
+import ml_dtypes
+import numpy as np
 import tensorflow as tf
 
 from tfjacreg import arguments, signature
+from tfjacreg.checks import contradiction_tolerance, refuse_hidden_operations
 from tfjacreg.estimators import (
-    LinearOperator,
     leading_left_vector_and_product,
     products_with_basis,
     squared_frobenius_sample,
     validate_method,
 )
-from tfjacreg.jacobian import JacobianOperator
+from tfjacreg.jacobian import JacobianOperator, LostDerivative
 from tfjacreg.linear_maps import chained_maps
-from tfjacreg.vectors import broadcast_like, fresh_seed, length, random_unit, unit
+from tfjacreg.vectors import (
+    broadcast_like,
+    fresh_seed,
+    inner,
+    length,
+    num_elements,
+    random_unit,
+    unit,
+)
 
 
 class SingularTriplet(NamedTuple):
@@ -74,10 +84,10 @@ def spectral_norm(
         ValueError: If an argument is out of range, or `x` is empty.
     """
     validate_method(method, iterations)
-    op = JacobianOperator(network, x, input=input, output=output)
+    op = _operator(network, x, input, output)
     start = random_unit(op.x, (fresh_seed(seed), 0))
     _, w = leading_left_vector_and_product(op, method, iterations, start)
-    return _triplet(op, unit(w))
+    return _triplet(op, unit(w), contradiction_tolerance(network, op.x.dtype.name))
 
 
 def frobenius_norm(
@@ -107,12 +117,24 @@ def frobenius_norm(
         TypeError: If `network` is not a Keras layer, or `x` holds no floating tensor.
         ValueError: If `num_projections` is not a positive integer or None, or `x` is empty.
     """
-    op = JacobianOperator(network, x, input=input, output=output)
+    if num_projections is not None:
+        arguments.positive_integer("num_projections", num_projections)
+    key = fresh_seed(seed), 0
+    op = _operator(network, x, input, output)
     if num_projections is None:
         rows = products_with_basis(op.rmatvec, op.primal, op.x.dtype)
-        return tf.sqrt(tf.reduce_sum(tf.square(rows), axis=(1, 2)))
-    arguments.positive_integer("num_projections", num_projections)
-    return tf.sqrt(squared_frobenius_sample(op, num_projections, (fresh_seed(seed), 0)))
+        norm = tf.sqrt(tf.reduce_sum(tf.square(rows), axis=(1, 2)))
+    else:
+        norm = tf.sqrt(squared_frobenius_sample(op, num_projections, key))
+    u = random_unit(tf.cast(op.primal, op.x.dtype), (0, 1))
+    back = op.rmatvec(u)
+    v = unit(back)
+    try:
+        forth = op.matvec(v)
+    except (LookupError, LostDerivative):  # No second derivative: nothing to hold it against.
+        return norm
+    tolerance = contradiction_tolerance(network, op.x.dtype.name)
+    return _consistent(op, norm, inner(back, v), inner(u, forth), length(forth), tolerance)
 
 
 def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
@@ -145,14 +167,48 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
     return bound
 
 
-def _triplet(op: LinearOperator, v: tf.Tensor) -> SingularTriplet:
+def _operator(
+    network: keras.Layer, x: Any, input: signature.Name, output: signature.Name
+) -> JacobianOperator:
+    op = JacobianOperator(network, x, input=input, output=output)
+    refuse_hidden_operations(op)
+    return op
+
+
+def _triplet(op: JacobianOperator, v: tf.Tensor, tolerance: float) -> SingularTriplet:
     z = op.matvec(v)
     sigma, u = length(z), unit(z)
-    residual = length(op.rmatvec(u) - broadcast_like(sigma, v) * v)
+    back = op.rmatvec(u)
+    residual = length(back - broadcast_like(sigma, v) * v)
+    sigma = _consistent(op, sigma, inner(back, v), inner(u, z), sigma, tolerance)
     is_zero = sigma == 0
     return SingularTriplet(
         sigma, _constant_unit_where(is_zero, u), _constant_unit_where(is_zero, v), residual
     )
+
+
+def _consistent(
+    op: JacobianOperator,
+    norm: tf.Tensor,
+    backward: tf.Tensor,
+    forward: tf.Tensor,
+    scale: tf.Tensor,
+    tolerance: float,
+) -> tf.Tensor:
+    """The norm, if `<J^T u, v> = <u, J v>` for u and v at hand; in a graph NaN where it is not."""
+    # In half precision small products vanish.
+    smallest = float(ml_dtypes.finfo(tf.as_dtype(op.primal.dtype).name).tiny)
+    smallest *= float(num_elements(op.x)) ** 0.5
+    is_wrong = tf.abs(backward - forward) > tolerance * scale + smallest
+    if not tf.executing_eagerly():
+        return tf.where(is_wrong, tf.constant(np.nan, norm.dtype), norm)
+    if tf.reduce_any(is_wrong):
+        raise ValueError(
+            f"The norm of the Jacobian of network {op.network.name!r} is not known: TensorFlow "
+            "loses a derivative of it, so that <u, J v> is not <J^T u, v>. `check_network` names "
+            f"the layer. Received: x of shape {tuple(op.x.shape)}"
+        )
+    return norm
 
 
 def _constant_unit_where(condition: tf.Tensor, a: tf.Tensor) -> tf.Tensor:

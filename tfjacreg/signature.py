@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,9 +31,14 @@ class Taken(NamedTuple):
         """The input of the Jacobian, `[B, *in]`, in at least float32."""
         return self.leaves[self.position]
 
-    def mapped(self, function: Any) -> Taken:
-        """The same with `function` of every tensor."""
-        return self._replace(leaves=[function(leaf) for leaf in self.leaves])
+    def tensors(self) -> list[Any]:
+        """The leaves but for what is left out: an optional `Input` takes None."""
+        return [leaf for leaf in self.leaves if leaf is not None]
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Taken:
+        """The same with others in the places of `tensors()`."""
+        rest = iter(tensors)
+        return self._replace(leaves=[None if leaf is None else next(rest) for leaf in self.leaves])
 
     def packed(self) -> Any:
         """The tensors in the structure that the network takes."""
@@ -43,7 +49,8 @@ def taken(network: keras.Layer, x: Any, name: Name = None) -> Taken:
     """Casts what a network takes as Keras casts it, and finds the input of the Jacobian.
 
     A floating tensor keeps its dtype, but for half precision, which becomes float32: norms of
-    thousands of squares overflow it. Any other is cast where Keras casts it to a floating `Input`.
+    thousands of squares overflow it. Any other is cast to the dtype of its `Input`; the only one of
+    a network that declares none becomes float32, if it holds integers (pixels).
 
     Args:
         network: The network.
@@ -61,8 +68,13 @@ def taken(network: keras.Layer, x: Any, name: Name = None) -> Taken:
     leaves = keras.tree.flatten(x)
     specs = _specs(x, paths, inputs)
     leaves = [_as_keras_takes(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+    if not inputs and len(leaves) == 1 and _is_integer(leaves[0]):
+        # Pixels, say: a layer that computes with them casts them itself.
+        leaves = [tf.cast(leaves[0], tf.float32)]
     names = [_names(path, spec) for path, spec in zip(paths, specs, strict=True)]
-    candidates = [number for number, leaf in enumerate(leaves) if _is_floating(leaf)]
+    declares = any(spec is not None for spec in specs)
+    is_taken = [spec is not None or not declares for spec in specs]
+    candidates = [n for n, leaf in enumerate(leaves) if _is_floating(leaf) and is_taken[n]]
     if not candidates:
         received = ", ".join(f"x of dtype {_dtype(leaf)}" for leaf in leaves) or f"x={x!r}"
         raise TypeError(
@@ -171,11 +183,10 @@ def _chosen(
             f"{'taken in' if kind == 'input' else 'of'}: name one with `{kind}=`. "
             f"The candidates are {shown}. Received: {kind}=None"
         )
-    found = [
-        number
-        for number in candidates
-        if (not isinstance(name, bool) and name == number) or name in names[number]
-    ]
+    found = [n for n in candidates if name in names[n][:1]]  # A key goes before a name.
+    found = found or [n for n in candidates if name in names[n]]
+    if not found and isinstance(name, numbers.Integral) and not isinstance(name, bool):
+        found = [n for n in candidates if n == name]
     if len(found) != 1:
         raise ValueError(
             f"`{kind}` must be the position, key or name of one floating {kind} of the network: "
@@ -186,13 +197,11 @@ def _chosen(
 
 def _specs(x: Any, paths: Sequence[str], inputs: Sequence[Any]) -> list[Any]:
     """The `Input` that each tensor of x goes to, or None where the network declares none."""
-    if len(inputs) == len(paths):
-        by_name = {spec.name: spec for spec in inputs}
-        # Keras matches the keys of a dict to the names of inputs that were given as a list.
-        if isinstance(x, dict) and set(paths) == set(by_name):
-            return [by_name[path] for path in paths]
-        return list(inputs)
-    return [None] * len(paths)
+    by_name = {spec.name: spec for spec in inputs}
+    # Keras matches the keys of a dict to the names of inputs, and leaves the other keys alone.
+    if isinstance(x, dict) and set(by_name) <= set(paths):
+        return [by_name.get(path) for path in paths]
+    return list(inputs) if len(inputs) == len(paths) else [None] * len(paths)
 
 
 def _names(path: str, spec: Any) -> list[str]:
@@ -201,15 +210,16 @@ def _names(path: str, spec: Any) -> list[str]:
 
 def _as_keras_takes(leaf: Any, spec: Any) -> Any:
     """A tensor in the dtype and, as far as known, the shape that the network computes with."""
-    if isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
+    if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
         return leaf
     leaf = tf.convert_to_tensor(leaf)
-    if leaf.dtype in (tf.float16, tf.bfloat16):
-        leaf = tf.cast(leaf, tf.float32)
-    elif not leaf.dtype.is_floating and leaf.dtype != tf.string:
-        wanted = tf.as_dtype(spec.dtype) if spec is not None else leaf.dtype
-        if wanted.is_floating:
-            leaf = tf.cast(leaf, tf.float32 if wanted.size < 4 else wanted)
+    wanted = leaf.dtype if spec is None else tf.as_dtype(spec.dtype)
+    if leaf.dtype == tf.string or wanted == tf.string:
+        return leaf
+    if wanted.is_floating and not (leaf.dtype.is_floating and leaf.dtype.size >= 4):
+        leaf = tf.cast(leaf, tf.float32 if wanted.size < 4 else wanted)
+    elif not wanted.is_floating:
+        leaf = tf.cast(leaf, wanted)
     if spec is not None and not leaf.shape.is_fully_defined():
         shape = tf.TensorShape([None, *spec.shape[1:]])
         if leaf.shape.is_compatible_with(shape):
@@ -221,5 +231,9 @@ def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, tf.Tensor) and leaf.dtype.is_floating
 
 
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, tf.Tensor) and leaf.dtype.is_integer
+
+
 def _dtype(leaf: Any) -> str:
-    return leaf.dtype.name
+    return "None" if leaf is None else leaf.dtype.name

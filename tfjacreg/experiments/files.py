@@ -76,8 +76,8 @@ def content_sha256(content: dict[str, Any]) -> str:
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with its own digest, under `sha256`."""
-    return {**content, _SEAL: content_sha256(content)}
+    """`content` with the digest of its figures and settings, under `sha256`."""
+    return {**content, _SEAL: _seal(content)}
 
 
 def check_seal(path: Path, content: dict[str, Any]) -> None:
@@ -90,9 +90,14 @@ def check_seal(path: Path, content: dict[str, Any]) -> None:
     Raises:
         ValueError: If it is not.
     """
-    held = unsealed(content)
-    if len(held) < len(content) and content[_SEAL] != content_sha256(held):
+    if _SEAL in content and content[_SEAL] != _seal(content):
         raise ValueError(f"{path} is damaged or was changed: its content and its sha256 differ.")
+
+
+def _seal(content: dict[str, Any]) -> str:
+    # The machine is no figure: what names it is compared where that matters.
+    names = content.keys() - {_SEAL, "environment"}
+    return content_sha256({name: content[name] for name in names})
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any]:
