@@ -118,6 +118,7 @@ def recording(
         with (
             _frozen_layers(network),
             max_pool.held_max_pool(),
+            _keras.exact_tangents(),
             tape,
             accumulator or contextlib.nullcontext(),
         ):
