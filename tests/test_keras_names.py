@@ -93,24 +93,6 @@ def test_batch_normalization_takes_its_moments_from_a_method():
     assert calls == [1]
 
 
-def test_exact_tangents():
-    """However many shapes an operation has had, the tangent under XLA has a derivative."""
-
-    @tf.function(jit_compile=True)
-    def slope(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            with _keras.exact_tangents(), tf.autodiff.ForwardAccumulator(x, 1 + x) as accumulator:
-                y = tf.concat([x * x, x], 1)
-            tangent = tf.reduce_sum(accumulator.jvp(y))
-        return tape.gradient(tangent, x)
-
-    for number in range(2, 40):
-        slope.get_concrete_function(tf.TensorSpec((1, number)))
-    x = tf.range(39.0)[None]
-    np.testing.assert_allclose(slope(x), 4 * x + 3)
-
-
 def test_is_inside_another():
     class Asks(layers.Layer):
         def call(self, x):

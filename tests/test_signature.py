@@ -180,7 +180,10 @@ def test_norms_are_those_of_the_dense_jacobian(case, names):
 @pytest.mark.parametrize(
     ("of", "expected"),
     [
-        ({"output": 0}, r"several inputs .* `input=`.* 0 or .*'a', 1 or .*'c'\. Received: input=None"),
+        (
+            {"output": 0},
+            r"several inputs .* `input=`.* 0 or .*'a', 1 or .*'c'\. Received: input=None",
+        ),
         ({"input": 0}, r"several outputs .* `output=`.* 0 or '0' or 'logits', 1 or '1' or 'depth'"),
         ({"input": "b", "output": 0}, r"one floating input .*0 or .*'a'.*Received: input='b'"),
         ({"input": 2, "output": 0}, r"one floating input .*1 or .*'c'.*Received: input=2"),

@@ -1,4 +1,4 @@
-"""What tfjacreg uses of Keras and TensorFlow that has no public name; `tests/test_keras_names.py` names each.
+"""What tfjacreg uses of Keras that has no public name; `tests/test_keras_names.py` names each.
 
 Two more private names are overridden or patched where they are used, since no function can stand
 between: `RegularizedModel._maybe_symbolic_build` and `BatchNormalization._moments`.
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from tensorflow.python.eager import forwardprop
 
 
 def layers_of(network: keras.Layer) -> list[keras.Layer]:
@@ -64,18 +63,3 @@ def is_inside_another(layer: keras.Layer) -> bool:
 def element_spec(iterator: Any) -> Any:
     """The shapes and dtypes of the batches of the iterator that Keras' `fit` trains on."""
     return iterator._distributed_dataset.element_spec
-
-
-@contextlib.contextmanager
-def exact_tangents() -> Iterator[None]:
-    """Keeps a `ForwardAccumulator` from tracing tangents with relaxed shapes.
-
-    TensorFlow does so from the 33rd shape of an operation on, in a whole process. Under XLA the
-    relaxed tangent of a concatenation has no derivative: a DenseNet alone has more shapes.
-    """
-    limit = forwardprop._TRACE_COUNT_LIMIT
-    forwardprop._TRACE_COUNT_LIMIT = max(limit, 2**31)
-    try:
-        yield
-    finally:
-        forwardprop._TRACE_COUNT_LIMIT = limit
