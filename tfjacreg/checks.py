@@ -288,12 +288,14 @@ def _first_alone(a: tf.Tensor) -> tf.Tensor:
 def _reason(error: Exception) -> str:
     """What happened, without where: Keras and TensorFlow wrap it in their own advice."""
     said = str(error).split("Arguments received by ")[0].strip()
-    lines = [line for line in _ANSI_ESCAPES.sub("", said).splitlines() if line.strip()]
+    where = ("Exception encountered when calling", "[[{{node")
+    lines = [line.strip() for line in _ANSI_ESCAPES.sub("", said).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(where)]
     if "TraceType" in said:
         return "tf.autodiff.ForwardAccumulator cannot trace the gradient of an operation of it"
     if isinstance(error, LookupError):
-        return f"TensorFlow has no second derivative of it: {lines[-1].strip()}"
-    return lines[-1].strip() if lines else type(error).__name__
+        return f"TensorFlow has no second derivative of it: {lines[-1]}"
+    return lines[-1] if lines else type(error).__name__
 
 
 class _AtOneInput(keras.Layer):

@@ -245,4 +245,6 @@ def _leading_eigenvector(gram: tf.Tensor) -> tf.Tensor:
     """`[B, n, n]` to `[B, n]`; NaN where the matrix is not finite: `eigh` would fail for all."""
     is_finite = tf.reduce_all(tf.math.is_finite(gram), axis=(1, 2))
     finite = tf.where(is_finite[:, None, None], gram, tf.zeros_like(gram))
-    return tf.where(is_finite[:, None], tf.linalg.eigh(finite)[1][:, :, -1], np.nan)
+    total = tf.reduce_sum(gram, axis=(1, 2))[:, None]
+    # Not a constant, for the reason that `vectors.unit` gives.
+    return tf.where(is_finite[:, None], tf.linalg.eigh(finite)[1][:, :, -1], total - total)

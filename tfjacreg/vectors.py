@@ -47,8 +47,9 @@ def unit(a: tf.Tensor) -> tf.Tensor:
     squared = tf.reduce_sum(tf.square(flat), axis=1, keepdims=True)
     # Below `tiny` the square has lost its digits: such a vector counts as zero.
     scale = tf.math.rsqrt(tf.maximum(squared, np.finfo(a.dtype.as_numpy_dtype).tiny))
-    # The square of a long vector is infinite: it must not count as zero.
-    scale = tf.where(tf.math.is_finite(squared), scale, np.nan)
+    # The square of a long vector is infinite: it must not count as zero. `inf - inf` is the NaN,
+    # not a constant: `tf.debugging.enable_check_numerics` finds one that nobody uses, too.
+    scale = tf.where(tf.math.is_finite(squared), scale, squared - squared)
     return tf.reshape(flat * scale, tf.shape(a))
 
 

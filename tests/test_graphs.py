@@ -1,0 +1,390 @@
+"""No wrong number in silence: what no product shows is seen in the graph, or refused."""
+
+import re
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from reference import finite_difference_jacobian, random_like, singular_values
+
+from tfjacreg import (
+    JacobianOperator,
+    RegularizedModel,
+    check_network,
+    frobenius_norm,
+    regularizers,
+    spectral_norm,
+)
+from tfjacreg.jacobian import FORWARD_MODES
+
+X = np.random.default_rng(2).uniform(0.2, 0.8, size=(4, 3, 3, 3)).astype("float32")
+
+
+class By(layers.Layer):
+    """A layer of one function."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x, training=None):
+        return self.function(x)
+
+
+class InAFunction(layers.Layer):
+    @tf.function
+    def call(self, x):
+        return x + hue(x)
+
+
+class Generator(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator = tf.random.Generator.from_seed(1)
+
+    def call(self, x, training=None):
+        return x * self.generator.uniform(tf.shape(x)) if training else x
+
+
+class Counting(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.count = tf.Variable(0.0, trainable=False)
+
+    def call(self, x, training=None):
+        if training:
+            self.count.assign_add(1.0)
+        return x
+
+
+def around(*culprits):
+    keras.utils.set_random_seed(3)
+    first, last = layers.Dense(3, "tanh"), layers.Dense(4)
+    return keras.Sequential([keras.Input((3, 3, 3)), first, *culprits, layers.Flatten(), last])
+
+
+def hue(x):
+    return tf.image.hsv_to_rgb(tf.image.rgb_to_hsv(tf.sigmoid(x)))
+
+
+def in_numpy(x):
+    return tf.ensure_shape(tf.numpy_function(np.sin, [x], tf.float32), x.shape)
+
+
+def is_true(x):
+    return tf.reduce_sum(tf.stop_gradient(x)) > -1e6
+
+
+def repeated(function):
+    return lambda x: tf.while_loop(lambda n, y: n < 2, lambda n, y: (n + 1, function(y)), (0, x))[1]
+
+
+# Beside a way that has a derivative: no product tells that a part is lost.
+HIDDEN = {
+    "beside": lambda: By(lambda x: x + hue(x), name="culprit"),
+    "in a tf.function": lambda: InAFunction(name="culprit"),
+    "in a branch": lambda: By(
+        lambda x: tf.cond(is_true(x), lambda: x + hue(x), lambda: x), name="culprit"
+    ),
+    "in a loop": lambda: By(repeated(lambda y: 0.5 * (y + hue(y))), name="culprit"),
+    "in numpy": lambda: By(lambda x: x + in_numpy(x), name="culprit"),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_lost_part_of_the_jacobian_is_refused(kind):
+    network = around(HIDDEN[kind]())
+    # It is lost: the slope is another one than the gradient's.
+    true = singular_values(
+        finite_difference_jacobian(lambda x: network(x.astype("float32")), X, 1e-2)
+    )[:, 0]
+    op = JacobianOperator(network, X)
+    columns = [
+        op.rmatvec(np.eye(4, dtype="float32")[[k] * 4]).numpy().reshape(4, -1) for k in range(4)
+    ]
+    assert np.all(np.abs(singular_values(np.stack(columns, 1))[:, 0] / true - 1) > 0.01)
+    operation = "PyFunc" if kind == "in numpy" else "HSVToRGB"
+    for measure in (spectral_norm, frobenius_norm):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"without a derivative, {operation}.*Received"):
+                measure(network, X)
+    for mode in ("transpose",) if kind == "in a loop" else FORWARD_MODES:
+        with pytest.raises(ValueError, match=rf"'culprit' .*without a derivative, {operation}"):
+            check_network(network, X, forward_mode=mode)
+
+
+def quantized():
+    network = keras.Sequential(
+        [keras.Input((3, 3, 3)), layers.Flatten(), layers.Dense(5), layers.Dense(4)]
+    )
+    with warnings.catch_warnings():  # Keras warns of the layers that it leaves as they are.
+        warnings.simplefilter("ignore")
+        network.quantize("int8")
+    return network
+
+
+@tf.custom_gradient
+def rounded(x):
+    return tf.round(8 * x) / 8, lambda upstream: upstream
+
+
+@tf.custom_gradient
+def hue_with_a_gradient(x):
+    return hue(x), lambda upstream: upstream
+
+
+# Whose derivative is 0 wherever it exists, or is given by the network itself.
+RIGHT = {
+    "rounded beside": (lambda: around(By(lambda x: x + tf.round(4 * x))), FORWARD_MODES),
+    "stop_gradient": (lambda: around(By(lambda x: x + ops.stop_gradient(x * x))), FORWARD_MODES),
+    "straight through": (lambda: around(By(rounded)), ("transpose",)),
+    "custom gradient of what has none": (
+        lambda: around(By(hue_with_a_gradient)),
+        ("transpose",),
+    ),
+    "int8": (quantized, ("transpose",)),
+    "frozen in part": (
+        lambda: around(layers.Dense(3, trainable=False), layers.BatchNormalization()),
+        FORWARD_MODES,
+    ),
+    "groups": (lambda: around(layers.Conv2D(6, 2, groups=3)), FORWARD_MODES),
+    "loop": (lambda: around(By(repeated(tf.tanh))), ("transpose",)),
+    "branch": (
+        lambda: around(
+            By(lambda x: tf.cond(is_true(x), lambda: tf.tanh(x), lambda: tf.nn.relu(x)))
+        ),
+        ("transpose",),
+    ),
+    "sorted": (lambda: around(By(lambda x: tf.sort(x, axis=-1))), FORWARD_MODES),
+    "optional tf.function": (
+        lambda: around(By(tf.function(lambda x: tf.tanh(x) * x))),
+        FORWARD_MODES,
+    ),
+}
+
+
+def dense_rows(network, x):
+    """As TensorFlow's reverse mode has them: the gradient that a network defines counts."""
+    x = tf.constant(x)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        outputs = tf.unstack(network(x, training=False), axis=1)
+    rows = [tape.gradient(output, x).numpy().reshape(len(x), -1) for output in outputs]
+    return np.stack(rows, axis=1)
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_what_is_right_is_taken(kind):
+    make, modes = RIGHT[kind]
+    network = make()
+    expected = singular_values(dense_rows(network, X))[:, 0]
+    for method in ("exact", "lanczos"):
+        sigma = spectral_norm(network, X, method=method, iterations=8).sigma
+        np.testing.assert_allclose(sigma, expected, rtol=1e-3)
+    for mode in modes:
+        check_network(network, X, forward_mode=mode)
+
+
+@pytest.mark.parametrize("kind", ["straight through", "int8"])
+def test_a_custom_gradient_has_no_tangent(kind):
+    """The layer is named, also one that is called by another name after `quantize`."""
+    expected = "Dense" if kind == "int8" else "By"
+    with pytest.raises(ValueError, match=rf"layer '\w+' \({expected}\).*it can be had"):
+        check_network(RIGHT[kind][0](), X, forward_mode="accumulator")
+
+
+def warped(x):
+    """TensorFlow's gradient of a warp is the inverse warp, which is not its transpose."""
+    angle = tf.constant([[0.9, 0.3, 0.1, -0.3, 0.9, 0.2, 0.0, 0.0]])
+    return ops.image.affine_transform(x, tf.repeat(angle, tf.shape(x)[0], axis=0))
+
+
+def counted_wrong(x):
+    return tf.quantization.fake_quant_with_min_max_args(x, -1.0, 1.0)
+
+
+@pytest.mark.parametrize("function", [warped, lambda x: x + counted_wrong(x)])
+@pytest.mark.parametrize("jit_compile", [None, False])
+def test_a_norm_that_contradicts_itself_is_an_error(function, jit_compile):
+    """Eagerly an error; in a graph, which cannot raise one, no number."""
+    network = around(By(function))
+    for measure in (
+        lambda x: spectral_norm(network, x).sigma,
+        lambda x: frobenius_norm(network, x),
+    ):
+        if jit_compile is None:
+            with pytest.raises(ValueError, match="loses a derivative.*check_network.*Received"):
+                measure(X)
+        else:
+            assert np.any(np.isnan(tf.function(measure)(tf.constant(X))))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12])
+def test_small_and_large_norms_are_no_contradiction(scale):
+    network = around()
+    network.layers[-1].kernel.assign(scale * network.layers[-1].kernel)
+    sigma = spectral_norm(network, X, method="exact").sigma
+    expected = singular_values(dense_rows(network, X))[:, 0]
+    np.testing.assert_allclose(sigma, expected, rtol=1e-4, atol=1e-19)
+    assert np.all(np.isfinite(frobenius_norm(network, X)))
+
+
+DRAWS = {
+    "tf.random": lambda: By(lambda x: x * tf.random.uniform(tf.shape(x))),
+    "tf.nn.dropout": lambda: By(lambda x: tf.nn.dropout(x, 0.5)),
+    "in a branch": lambda: By(
+        lambda x: tf.cond(is_true(x), lambda: x * tf.random.uniform(tf.shape(x)), lambda: x)
+    ),
+    "in a tf.function": lambda: By(tf.function(lambda x: x * tf.random.uniform(tf.shape(x)))),
+    "Generator": Generator,
+    "state": Counting,
+    "keras.random": lambda: By(lambda x: keras.random.dropout(x, 0.5)),
+    "Dropout": lambda: layers.Dropout(0.5),
+    "GaussianNoise": lambda: layers.GaussianNoise(0.5),
+}
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("kind", DRAWS)
+def test_a_fraction_of_what_draws_again_is_refused(kind, eager):
+    culprit = DRAWS[kind]()
+    penalty = regularizers.SpectralNorm(0.1, fraction=0.5, forward_mode="transpose")
+    model = RegularizedModel(around(culprit), penalty)
+    model.compile("sgd", "mse", run_eagerly=eager, jit_compile=False)
+    with pytest.raises(ValueError, match="Use fraction=1. Received: network .*random"):
+        model.fit(X, np.zeros((4, 4)), verbose=0)
+    regularizer = regularizers.SpectralNorm(0.1, fraction=0.5, seed=0, forward_mode="transpose")
+    op = JacobianOperator(around(DRAWS[kind]()), X, training=True)
+    with pytest.raises(ValueError, match="Use fraction=1. Received: network .*random"):
+        regularizer(op, regularizer.initial_state(op.network))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DRAWS if kind != "state"])
+@pytest.mark.parametrize("forward_mode", FORWARD_MODES)
+def test_one_draw_serves_all_products_of_a_pass(kind, forward_mode):
+    if kind == "in a branch" and forward_mode == "accumulator":
+        pytest.skip("a branch in a graph has no tangents")
+    network = around(DRAWS[kind]())
+    v = random_like(tf.constant(X))
+
+    @tf.function
+    def products(x):
+        tangent = v if forward_mode == "accumulator" else None
+        op = JacobianOperator(network, x, training=True, tangent=tangent)
+        rows = [op.rmatvec(tf.one_hot([k] * 4, 4)) for k in range(4)]
+        return op.matvec(v), op.matvec(2 * v), tf.stack(rows, axis=1)
+
+    first, second, rows = products(tf.constant(X))
+    expected = np.sum(rows * v[:, None], axis=(2, 3, 4))
+    np.testing.assert_allclose(first, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(second, 2 * expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [None, "spectral", regularizers.SpectralNorm(1, "lanczos", 3)])
+def test_state_moves_once_in_a_step(penalty):
+    counting = Counting()
+    model = RegularizedModel(around(counting), penalty)
+    model.compile("sgd", "mse")
+    model.fit(X, np.zeros((4, 4)), batch_size=2, epochs=3, verbose=0)
+    assert float(counting.count) == 6
+
+
+class OwnLoss(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(2)
+
+    def call(self, x):
+        return self.out(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return super().compute_loss(x, y, y_pred, sample_weight, training) + 1.0
+
+
+class OwnStep(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("penalty", [None, "spectral"])
+def test_a_network_with_a_training_of_its_own_is_refused(penalty):
+    inputs = keras.Input((3,))
+    for network, name in (
+        (OwnLoss(), "compute_loss"),
+        (OwnStep(inputs, layers.Dense(2)(inputs)), "train_step"),
+        (RegularizedModel(keras.Sequential([inputs, layers.Dense(2)]), penalty), "train_step"),
+    ):
+        with pytest.raises(ValueError, match=f"has a `{name}` of its own.*Received"):
+            RegularizedModel(network, penalty)
+
+
+def test_a_penalty_inside_another_model_is_not_ignored():
+    inner = RegularizedModel(keras.Sequential([keras.Input((3,)), layers.Dense(2)]), "spectral")
+    outer = keras.Sequential([keras.Input((3,)), inner, layers.Dense(1)])
+    outer.compile("sgd", "mse")
+    x, y = np.ones((4, 3)), np.ones((4, 1))
+    outer.predict(x, verbose=0), outer.evaluate(x, y, verbose=0)
+    with pytest.raises(ValueError, match="as a layer of another model"):
+        outer.fit(x, y, verbose=0)
+    # Without a penalty, or around its network, nothing would be lost.
+    for layer in (RegularizedModel(inner.network), inner.network):
+        outer = keras.Sequential([keras.Input((3,)), layer, layers.Dense(1)])
+        outer.compile("sgd", "mse")
+        outer.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: ops.max_pool(x, 2, 1),
+        lambda x: tf.nn.max_pool2d(x, 2, 1, "SAME"),
+        lambda x: tf.nn.max_pool(x, 2, 2, "SAME"),
+    ],
+)
+def test_pooling_by_an_operation_is_exact_under_xla(pool):
+    """Inputs that differ by less than bfloat16 can tell: dense finite differences."""
+    network = around(By(pool))
+    x = tf.constant((1 + 0.01 * np.random.default_rng(0).normal(size=X.shape)).astype("float32"))
+    expected = dense_rows(network, x)
+    v = random_like(x)
+
+    @tf.function(jit_compile=True)
+    def product(x):
+        op = JacobianOperator(network, x, tangent=v)
+        return op.tangent_out, op.matvec(tf.identity(v))
+
+    right = np.einsum("boi,bi->bo", expected, v.numpy().reshape(4, -1))
+    for got in product(x):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_no_nan_of_ours_is_found():
+    """Also where J = 0, where lengths have no derivative."""
+    tf.debugging.enable_check_numerics()
+    try:
+        network = around(layers.BatchNormalization(), layers.MaxPooling2D(2), layers.ReLU())
+        for scale in (1.0, 0.0):
+            network.layers[-1].kernel.assign(scale * network.layers[-1].kernel)
+            for penalty in ("spectral", regularizers.SpectralNorm(1, "exact"), "frobenius"):
+                model = RegularizedModel(network, penalty)
+                model.compile(keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
+                history = model.fit(X, np.zeros((4, 4)), verbose=0).history
+                assert np.isfinite(history["loss"][0])
+            spectral_norm(network, X), frobenius_norm(network, X)
+    finally:
+        tf.debugging.disable_check_numerics()
+
+
+def test_many_models_print_no_warning_of_ours(capfd, caplog):
+    for number in range(8):
+        model = RegularizedModel(around(layers.Dense(3 + number)), "spectral")
+        model.compile("sgd", "mse")
+        model.fit(X, np.zeros((4, 4)), verbose=0)
+        spectral_norm(model.network, X)
+    said = capfd.readouterr().err + caplog.text
+    retraced = re.findall(r"calls to <function (\S+) at", said)
+    # Keras' own function, without a penalty just the same.
+    assert not [name for name in retraced if "TensorFlowTrainer" not in name]
