@@ -37,9 +37,8 @@ def positive_integer(name: str, value: Any) -> int:
         ValueError: If it is not.
     """
     if not _is_integer(value) or not 1 <= value <= _LARGEST_COUNT:
-        raise ValueError(
-            f"`{name}` must be an integer >= 1 (and < 2**31). Received: {name}={value!r}"
-        )
+        limit = "" if not _is_integer(value) or value < 1 else " (and < 2**31)"
+        raise ValueError(f"`{name}` must be an integer >= 1{limit}. Received: {name}={value!r}")
     return int(value)
 
 
