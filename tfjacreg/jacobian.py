@@ -82,7 +82,7 @@ class JacobianOperator:
         output: signature.Name = None,
     ) -> None:
         self.network = arguments.network(network)
-        self.training = training
+        self.training = arguments.boolean("training", training)
         self._output = output
         self._run(signature.taken(network, x, input), tangent)
 
@@ -245,7 +245,13 @@ def _operations() -> list[tf.Operation]:
 
 def _checked_vector(name: str, a: Any, like: tf.Tensor, what: str) -> tf.Tensor:
     """A vector given by the caller, as a tensor of the dtype of `like` and of its shape."""
-    a = tf.convert_to_tensor(a)
+    try:
+        a = tf.convert_to_tensor(a)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be a tensor or array of the shape of {what}. "
+            f"Received: a {type(a).__name__} of which TensorFlow makes no tensor: {error}"
+        ) from error
     if not (a.dtype.is_floating or a.dtype.is_integer):
         raise TypeError(
             f"`{name}` must hold real numbers. Received: {name} of dtype {a.dtype.name}"
