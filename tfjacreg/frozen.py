@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, image_maps, max_pool
+from tfjacreg import _keras, _tensorflow, image_maps, max_pool  # noqa: F401 (a derivative)
 
 NEEDS_THE_WHOLE_BATCH = (
     "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
