@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg import extras
+from tfjacreg import arguments, extras
 from tfjacreg import square as square_search
 from tfjacreg.classifiers import (
     Array,
@@ -25,6 +25,8 @@ from tfjacreg.classifiers import (
     check_classifier,
     check_counts,
     check_positive,
+    check_progress,
+    check_seed,
     concrete_function,
     finite,
     image_rng,
@@ -114,8 +116,11 @@ def pgd(
         ValueError: If an argument is out of range, the classifier fails a check (see
             `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
     """
-    if loss not in _LOSSES:
+    if not isinstance(loss, str) or loss not in _LOSSES:
         raise ValueError(f"loss must be one of {', '.join(_LOSSES)}. Received: {loss!r}.")
+    arguments.boolean("random_start", random_start)
+    _check(eps=eps, step_size=step_size, seed=seed, batch_size=batch_size, progress=progress)
+    strengths = _strengths(iterations)
 
     def start(index: int, image: Array) -> Array:
         noise = image_rng(seed, _PGD_START, index).uniform(-eps, eps, image.shape)
@@ -129,7 +134,7 @@ def pgd(
         start,
         eps=eps,
         step_size=step_size,
-        iterations=iterations,
+        strengths=strengths,
         batch_size=batch_size,
         progress=progress,
     )
@@ -152,12 +157,13 @@ def tpgd(
     Maximises `KL(softmax(f(x)) || softmax(f(x_adv)))` from a start at `x + 0.001 N(0, 1)`. The
     labels serve to count correct images only. Arguments, result and errors are those of `pgd`.
     """
+    _check(eps=eps, step_size=step_size, seed=seed, batch_size=batch_size, progress=progress)
+    strengths = _strengths(iterations)
 
     def start(index: int, image: Array) -> Array:
         noise = image_rng(seed, _TPGD_START, index).standard_normal(image.shape)
         return image + _TPGD_NOISE * noise
 
-    check_counts(batch_size=batch_size)
     checked = check_classifier(classifier, x, y, loss=_cross_entropy)
     clean = tf.nn.softmax(predict(checked, batch_size=batch_size)).numpy()
     return _projected_ascent(
@@ -167,7 +173,7 @@ def tpgd(
         start,
         eps=eps,
         step_size=step_size,
-        iterations=iterations,
+        strengths=strengths,
         batch_size=batch_size,
         progress=progress,
     )
@@ -206,8 +212,7 @@ def square(
         ValueError: If an argument is out of range, `x` is not `[N, H, W, C]`, the classifier fails
             a check (see `classifiers.check_classifier`) or a logit is NaN or infinite.
     """
-    check_positive(eps=eps)
-    check_counts(batch_size=batch_size)
+    _check(eps=eps, step_size=1, seed=seed, batch_size=batch_size, progress=progress)
     strengths = _strengths(iterations)
     checked = check_classifier(classifier, x, y)
     if checked.x.ndim != 4:
@@ -251,16 +256,13 @@ def _projected_ascent(
     *,
     eps: float,
     step_size: float,
-    iterations: int | Sequence[int],
+    strengths: Sequence[int],
     batch_size: int,
     progress: Progress | None,
 ) -> AttackResult:
     """Climbs `loss(labels=targets, logits=...)` by sign steps, projected on the box."""
     with extras.importing("experiments", "A PGD attack"):
         from cleverhans.tf2.utils import compute_gradient, optimize_linear
-    check_positive(eps=eps, step_size=step_size)
-    check_counts(batch_size=batch_size)
-    strengths = _strengths(iterations)
     x_adv = np.empty_like(checked.x)
     correct = np.empty((len(strengths), len(x_adv)), bool)
     faded = np.empty_like(correct)
@@ -296,6 +298,16 @@ def _projected_ascent(
                 progress(size * (strength - done))
         x_adv[s] = images.numpy()[:size]
     return AttackResult(x_adv, np.array(strengths), correct, faded)
+
+
+def _check(
+    *, eps: float, step_size: float, seed: int, batch_size: int, progress: Progress | None
+) -> None:
+    """Checks what is to be refused before anything is computed."""
+    check_positive(eps=eps, step_size=step_size)
+    check_counts(batch_size=batch_size)
+    check_seed(seed)
+    check_progress(progress)
 
 
 def _strengths(iterations: int | Sequence[int]) -> list[int]:

@@ -55,7 +55,12 @@ class SpectralNormMonitor(keras.callbacks.Callback):
                 "`x` must hold at least one point along the first axis of every tensor, and as "
                 f"many in each. Received: tensors of {sorted(sizes)} points"
             )
+        if any(leaf.dtype.kind in "cOSU" for leaf in keras.tree.flatten(self.x)):
+            kinds = sorted({str(leaf.dtype) for leaf in keras.tree.flatten(self.x)})
+            raise TypeError(f"`x` must hold real numbers. Received: tensors of dtype {kinds}")
         (self._points,) = sizes
+        signature.check_name("input", input)
+        signature.check_name("output", output)
         self._of: dict[str, Any] = {"input": input, "output": output}
         self._sigma: Any = None
         self._last: dict[str, float] = {}

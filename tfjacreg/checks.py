@@ -82,6 +82,7 @@ def check_network(
         ValueError: If `x` has fewer than two examples, or a layer fails; the message names it.
     """
     arguments.network(network)
+    arguments.boolean("training", training)
     arguments.one_of("forward_mode", forward_mode, FORWARD_MODES)
     taken = signature.taken(network, x, input)
     shape = tuple(taken.x.shape)

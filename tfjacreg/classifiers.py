@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from tfjacreg import arguments
+
 Array = npt.NDArray[np.floating]
 Progress = Callable[[int], object]
 
@@ -63,10 +65,16 @@ def check_classifier(
     """
     if not isinstance(classifier, keras.Model):
         raise TypeError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
-    pixels, labels = _check_examples(classifier, np.asarray(x), np.asarray(y))
+    pixels, labels = _check_examples(classifier, _as_array("x", x), _as_array("y", y))
 
     def logits(images: tf.Tensor) -> tf.Tensor:
-        return tf.cast(classifier(images, training=False), tf.float32)
+        outputs = classifier(images, training=False)
+        if not isinstance(outputs, tf.Tensor) or not outputs.dtype.is_floating:
+            raise TypeError(
+                "The classifier must give one floating tensor of logits. Received: "
+                f"{getattr(outputs, 'dtype', type(outputs).__name__)}."
+            )
+        return tf.cast(outputs, tf.float32)
 
     classes = _check_outputs(logits, pixels[:_PROBE_SIZE])
     if labels.min() < 0 or labels.max() >= classes:
@@ -74,14 +82,24 @@ def check_classifier(
             f"y must hold labels from 0 to {classes - 1}, one per output of the classifier. "
             f"Received: labels from {labels.min()} to {labels.max()}."
         )
+    labels32 = labels.astype(np.int32)  # Not before: a large one would come round.
     if loss is not None:
-        _check_gradients(logits, loss, pixels[:_PROBE_SIZE], labels[:_PROBE_SIZE])
-    return CheckedClassifier(pixels, labels, logits)
+        _check_gradients(logits, loss, pixels[:_PROBE_SIZE], labels32[:_PROBE_SIZE])
+    return CheckedClassifier(pixels, labels32, logits)
+
+
+def _as_array(name: str, value: npt.ArrayLike) -> npt.NDArray:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array, of one length along each axis. Received: {error}."
+        ) from error
 
 
 def _check_examples(
     classifier: keras.Model, x: npt.NDArray, y: npt.NDArray
-) -> tuple[Array, npt.NDArray[np.int32]]:
+) -> tuple[Array, npt.NDArray[np.integer]]:
     if not np.issubdtype(x.dtype, np.floating):
         raise TypeError(
             f"x must hold floating point pixels in [0, 1]. Received: dtype {x.dtype}. "
@@ -109,7 +127,7 @@ def _check_examples(
             f"y must be one label per image, shape {x.shape[:1]}. Received: {y.shape}. "
             "Turn one-hot rows into labels with y.argmax(axis=1)."
         )
-    return x.astype(np.float32), y.astype(np.int32)
+    return x.astype(np.float32), y
 
 
 def _check_outputs(logits: Callable[[tf.Tensor], tf.Tensor], x: Array) -> int:
@@ -163,25 +181,33 @@ def _check_gradients(
 
 
 def check_positive(**values: float) -> None:
-    """Raises ValueError unless every value is a positive finite number."""
+    """Raises ValueError unless every value is a positive number that float32 can hold."""
     for name, value in values.items():
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive number. Received: {value}.")
+        try:
+            arguments.positive(name, value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be a positive number. Received: {value!r}.") from error
 
 
 def check_counts(**values: int) -> None:
-    """Raises TypeError or ValueError unless every value is an integer of at least 1."""
+    """Raises TypeError or ValueError unless every value is an integer from 1 to 2**31 - 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(f"{name} must be an integer. Received: {value!r}.")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1. Received: {value}.")
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name} must be at least 1 (and < 2**31). Received: {value}.")
 
 
 def check_seed(seed: int) -> None:
     """Raises ValueError unless `seed` is an integer of at least 0."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
+
+
+def check_progress(progress: Progress | None) -> None:
+    """Raises TypeError unless `progress` is None or can be called."""
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be None or a function. Received: {progress!r}.")
 
 
 def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:

@@ -67,6 +67,8 @@ class RegularizedModel(keras.Model):
             )
         self.network = network
         self.regularizer = regularizers.get(regularizer)
+        signature.check_name("input", input)
+        signature.check_name("output", output)
         self._of: dict[str, Any] = {"input": input, "output": output}
         self._is_checked = False
         self._example: Any = None  # Of what the data holds: `tf.TensorSpec`s.

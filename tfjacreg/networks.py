@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import layers
+
+from tfjacreg import arguments
 
 # Channels of the 13 convolutions; "pool" halves both sides of the image (appendix A.1).
 _VGG16: tuple[int | str, ...] = (
@@ -31,7 +36,7 @@ def lenet(input_shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10
     Raises:
         ValueError: If an argument is out of range.
     """
-    _validate(input_shape, num_classes, smallest=12)
+    input_shape, num_classes = _validate(input_shape, num_classes, smallest=12)
     inputs = _input(input_shape)
     x = layers.Conv2D(6, 5, padding="same", activation="relu", name="conv1")(inputs)
     x = layers.MaxPooling2D(2, name="pool1")(x)
@@ -69,7 +74,7 @@ def vgg16(
     Raises:
         ValueError: If an argument is out of range.
     """
-    _validate(input_shape, num_classes, smallest=32)
+    input_shape, num_classes = _validate(input_shape, num_classes, smallest=32)
     x = inputs = _input(input_shape)
     for stage in _VGG16:
         if isinstance(stage, str):
@@ -102,7 +107,7 @@ def resnet20(
     Raises:
         ValueError: If an argument is out of range.
     """
-    _validate(input_shape, num_classes, smallest=4)
+    input_shape, num_classes = _validate(input_shape, num_classes, smallest=4)
     inputs = _input(input_shape)
     x = layers.ReLU()(_conv_norm(inputs, _scaled(16, width)))
     for group, channels in enumerate((16, 32, 64)):
@@ -136,26 +141,27 @@ def _conv_norm(x: Any, filters: int, *, kernel_size: int = 3, strides: int = 1) 
 
 
 def _scaled(channels: int, width: float) -> int:
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < 1e3:
-        raise ValueError(f"`width` must be a positive number. Received: width={width!r}")
-    return max(1, round(channels * width))
+    if arguments.positive("width", width) >= 1e3:
+        raise ValueError(f"`width` must be below 1000. Received: width={width!r}")
+    return max(1, round(channels * float(width)))
 
 
-def _validate(input_shape: Any, num_classes: Any, smallest: int) -> None:
+def _validate(input_shape: Any, num_classes: Any, smallest: int) -> tuple[Any, int]:
+    """Returns the two as Python's own integers."""
     if (
         not isinstance(input_shape, (tuple, list))
         or len(input_shape) != 3
-        or not all(isinstance(n, int) and n >= 1 for n in input_shape)
+        or not all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in input_shape)
+        or any(isinstance(n, bool) for n in input_shape)
+        or math.prod(map(int, input_shape)) >= 2**31
         or min(input_shape[:2]) < smallest
     ):
         raise ValueError(
             f"`input_shape` must be (height, width, channels), at least {smallest}x{smallest}. "
             f"Received: input_shape={input_shape!r}"
         )
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(
-            f"`num_classes` must be an integer >= 1. Received: num_classes={num_classes!r}"
-        )
+    num_classes = arguments.positive_integer("num_classes", num_classes)
+    return tuple(int(n) for n in input_shape), num_classes
 
 
 _BY_NAME: dict[str, Callable[..., keras.Model]] = {
@@ -180,6 +186,12 @@ def get(
     Raises:
         ValueError: If nothing is known by that name, or an argument is out of range.
     """
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"A network's name must be one of {NAMES}. Received: {name!r}")
+    known = inspect.signature(_BY_NAME[name]).parameters.keys() - {"input_shape", "num_classes"}
+    for size in sizes.keys() - known:
+        raise ValueError(
+            f"`{size}` is no size of {name}, which has {sorted(known) or 'none'}. "
+            f"Received: {size}={sizes[size]!r}"
+        )
     return _BY_NAME[name](input_shape, num_classes, **sizes)

@@ -156,9 +156,11 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
         The bound.
 
     Raises:
+        TypeError: If `network` is not a Keras layer.
         ValueError: If the network is not a chain of Keras layers, or holds a layer with weights
             whose linear map is not known: the message names it.
     """
+    arguments.network(network)
     arguments.positive_integer("iterations", iterations)
     bound = 1.0
     for linear_map in chained_maps(network):

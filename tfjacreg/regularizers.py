@@ -218,7 +218,7 @@ class SpectralNorm(JacobianRegularizer):
         super().__init__(factor, seed, fraction)
         self.iterations = estimators.validate_method(method, iterations)
         self.method = method
-        self.squared = bool(squared)
+        self.squared = arguments.boolean("squared", squared)
         self.forward_mode = arguments.one_of("forward_mode", forward_mode, FORWARD_MODES)
         self.threshold = arguments.non_negative("threshold", threshold)
 
@@ -387,7 +387,11 @@ def get(identifier: str | dict[str, Any] | Regularizer | None) -> Regularizer | 
                 f"`class_name` in a regularizer's config must be one of {sorted(known)}, or stand "
                 f"beside the `module` of a class of your own. Received: {identifier!r}"
             )
-        found = keras.saving.deserialize_keras_object(identifier, custom_objects=known)
+        try:
+            found = keras.saving.deserialize_keras_object(identifier, custom_objects=known)
+        except (AttributeError, KeyError, TypeError) as error:
+            advice = "`config` must be what `get_config` of the regularizer returns"
+            raise ValueError(f"{advice}: {error!r}. Received: {identifier!r}") from error
         if isinstance(found, Regularizer):
             return found
     raise TypeError(

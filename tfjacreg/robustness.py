@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import keras
@@ -17,6 +18,7 @@ from tfjacreg.classifiers import (
     check_classifier,
     check_counts,
     check_positive,
+    check_progress,
     check_seed,
     concrete_function,
     image_rng,
@@ -26,6 +28,8 @@ from tfjacreg.classifiers import (
 )
 
 _NOISE, _DIRECTIONS = 10, 11
+# Relative spacing of the radii that are tried.
+_RADIUS_STEP = float(np.finfo(np.float32).eps)
 
 
 def noise_accuracy(
@@ -62,13 +66,10 @@ def noise_accuracy(
         ValueError: If an argument is out of range or the classifier fails a check (see
             `classifiers.check_classifier`).
     """
-    squares = np.asarray(variances, np.float64)
-    if squares.ndim != 1 or not len(squares) or not (squares >= 0).all() or np.isinf(squares).any():
-        raise ValueError(
-            f"variances must be a sequence of numbers of at least 0. Received: {variances!r}."
-        )
-    scales = np.sqrt(squares)
+    scales = np.sqrt(_squares(variances))
     check_counts(draws=draws, batch_size=batch_size)
+    check_seed(seed)
+    check_progress(progress)
     checked = check_classifier(classifier, x, y)
     logits = concrete_function(checked.logits, checked.x)
     rngs = [image_rng(seed, _NOISE, i) for i in range(len(checked.x))]
@@ -84,6 +85,19 @@ def noise_accuracy(
                 if progress is not None:
                     progress(len(images))
     return correct / (len(checked.x) * draws)
+
+
+def _squares(variances: Sequence[float]) -> npt.NDArray[np.float64]:
+    squares = None
+    with contextlib.suppress(TypeError, ValueError):
+        given = np.asarray(variances)
+        if given.dtype.kind in "iuf" and given.ndim == 1 and len(given):
+            squares = given.astype(np.float64)
+    if squares is None or not ((squares >= 0) & (squares <= np.finfo(np.float32).max)).all():
+        raise ValueError(
+            f"variances must be a sequence of numbers of at least 0. Received: {variances!r}."
+        )
+    return squares
 
 
 def boundary_distance(
@@ -135,10 +149,18 @@ def boundary_distance(
             `classifiers.check_classifier`).
     """
     check_counts(samples=samples, spheres=spheres, batch_size=batch_size)
+    check_positive(resolution=resolution)
+    check_seed(seed)
+    check_progress(progress)
     checked = check_classifier(classifier, x, y)
     shape = checked.x.shape[1:]
     max_radius = float(np.sqrt(np.prod(shape))) if max_radius is None else max_radius
-    check_positive(max_radius=max_radius, resolution=resolution)
+    check_positive(max_radius=max_radius)
+    if resolution < (finest := max_radius * _RADIUS_STEP):
+        raise ValueError(
+            f"resolution must be at least {finest:.2g}: float32 tells no finer radii apart up to "
+            f"{max_radius:g}. Received: {resolution}."
+        )
     spacing = max_radius / spheres
 
     def changed(
@@ -230,6 +252,7 @@ def minimal_distance(
             `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
     """
     check_seed(seed)
+    check_progress(progress)
     check_counts(starts=starts, iterations=iterations, batch_size=batch_size)
     checked = check_classifier(classifier, x, y, loss=scaled_margin)
     correct = np.flatnonzero(predict(checked, batch_size=batch_size).argmax(axis=1) == checked.y)

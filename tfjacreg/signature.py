@@ -66,6 +66,12 @@ def taken(network: keras.Layer, x: Any, name: Name = None) -> Taken:
     inputs = list(getattr(network, "inputs", None) or [])
     paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(x)]
     leaves = keras.tree.flatten(x)
+    if any(isinstance(leaf, int | float) for leaf in leaves):
+        raise TypeError(
+            "`x` must be a tensor or array, or a list, tuple or dict of them. "
+            f"Received: {type(x).__name__} of Python's numbers. Make an array of it, of one length "
+            "along each axis"
+        )
     specs = _specs(x, paths, inputs)
     leaves = [_as_keras_takes(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
     if not inputs and len(leaves) == 1 and _is_integer(leaves[0]):
@@ -167,6 +173,13 @@ def example(network: keras.Layer, specs: Any) -> Any:
     return keras.tree.pack_sequence_as(specs, made)
 
 
+def check_name(kind: str, name: Any) -> None:
+    """Raises TypeError if `name`, of an input or an output (`kind`), cannot be one, nor None."""
+    is_position = isinstance(name, numbers.Integral) and not isinstance(name, bool)
+    if not (name is None or is_position or isinstance(name, str)):
+        raise TypeError(f"`{kind}` must be a position, key or name. Received: {kind}={name!r}")
+
+
 def _chosen(
     kind: str, name: Name, names: Sequence[Sequence[str]], candidates: Sequence[int]
 ) -> int:
@@ -183,6 +196,7 @@ def _chosen(
             f"{'taken in' if kind == 'input' else 'of'}: name one with `{kind}=`. "
             f"The candidates are {shown}. Received: {kind}=None"
         )
+    check_name(kind, name)
     found = [n for n in candidates if name in names[n][:1]]  # A key goes before a name.
     found = found or [n for n in candidates if name in names[n]]
     if not found and isinstance(name, numbers.Integral) and not isinstance(name, bool):
@@ -212,9 +226,15 @@ def _as_keras_takes(leaf: Any, spec: Any) -> Any:
     """A tensor in the dtype and, as far as known, the shape that the network computes with."""
     if leaf is None or isinstance(leaf, (tf.SparseTensor, tf.RaggedTensor)):
         return leaf
-    leaf = tf.convert_to_tensor(leaf)
+    try:
+        leaf = tf.convert_to_tensor(leaf)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "`x` must hold tensors or arrays of numbers, of one length along each axis. "
+            f"Received: a {type(leaf).__name__} of which TensorFlow makes no tensor: {error}"
+        ) from error
     wanted = leaf.dtype if spec is None else tf.as_dtype(spec.dtype)
-    if leaf.dtype == tf.string or wanted == tf.string:
+    if leaf.dtype == tf.string or wanted == tf.string or leaf.dtype.is_complex:
         return leaf
     if wanted.is_floating and not (leaf.dtype.is_floating and leaf.dtype.size >= 4):
         leaf = tf.cast(leaf, tf.float32 if wanted.size < 4 else wanted)

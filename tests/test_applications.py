@@ -1,0 +1,101 @@
+"""The table of keras.applications: that it is fresh, and its quick half anew."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def applications():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        path = ROOT / "benchmarks" / "applications.py"
+        spec = importlib.util.spec_from_file_location("applications", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def content():
+    return json.loads((ROOT / "results" / "applications.json").read_text())
+
+
+def test_the_page_has_the_table_of_the_results(applications, content):
+    page = (ROOT / "docs" / "layers.md").read_text()
+    assert applications.with_table(page, content) == page
+    assert applications.table(content).count("\n") == 1 + len(content["models"])
+
+
+def test_a_changed_result_shows_in_the_table(applications, content):
+    changed = json.loads(json.dumps(content))
+    changed["models"]["VGG16"]["errors"]["float64"] = 0.5
+    assert "5e-01" in applications.table(changed)
+    assert "5e-01" not in applications.table(content)
+
+
+def test_no_model_is_refused_and_every_sigma_is_right(content):
+    for name, row in content["models"].items():
+        assert row["checks"]["refused"] == {}, name
+        assert row["errors"]["float64"] < 1e-9, name
+        assert row["errors"]["float32"] < 1e-3, name
+
+
+QUICK = ("MobileNet", "MobileNetV2", "VGG16", "ResNet50")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_a_model_of_the_quick_half_anew(applications, name):
+    checked = applications.checks(name, seeds=1)
+    assert checked == {"seeds": 1, "refused": {}}
+    wrong = applications.errors(name)
+    assert wrong["float64"] < 1e-9 and wrong["float32"] < 1e-3
+    assert wrong["sigma"] > 0
+    for kind in applications.VARIANTS:
+        row = applications.variant(name, kind, 1)
+        assert np.isfinite(row["loss"])
+        assert kind == "plain" or (np.isfinite(row["penalty"]) and row["penalty"] > 0)
+
+
+def test_what_is_there_is_not_done_again(applications, tmp_path, monkeypatch, capsys):
+    """Row by row: the parts that are missing, or all of those that are asked for anew."""
+    done = []
+
+    def in_a_process(part, *rest):
+        done.append((part, *rest))
+        return {
+            "checks": {"seeds": 1, "refused": {}},
+            "errors": {"sigma": 1.0, "float64": 1e-15, "float32": 1e-6},
+            "variant": {"first": 1.0, "step": 0.5, "peak_gib": 0.1, "loss": 1.0},
+        }[part]
+
+    monkeypatch.setattr(applications, "in_a_process", in_a_process)
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text(f"before\n{applications.BEGIN}\n{applications.END}\nafter\n")
+
+    def run(*arguments):
+        done.clear()
+        command = ["applications.py", "--json", str(results), "--page", str(page), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        applications.main()
+        return [call[0] for call in done]
+
+    assert run("--models", "VGG16", "--parts", "checks") == ["checks"]
+    assert run("--models", "VGG16") == ["errors", *["variant"] * 3]
+    assert run("--models", "VGG16") == []
+    assert run("--models", "VGG16", "--parts", "timings", "--redo") == ["variant"] * 3
+    assert run("--models", "MobileNet", "--parts", "errors") == ["errors"]
+    assert run("--parts") == []
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")][2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| MobileNet", "| VGG16"]
+    assert "| 0 of 1 | 1e-15 | 1e-06 | 1, 1, 1 | 1.0, 1.0 | 0.1, 0.1, 0.1 |" in rows[1]
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("after\n")
