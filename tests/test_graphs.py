@@ -188,6 +188,16 @@ def test_what_is_right_is_taken(kind):
         check_network(network, X, forward_mode=mode)
 
 
+@pytest.mark.parametrize("layer", ["AugMix", "RandAugment"])
+def test_image_layers_inside_of_image_layers(layer):
+    """TensorFlow's own gradient of their warps is not the transpose; nearly every draw has one."""
+    if not hasattr(layers, layer):
+        pytest.skip("an older Keras")
+    for seed in range(3):
+        network = around(getattr(layers, layer)(value_range=(0, 1), seed=seed))
+        check_network(network, X, forward_mode="transpose")
+
+
 @pytest.mark.parametrize("kind", ["straight through", "int8"])
 def test_a_custom_gradient_has_no_tangent(kind):
     """The layer is named, also one that is called by another name after `quantize`."""

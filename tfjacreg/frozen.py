@@ -142,8 +142,11 @@ def _frozen_layers(network: keras.Layer) -> Iterator[None]:
                 held = functools.partial(_frozen_moments, layer._moments)
                 stack.enter_context(substituted(layer, "_moments", held))
             elif image_maps.is_linear_image_map(layer):
-                linear = image_maps.linear_image_map(layer, layer.call)
-                stack.enter_context(substituted(layer, "call", linear))
+                # AugMix and RandAugment call the second method of the layers in them.
+                for name in ("call", "transform_images"):
+                    if hasattr(layer, name):
+                        linear = image_maps.linear_image_map(layer, getattr(layer, name))
+                        stack.enter_context(substituted(layer, name, linear))
         yield
 
 
