@@ -10,7 +10,7 @@ from keras import layers
 from reference import seeded_input
 
 import tfjacreg
-from tfjacreg import RegularizedModel, check_network, regularizers
+from tfjacreg import RegularizedModel, check_network, checks, regularizers
 from tfjacreg.jacobian import FORWARD_MODES
 
 
@@ -257,3 +257,32 @@ def test_multi_worker_strategy_is_refused(monkeypatch):
     monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
     with pytest.raises(ValueError, match="MultiWorkerMirroredStrategy is not supported"):
         RegularizedModel(good(), "spectral")
+
+
+def test_rounding_is_measured_before_it_is_refused(monkeypatch):
+    """With a tolerance far below it: what is lost is lost by its whole size, rounding is not."""
+    monkeypatch.setattr("tfjacreg.checks.contradiction_tolerance", lambda *_: 1e-12)
+    measured, rounding = [], checks._rounding
+    monkeypatch.setattr(
+        "tfjacreg.checks._rounding", lambda *a: measured.append(rounding(*a)) or measured[-1]
+    )
+    for forward_mode in FORWARD_MODES:
+        check_network(good(), seeded_input((6, 6, 2), 4), forward_mode=forward_mode)
+    assert measured and 1e-9 < max(measured) < 1e-4
+    network = inside(OnlyHalf(name="culprit"))
+    with pytest.raises(ValueError, match=r"'culprit' \(OnlyHalf\) has a derivative that"):
+        check_network(network, seeded_input((4,), 3))
+
+
+class OnlyHalf(layers.Layer):
+    """Beside x^2, whose derivatives are right, one whose second derivative is lost."""
+
+    def call(self, x):
+        return x * x + tf.quantization.fake_quant_with_min_max_args(x, -1.0, 1.0)
+
+
+def test_the_layer_is_named_in_half_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    for culprit in (Centred(False, name="culprit"), OnlyOnce(name="culprit")):
+        with pytest.raises(ValueError, match="'culprit'"):
+            check_network(inside(culprit), seeded_input((4,), 3))
