@@ -52,6 +52,8 @@ class FolderReader:
             # Of a traceback the last line is the error itself.
             lines = self.error_file.read_text(errors="replace").strip().splitlines()
             return f"failed: {lines[-1] if lines else 'error.txt is empty'}"
+        if self.classifier_file.exists() and not self.checkpoint_file.exists():
+            return "not finished, or its metrics.json is missing"
         return "not finished" if self.path.exists() else "not started"
 
     @property
@@ -217,6 +219,14 @@ class FolderReader:
         """
         file = self.checkpoint_file
         if not file.exists():
+            # The first epoch's is written after its line, and the last one's stays to the end.
+            exported = self.classifier_file.exists() or self.saved_model.exists()
+            if exported or self.count_epochs() > 1:
+                also = f" and {self.metrics_file.name} are" if exported else " is"
+                raise RunError(
+                    f"{file}{also} missing: the other files are of a run that has come further. "
+                    f"{_ANEW}"
+                )
             return None, []
         try:
             note = checkpoint.read_note(file)
