@@ -164,6 +164,8 @@ def test_a_sweep_with_two_workers(nursery, undisturbed, moments, tmp_path):
         if config.regularizer == "spectral":
             assert_figures(folder, figures[config.seed])
         kept = seen.get(folder.name, [])
-        assert lines(folder)[: max(len(kept) - 1, 0)] == kept[:-1] and len(lines(folder)) == EPOCHS + 1
+        assert (
+            lines(folder)[: max(len(kept) - 1, 0)] == kept[:-1] and len(lines(folder)) == EPOCHS + 1
+        )
     names = {Sweep.folder(config) for config in configs}
     assert {p.name for p in out.iterdir()} == names | {"sweep.toml", "sweep.sqlite3", ".sweep.lock"}

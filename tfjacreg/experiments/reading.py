@@ -98,7 +98,7 @@ class FolderReader:
         content |= {k: v for k, v in EARLIER.items() if k not in content}
         try:
             RunConfig.of(**{k: content[k] for k in RunConfig.names() if k in content})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RunError(f"{self.config_file}: {error} {way_out}") from error
         if not isinstance(content.get("environment", {}), dict):
             raise RunError(
