@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Until `command.run` knows better: as TensorFlow is imported there is nothing to keep.
+    # Until `command.run` replaces them: while TensorFlow is imported there is nothing to save.
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) is not signal.SIG_IGN:
             signal.signal(_number, lambda *_: os._exit(130))

@@ -4,7 +4,7 @@ AutoPGD follows the difference of logits ratio (DLR) with steps, momentum and re
 none of its code is ours or cleverhans'. Every attack runs on the logits as they are and times 300:
 an attack on the margin must not notice.
 
-python benchmarks/margin_reference.py RUN [RUN ...] --out results/margin_reference.json
+python benchmarks/margin_reference.py runs/none runs/spectral --out results/margin_reference.json
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def accuracies(
     fooled = model.predict(autopgd.generate(x, y), verbose=0).argmax(axis=1) != y
     return {
         "cross_entropy": float(entropy.accuracy[-1]),
-        "faded": float(np.mean(np.asarray(entropy.faded)[-1])),
+        "faded": float(entropy.faded[-1].mean()),
         "margin": float(margin.accuracy[-1]),
         "art_autopgd_dlr": float(1 - fooled.mean()),
     }

@@ -35,6 +35,9 @@ HEAD = """\
 
 Written by `python docs/make_api.py` from the docstrings. Shapes stand in brackets: `[B, *in]` is a
 batch of inputs, `[B, *out]` one of outputs. Everything after a lone `*` is given by its keyword.
+`Factor` is a number or a `keras.optimizers.schedules.LearningRateSchedule`; `Name` a position, a
+key or a name; `Key` two integers, a seed and a number; `State` a list of tensors; `Progress` a
+function of a number.
 """
 
 
@@ -111,7 +114,7 @@ def _signature(member: Node, owner: str) -> list[str]:
             parts.append("*")
         part = f"{star}{parameter.name}"
         if parameter.annotation is not None:
-            part += f": {parameter.annotation}"
+            part += f": {parameter.annotation}".replace("signature.Name", "Name")
         if parameter.default is not None and not star:
             part += f" = {parameter.default}"
         parts.append(part)

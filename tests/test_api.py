@@ -43,7 +43,8 @@ def test_links_lead_somewhere():
     [
         # Of a class the constructor's arguments, of a function its result and errors, of a
         # dataclass its fields; private names are not there.
-        "tfjacreg.regularizers.WeightDecay(factor: float",
+        "tfjacreg.regularizers.WeightDecay(factor: Factor",
+        "`Factor` is a number or a",
         "- `u`: Cotangents, `[B, *out]`.",
         "**Returns** `[B, *in]`, in the dtype of `x`.",
         "- `ValueError`: If `u` has another shape than `primal`.",

@@ -77,7 +77,7 @@ def test_the_base_measures_trains_saves_and_attacks(tmp_path):
 def test_a_script_names_the_command_in_one_sentence(tmp_path, block, argv, extra):
     done = run_blocked(block, *(str(tmp_path / "out") if a == "OUT" else a for a in argv))
     assert done.returncode == 2, done.stderr
-    error = re.fullmatch(r"(?:\w+\.py: )?error: (.*)", done.stderr.splitlines()[-1]).group(1)
+    error = re.fullmatch(r"(?:\w+(?:\.py)?: )?error: (.*)", done.stderr.splitlines()[-1]).group(1)
     assert SENTENCE.fullmatch(error).group(3) == extra
     assert "Traceback" not in done.stderr and not done.stdout
 

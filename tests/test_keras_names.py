@@ -91,3 +91,16 @@ def test_batch_normalization_takes_its_moments_from_a_method():
     assert calls == []
     norm(np.zeros((2, 3), "float32"), training=True)
     assert calls == [1]
+
+
+def test_is_inside_another():
+    class Asks(layers.Layer):
+        def call(self, x):
+            self.answer = _keras.is_inside_another(self)
+            return x
+
+    asked = Asks()
+    asked(np.ones((1, 2)))
+    assert not asked.answer
+    keras.Sequential([asked])(np.ones((1, 2)))
+    assert asked.answer

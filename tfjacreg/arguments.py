@@ -1,4 +1,4 @@
-"""Is an argument what it should be? Each function returns it in its plain form, or raises."""
+"""Checks of arguments: each function returns the argument in its plain form, or raises."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_SINGLE = float(np.finfo(np.float32).max)
@@ -37,9 +38,8 @@ def positive_integer(name: str, value: Any) -> int:
         ValueError: If it is not.
     """
     if not _is_integer(value) or not 1 <= value <= _LARGEST_COUNT:
-        raise ValueError(
-            f"`{name}` must be an integer >= 1 (and < 2**31). Received: {name}={value!r}"
-        )
+        limit = "" if not _is_integer(value) or value < 1 else " (and < 2**31)"
+        raise ValueError(f"`{name}` must be an integer >= 1{limit}. Received: {name}={value!r}")
     return int(value)
 
 
@@ -133,6 +133,34 @@ def one_of(name: str, value: Any, options: Collection[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"`{name}` must be one of {tuple(options)}. Received: {name}={value!r}")
     return value
+
+
+def vector(name: str, a: Any, like: tf.Tensor, what: str) -> tf.Tensor:
+    """Returns a vector of every example, `[B, ...]`, as a tensor of the dtype of `like`.
+
+    Raises:
+        TypeError: If it does not hold real numbers.
+        ValueError: If it has another shape than `like`.
+    """
+    try:
+        a = tf.convert_to_tensor(a)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be a tensor or array of the shape of {what}. "
+            f"Received: a {type(a).__name__} of which TensorFlow makes no tensor: {error}"
+        ) from error
+    if not (a.dtype.is_floating or a.dtype.is_integer):
+        raise TypeError(
+            f"`{name}` must hold real numbers. Received: {name} of dtype {a.dtype.name}"
+        )
+    if a.dtype != like.dtype:
+        a = tf.cast(a, like.dtype)
+    if not a.shape.is_compatible_with(like.shape):
+        raise ValueError(
+            f"`{name}` must have the shape of {what}, {tuple(like.shape)}. "
+            f"Received: {name} of shape {tuple(a.shape)}"
+        )
+    return a
 
 
 def _is_integer(value: Any) -> bool:

@@ -54,13 +54,13 @@ class AttackResult(NamedTuple):
         faded: Whether each image was still classified correctly there although the attack had lost
             its gradient, bool `[S, N]`: the loss had rounded to 0, and with it the part of its
             gradient that lowers the label's logit, or the last gradient was zero or denormal in
-            every pixel. None for Square, which follows no gradient.
+            every pixel. Nowhere for Square, which follows no gradient.
     """
 
     x_adv: Array
     iterations: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
-    faded: npt.NDArray[np.bool_] | None = None
+    faded: npt.NDArray[np.bool_]
 
     @property
     def accuracy(self) -> npt.NDArray[np.float64]:
@@ -86,10 +86,10 @@ def pgd(
 
     `loss="cross_entropy"` is the paper's. Where the logits are large, its gradient rounds to zero
     and the attack overstates the robustness: see `AttackResult.faded`. `loss="margin"` does not
-    change with the scale of the logits: it is the largest other logit less that of the label, over
-    the largest logit less the third largest (AutoAttack's DLR loss) or, of two classes, the
-    smallest; over 1 where these are equal. The divisor is held constant in the gradient: otherwise
-    an image would stay where its label has fallen to the third place.
+    change with the scale of the logits: it is (largest other logit - logit of the label) divided by
+    (largest - third largest logit), as AutoAttack's DLR loss; for two classes by (largest -
+    smallest), and by 1 where these are equal. The gradient takes the divisor as a constant:
+    otherwise an image would stay where its label has fallen to the third place.
 
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
@@ -192,15 +192,15 @@ def square(
 ) -> AttackResult:
     """Square attack: random search with square windows, without gradients.
 
-    Starts from vertical stripes of `+-eps`. Each query (`iterations` counts them; the stripes are
-    none) sets one square window, at a random place and with one random sign per channel, to
+    Starts from vertical stripes of `+-eps`. Each query (`iterations` counts them, without the
+    stripes) sets one square window, at a random place and with one random sign per channel, to
     `+-eps` and keeps it if the margin (logit of the label less the largest other) falls. The
     windows shrink as in the published attack, its schedule for 10,000 queries rescaled to the last
     of `iterations`; so a strength read off on the way is that of a search planned for more
     queries. Only images classified correctly are attacked, and each until its margin is no longer
     positive; for `progress`, queries spared in this way count as done.
 
-    The arguments are those of `pgd`, but that `x` must be images `[N, H, W, C]` and `classifier`
+    The arguments are those of `pgd`, except that `x` must be images `[N, H, W, C]` and `classifier`
     need not be differentiable.
 
     Returns:
@@ -226,7 +226,7 @@ def square(
         batch_size=batch_size,
         progress=progress,
     )
-    return AttackResult(best, np.array(strengths), correct)
+    return AttackResult(best, np.array(strengths), correct, np.zeros_like(correct))
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:

@@ -2,7 +2,7 @@
 
 `recording` surrounds the one pass of a `JacobianOperator`. Inside it, what BatchNorm takes from
 the batch and the places of max-pooling's maxima are constants of the Jacobian, and `hold_constant`
-lets a layer of one's own do the same. The gradient of the loss is not concerned.
+lets a layer of one's own do the same. The gradient of the loss is not affected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, image_maps, max_pool
+from tfjacreg import _keras, _tensorflow, image_maps, max_pool  # noqa: F401 (a derivative)
 
 NEEDS_THE_WHOLE_BATCH = (
     "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "

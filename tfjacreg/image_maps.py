@@ -33,8 +33,8 @@ LAYERS: tuple[type[keras.Layer], ...] = (keras.layers.UpSampling2D, *_PREPROCESS
 def is_linear_image_map(layer: keras.Layer) -> bool:
     """Whether `linear_image_map` knows `layer`.
 
-    Of a preprocessing layer the own code runs, whatever a subclass overrides: only the operations
-    in it are replaced. `UpSampling2D` is replaced, so it must be Keras' own.
+    A preprocessing layer runs its own code, with whatever a subclass overrides: only the image
+    operations in it are replaced. `UpSampling2D` is replaced as a whole, so it must be Keras' own.
     """
     if isinstance(layer, keras.layers.UpSampling2D):
         return all(
@@ -48,7 +48,7 @@ def linear_image_map(layer: keras.Layer, call: Callable[..., Any]) -> Callable[.
     """Returns a function with the values of `call`, and exact derivatives of every order.
 
     The values agree to rounding, or to the last bit where pixels are only moved. The layer's random
-    numbers are drawn as ever: once in each call, from its own generator.
+    numbers are drawn as usual: once in each call, from its own generator.
 
     Args:
         layer: A layer of `LAYERS`, for which `is_linear_image_map` is true.

@@ -91,7 +91,7 @@ class JacobianOperator:
         self._taken, self.x, self.tangent, self.tangent_out = taken, taken.x, None, None
         accumulator = None
         if tangent is not None:
-            self.tangent = _checked_vector("tangent", tangent, self.x, "the input x")
+            self.tangent = arguments.vector("tangent", tangent, self.x, "the input x")
             accumulator = tf.autodiff.ForwardAccumulator(self.x, self.tangent)
         self._tape = tf.GradientTape(persistent=True)
         with frozen.recording(self.network, self._tape, accumulator, is_partial=is_partial):
@@ -187,7 +187,7 @@ class JacobianOperator:
         """
         if v is not None and v is self.tangent:
             return self.tangent_out
-        v = _checked_vector("v", v, self.x, "the input x")
+        v = arguments.vector("v", v, self.x, "the input x")
         tape, u, pulled_back = self._vjp_as_a_function
         product = tape.gradient(pulled_back, u, output_gradients=v)
         if product is None:
@@ -211,7 +211,7 @@ class JacobianOperator:
             TypeError: If `u` does not hold real numbers.
             ValueError: If `u` has another shape than `primal`.
         """
-        return self._vjp(_checked_vector("u", u, self.primal, "the network's output"))
+        return self._vjp(arguments.vector("u", u, self.primal, "the network's output"))
 
     def _vjp(self, u: tf.Tensor) -> tf.Tensor:
         return self._connected(self._tape.gradient(self.primal, self.x, output_gradients=u))
@@ -241,26 +241,3 @@ class JacobianOperator:
 def _operations() -> list[tf.Operation]:
     """What the graph that is being traced holds so far; nothing eagerly."""
     return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
-
-
-def _checked_vector(name: str, a: Any, like: tf.Tensor, what: str) -> tf.Tensor:
-    """A vector given by the caller, as a tensor of the dtype of `like` and of its shape."""
-    try:
-        a = tf.convert_to_tensor(a)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"`{name}` must be a tensor or array of the shape of {what}. "
-            f"Received: a {type(a).__name__} of which TensorFlow makes no tensor: {error}"
-        ) from error
-    if not (a.dtype.is_floating or a.dtype.is_integer):
-        raise TypeError(
-            f"`{name}` must hold real numbers. Received: {name} of dtype {a.dtype.name}"
-        )
-    if a.dtype != like.dtype:
-        a = tf.cast(a, like.dtype)
-    if not a.shape.is_compatible_with(like.shape):
-        raise ValueError(
-            f"`{name}` must have the shape of {what}, {tuple(like.shape)}. "
-            f"Received: {name} of shape {tuple(a.shape)}"
-        )
-    return a

@@ -5,7 +5,7 @@ bfloat16, so that `J v` picks the wrong input wherever two differ by less than 0
 fails by per cents); elsewhere it looks for the maxima again in every product.
 
 Keras' layers and `keras.ops.max_pool` end in `tf.nn.max_pool`. So `held_max_pool` stands in for
-that function and its kin while a pass is recorded, whoever calls it.
+that function and its kin while a pass is recorded, whichever code calls it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The search for the nearest adversarial image (`tfjacreg.robustness.minimal_distance`).
 
-A descent on the margin that changes direction and length of the perturbation apart, as DDN does
-(Rony et al. 2019), from the feet on the boundaries of the linearised classifier, as DeepFool has
-them (Moosavi-Dezfooli et al. 2016).
+A descent on the margin that changes direction and length of the perturbation separately, as DDN
+does (Rony et al. 2019). It starts from the feet on the boundaries of the linearised classifier, as
+DeepFool has them (Moosavi-Dezfooli et al. 2016).
 """
 
 from __future__ import annotations

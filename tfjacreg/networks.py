@@ -134,7 +134,7 @@ def _conv_norm(x: Any, filters: int, *, kernel_size: int = 3, strides: int = 1) 
         kernel_size,
         strides=strides,
         padding="same",
-        use_bias=False,  # BatchNorm's offset is one.
+        use_bias=False,  # BatchNorm has its own bias (beta).
         kernel_initializer="he_normal",
     )(x)
     return layers.BatchNormalization()(x)

@@ -77,7 +77,9 @@ def spectral_norm(
 
     Returns:
         A `SingularTriplet`. Where J = 0, sigma and the residual are 0 and u, v are arbitrary. Where
-        J is not finite, or its square is not (||J|| > 1e19 in float32), sigma is NaN or infinite.
+        J is not finite, or its square is not (||J|| > 1e19 in float32), sigma is NaN or infinite;
+        where its square vanishes (||J|| < 1e-19), it counts as 0. In a graph sigma is NaN too where
+        TensorFlow's products contradict each other; eagerly that is an error.
 
     Raises:
         TypeError: If `network` is not a Keras layer, or `x` holds no floating tensor.
@@ -198,8 +200,11 @@ def _consistent(
     tolerance: float,
 ) -> tf.Tensor:
     """The norm, if `<J^T u, v> = <u, J v>` for u and v at hand; in a graph NaN where it is not."""
-    # In half precision small products vanish.
-    smallest = float(ml_dtypes.finfo(tf.as_dtype(op.primal.dtype).name).tiny)
+    # What vanishes in half precision, or whose square vanishes, is no contradiction.
+    smallest = max(
+        float(ml_dtypes.finfo(op.primal.dtype.name).tiny),
+        float(ml_dtypes.finfo(op.x.dtype.name).tiny) ** 0.5,
+    )
     smallest *= float(num_elements(op.x)) ** 0.5
     is_wrong = tf.abs(backward - forward) > tolerance * scale + smallest
     if not tf.executing_eagerly():

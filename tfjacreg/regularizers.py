@@ -390,10 +390,8 @@ def get(identifier: str | dict[str, Any] | Regularizer | None) -> Regularizer | 
         try:
             found = keras.saving.deserialize_keras_object(identifier, custom_objects=known)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`config` must be what `get_config` of the regularizer returns: {error!r}. "
-                f"Received: {identifier!r}"
-            ) from error
+            advice = "`config` must be what `get_config` of the regularizer returns"
+            raise ValueError(f"{advice}: {error!r}. Received: {identifier!r}") from error
         if isinstance(found, Regularizer):
             return found
     raise TypeError(

@@ -1,9 +1,9 @@
 """Images resized and warped by sums of weighted pixels, with derivatives of every order.
 
 TensorFlow has no second derivative of its resizing. The gradient that it gives for the projective
-transform is the warp by the inverse transform, which is not the transpose. As sums both have the
-transpose that they should. The weights are TensorFlow's own: its operations are applied to images
-that reveal them.
+transform is the warp by the inverse transform, which is not the transpose. Written as sums, both
+have the right transpose. The weights are TensorFlow's own, read off from what its operations make
+of known images.
 """
 
 from __future__ import annotations

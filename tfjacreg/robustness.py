@@ -123,8 +123,8 @@ def boundary_distance(
     The class need not change monotonically with the radius. The value `r` returned is a radius at
     which a sampled point has another class, so it never lies below the true distance; no sampled
     point had another class at any of the radii tried below `r`, of which the largest lies within
-    `resolution` of it. What can be missed is a change that comes and goes again between two radii
-    tried, on every sampled ray at once: a slab thinner than `max_radius / spheres` along the ray.
+    `resolution` of it. The search can miss a change that comes and goes again between two
+    radii tried, on every sampled ray at once: a slab thinner than `max_radius / spheres`.
 
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.

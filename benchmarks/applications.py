@@ -1,0 +1,260 @@
+"""Every family of keras.applications: whether it is taken, how right its sigma is, what it costs.
+
+    python benchmarks/applications.py                         # what is missing in the results
+    python benchmarks/applications.py --models VGG16 --redo   # anew
+    python benchmarks/applications.py --redo --parts timings  # on a quiet machine
+    python benchmarks/applications.py --parts                 # the table of docs/layers.md alone
+
+Every model is made without weights, at its smallest size, with ten logits. Each part of a model
+runs in a process of its own, and its row is written as soon as it is known.
+
+checks: `check_network` in training mode, in both forward modes, with fresh weights for each seed.
+errors: `spectral_norm(method="exact")` against the SVD of the dense Jacobian in float64, in
+inference mode, of the network in float64 and of the same weights in float32.
+timings: training steps of `RegularizedModel` on one batch, without and with `SpectralNorm`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _setup  # noqa: F401
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfjacreg import temporary
+from tfjacreg.checks import check_network
+from tfjacreg.experiments import files
+from tfjacreg.experiments.environment import environment
+from tfjacreg.jacobian import FORWARD_MODES
+from tfjacreg.model import RegularizedModel
+from tfjacreg.norms import spectral_norm
+from tfjacreg.regularizers import SpectralNorm
+
+ROOT = Path(__file__).parents[1]
+# The smallest model of every family, and the smallest image that it takes; how many seeds.
+MODELS = {
+    "MobileNet": (32, 10),
+    "MobileNetV2": (32, 10),
+    "MobileNetV3Small": (32, 10),
+    "VGG16": (32, 10),
+    "ResNet50": (32, 10),
+    "ResNet50V2": (32, 10),
+    "EfficientNetB0": (32, 10),
+    "EfficientNetV2B0": (32, 10),
+    "DenseNet121": (32, 3),
+    "NASNetMobile": (32, 3),
+    "ConvNeXtTiny": (32, 3),
+    "Xception": (71, 3),
+    "InceptionV3": (75, 3),
+    "InceptionResNetV2": (75, 1),
+}
+PARTS = ("checks", "errors", "timings")
+VARIANTS = ("plain", *FORWARD_MODES)
+BATCH_SIZE = 16
+BEGIN, END = "<!-- applications.py: begin -->", "<!-- applications.py: end -->"
+
+
+def network(name: str, seed: int = 0) -> keras.Model:
+    """A model of keras.applications with fresh weights and ten logits."""
+    keras.utils.set_random_seed(seed)
+    size, _ = MODELS[name]
+    return getattr(keras.applications, name)(
+        weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
+    )
+
+
+def images(name: str, number: int, seed: int = 0) -> np.ndarray:
+    """Pixels from 0 to 255 for models that scale them; else standardized."""
+    size, _ = MODELS[name]
+    noise = np.random.default_rng(seed).uniform(size=(number, size, size, 3))
+    scales = name.startswith(("Efficient", "ConvNeXt", "MobileNetV3"))
+    return noise * 255 if scales else (noise - 0.5) * 12**0.5
+
+
+def checks(name: str, seeds: int | None = None) -> dict[str, Any]:
+    """What `check_network` refuses; after the first seed in accumulator mode, which holds both."""
+    seeds = MODELS[name][1] if seeds is None else seeds
+    refused = {}
+    for seed in range(seeds):
+        for mode in FORWARD_MODES if seed == 0 else FORWARD_MODES[:1]:
+            # An initializer without a seed draws from Keras' own generator.
+            made = network(name, seed)
+            try:
+                check_network(made, images(name, 2, seed).astype("float32"), forward_mode=mode)
+            except ValueError as error:
+                refused[f"{mode}, seed {seed}"] = str(error)
+        keras.backend.clear_session()
+    return {"seeds": seeds, "refused": refused}
+
+
+def errors(name: str) -> dict[str, float]:
+    """The largest relative error of sigma of two images, in float64 and float32."""
+    weights = with_statistics(network(name), name).get_weights()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    x = images(name, 2)
+    precise = network(name)
+    precise.set_weights(weights)
+    jacobians = dense_jacobian(precise, x)
+    exact = np.linalg.svd(jacobians, compute_uv=False)[:, 0]
+    sigma = {"float64": spectral_norm(precise, x, method="exact").sigma.numpy()}
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    plain = network(name)
+    plain.set_weights(weights)
+    sigma["float32"] = spectral_norm(plain, x.astype("float32"), method="exact").sigma.numpy()
+    return {"sigma": float(exact[0])} | {
+        dtype: float(np.max(np.abs(got / exact - 1))) for dtype, got in sigma.items()
+    }
+
+
+def with_statistics(made: keras.Model, name: str) -> keras.Model:
+    """The model with the moving statistics of a batch: without them images hardly pass it."""
+    for layer in made._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    made(images(name, 32, seed=1).astype("float32"), training=True)
+    return made
+
+
+def dense_jacobian(made: keras.Model, x: np.ndarray) -> np.ndarray:
+    """`[B, 10, n_in]`, a row for each output, by reverse mode alone: no part of tfjacreg."""
+
+    @tf.function
+    def rows(x: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            outputs = tf.unstack(made(x, training=False), axis=1)
+        return tf.stack([tape.gradient(output, x) for output in outputs], axis=1)
+
+    return rows(tf.constant(x)).numpy().reshape(len(x), 10, -1)
+
+
+def timings(name: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of the first and of a later step, and peak memory, of every variant."""
+    rows = {}
+    for variant in VARIANTS:
+        rows[variant] = in_a_process("variant", name, variant, str(repeats))
+    return rows
+
+
+def variant(name: str, kind: str, repeats: int) -> dict[str, float]:
+    """The same of one variant, in this process."""
+    penalty = None if kind == "plain" else SpectralNorm(0.01, seed=0, forward_mode=kind)
+    model = RegularizedModel(network(name), penalty)
+    model.compile(
+        keras.optimizers.SGD(1e-6),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    x = tf.constant(images(name, BATCH_SIZE).astype("float32"))
+    y = tf.constant(np.random.default_rng(0).integers(0, 10, BATCH_SIZE))
+    # Not fit: its check would be timed too.
+    step = tf.function(model.train_step)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        logs = {key: float(value) for key, value in step((x, y)).items()}
+        seconds.append(time.perf_counter() - start)
+    status = Path("/proc/self/status").read_text()
+    return {
+        "first": seconds[0],
+        "step": statistics.median(seconds[1:]),
+        "peak_gib": int(status.split("VmHWM:")[1].split()[0]) / 2**20,
+        "loss": logs["loss"],
+        **({"penalty": logs["penalty"]} if penalty else {}),
+    }
+
+
+IN_A_PROCESS: dict[str, Callable[..., Any]] = {
+    "checks": checks,
+    "errors": errors,
+    "variant": lambda name, kind, repeats: variant(name, kind, int(repeats)),
+}
+
+
+def in_a_process(*command: str) -> Any:
+    """What one of `IN_A_PROCESS` returns, run in a fresh process on as few threads as this one."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--run", *command], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(content: dict[str, Any]) -> str:
+    """The table of docs/layers.md."""
+    lines = [
+        "| model | pixels | seeds refused | error of sigma, float64 | float32 "
+        "| first step, s: plain, accumulator, transpose | a step, times the plain one "
+        "| peak memory, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in content["models"].items():
+        cells = [name, f"{MODELS[name][0]}"]
+        checked, wrong, times = (row.get(part) for part in PARTS)
+        cells.append(f"{len(checked['refused'])} of {checked['seeds']}" if checked else "")
+        cells += [f"{wrong[dtype]:.0e}" if wrong else "" for dtype in ("float64", "float32")]
+        if times:
+            plain = times["plain"]["step"]
+            cells.append(", ".join(f"{times[kind]['first']:.0f}" for kind in VARIANTS))
+            cells.append(", ".join(f"{times[kind]['step'] / plain:.1f}" for kind in FORWARD_MODES))
+            cells.append(", ".join(f"{times[kind]['peak_gib']:.1f}" for kind in VARIANTS))
+        else:
+            cells += ["", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, content: dict[str, Any]) -> str:
+    """The page with the table between its marks."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table(content)}\n{END}{after}"
+
+
+def main() -> None:
+    """Fills in the results, row by row, and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--redo", action="store_true", help="also what is there already")
+    parser.add_argument("--json", type=Path, default=ROOT / "results" / "applications.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "layers.md")
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        part, *rest = arguments.run
+        print(json.dumps(IN_A_PROCESS[part](*rest)))
+        return
+    content = files.read_json(arguments.json) if arguments.json.exists() else {"models": {}}
+    for name in arguments.models:
+        for part in arguments.parts:
+            row = content["models"].setdefault(name, {})
+            if part in row and not arguments.redo:
+                continue
+            if part == "timings":
+                row[part] = timings(name, arguments.repeats)
+                content["environment"] = environment()
+            else:
+                row[part] = in_a_process(part, name)
+            print(name, part, json.dumps(row[part]), flush=True)
+            content["models"] = {n: content["models"][n] for n in MODELS if n in content["models"]}
+            files.write_json(arguments.json, content)
+    page = arguments.page.read_text(encoding="utf-8")
+    with temporary.replacing(arguments.page) as file:
+        file.write_text(with_table(page, content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
