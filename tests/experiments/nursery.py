@@ -230,7 +230,8 @@ def _main():
             except SystemExit as error:
                 status = error.code
             finally:
-                print("changes of files:", changes[0], flush=True)
+                with contextlib.suppress(OSError):
+                    print("changes of files:", changes[0], flush=True)
                 os._exit(status)
         print(pid, flush=True)
 

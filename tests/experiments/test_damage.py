@@ -136,6 +136,16 @@ def copy(source, target):
     return target
 
 
+def outcome(use, folder, told):
+    """What comes of a use, or why it was refused; any other error fails the test."""
+    try:
+        return use(folder), None
+    except ValueError as error:
+        return None, str(error)
+    except Exception as error:
+        pytest.fail(f"{told}: {type(error).__name__}: {error}")
+
+
 def by_train(folder):
     return run(CONFIG, folder, verbose=0)
 
@@ -190,7 +200,7 @@ def test_a_finished_run(finished, moments, tmp_path, name):
     METRICS.update(test_accuracy=metrics["test_accuracy"])
     count = {"refused": 0, "harmless": 0}
     content = (sweep / Sweep.folder(CONFIG) / name).read_bytes()
-    for damage, other in damages(content, moments, positions=12).items():
+    for damage, other in damages(content, moments, positions=8).items():
         place = copy(sweep, tmp_path / "sweep")
         folder = place / Sweep.folder(CONFIG)
         if other is None:
@@ -199,27 +209,20 @@ def test_a_finished_run(finished, moments, tmp_path, name):
             (folder / name).write_bytes(other)
         before = contents(folder)
         for user, use in FILES[name].items():
+            if user == "sweep" and moments.random() < 0.75:
+                continue  # A ledger takes its time.
             told = f"{user}, {name} {damage}"
-            try:
-                found = use(folder)
-            except ValueError as error:
-                text = str(error)
-                count["refused"] += 1
-                assert name.partition("/")[0] in text, f"{told}: {text}"
+            found, refusal = outcome(use, folder, told)
+            count["refused" if refusal else "harmless"] += 1
+            if refusal:
+                assert name.partition("/")[0] in refusal, f"{told}: {refusal}"
                 ways = ("--overwrite", "Judge", "no config.json", "no metrics.json", "Move")
-                assert any(way in text for way in ways), f"{told}: {text}"
+                assert any(way in refusal for way in ways), f"{told}: {refusal}"
                 assert contents(folder) == before, told
-            except Exception as error:
-                pytest.fail(f"{told}: {type(error).__name__}: {error}")
-            else:
-                count["harmless"] += 1
-                if found is not None:
-                    assert {k: found[k] for k in FIGURES} == {k: metrics[k] for k in FIGURES}, told
-                if user == "evaluate":
-                    shutil.copytree(
-                        sweep / Sweep.folder(CONFIG), folder, dirs_exist_ok=True
-                    ) if name != "evaluation.json" else None
-                    before = contents(folder)
+            elif found is not None:
+                assert {k: found[k] for k in FIGURES} == {k: metrics[k] for k in FIGURES}, told
+            else:  # evaluate.py, which may have written the file anew.
+                before = contents(folder)
     print(name, count)
     assert count["refused"] > 20
 
@@ -229,7 +232,7 @@ def test_an_interrupted_run(interrupted, finished, moments, tmp_path, name):
     """train.py refuses the file by name, with a way out; or it ends as if nothing had been."""
     metrics = finished[1]
     content = (interrupted[0] / name).read_bytes()
-    found = damages(content, moments, positions=12)
+    found = damages(content, moments, positions=8)
     found["another run's"] = (interrupted[1] / name).read_bytes()
     if name == "checkpoint.keras":
         found["a classifier"] = next(finished[0].glob("*/classifier.keras")).read_bytes()
@@ -241,16 +244,12 @@ def test_an_interrupted_run(interrupted, finished, moments, tmp_path, name):
         else:
             (folder / name).write_bytes(other)
         before, told = contents(folder), f"{name} {damage}"
-        try:
-            result = by_train(folder)
-        except ValueError as error:
-            count["refused"] += 1
-            assert name in str(error) and "--overwrite" in str(error), f"{told}: {error}"
+        result, refusal = outcome(by_train, folder, told)
+        count["refused" if refusal else "harmless"] += 1
+        if refusal:
+            assert name in refusal and "--overwrite" in refusal, f"{told}: {refusal}"
             assert contents(folder) == before, told
-        except Exception as error:
-            pytest.fail(f"{told}: {type(error).__name__}: {error}")
         else:
-            count["harmless"] += 1
             for figure in FIGURES[:-1]:
                 assert result[figure] == pytest.approx(metrics[figure], rel=1e-5), told
     print(name, count)

@@ -40,9 +40,9 @@ def nursery():
 
 def assert_one_message(status, output, command):
     assert status == 2, output
-    errors = [line for line in output.splitlines() if "error:" in line]
+    errors = [line for line in output.splitlines() if ": error: " in line]
     assert len(errors) == 1 and errors[0].startswith(f"{command}: error: "), output
-    assert "No space left" in errors[0] or "No space left" in output.partition("error:")[2]
+    assert "No space left" in output.partition(errors[0])[1] + output.partition(errors[0])[2]
     assert "Traceback" not in output and "Exception ignored" not in output, output
 
 

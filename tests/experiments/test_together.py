@@ -75,7 +75,7 @@ def test_the_second_overwrites(nursery, moments, tmp_path):
     """With other settings: the folder is at the end that of one of the two, as a whole."""
     out = tmp_path / "run"
     base = ["train", "--epochs", EPOCHS, "--overwrite", "--out", out]
-    for _ in range(TRIALS):
+    for _ in range(TRIALS // 2):
         both = pair(nursery, moments, tmp_path, base, [*base, "--seed", 1])
         statuses = [child.wait() for child in both]
         assert 0 in statuses and set(statuses) <= {0, 2}, [c.output for c in both]
@@ -119,7 +119,7 @@ def test_two_evaluate_py(nursery, moments, tmp_path):
         assert {p.name for p in out.iterdir()} == FILES | {"evaluation.json"}
     assert refused > 0
     # And beside a run that is being trained anew: of the old one or of none.
-    for _ in range(TRIALS):
+    for _ in range(TRIALS // 2):
         both = pair(nursery, moments, tmp_path, [*train, "--overwrite"], command)
         statuses = [child.wait() for child in both]
         assert (set(statuses) <= {0, 2} and statuses[0] == 0) or "in use" in both[0].output

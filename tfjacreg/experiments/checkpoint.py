@@ -38,7 +38,7 @@ def load(path: Path, **options: Any) -> keras.Model:
     """
     # Keras jumps about in a file, past the checksums, and names one that is cut "not found".
     check_whole(path)
-    foreign = sorted(_modules(_config(path)) - _OWN)
+    foreign = sorted(_modules(_descriptions(path)) - _OWN)
     if foreign:
         raise ValueError(
             f"{path} cannot be loaded: it names classes of {foreign}, and no code is imported for "
@@ -68,11 +68,13 @@ def check_whole(path: Path) -> None:
         raise ValueError(f"{path} cannot be loaded: its part {damaged} is damaged")
 
 
-def _config(path: Path) -> Any:
+def _descriptions(path: Path) -> list[Any]:
+    """What the JSON parts of a `.keras` file say."""
     with zipfile.ZipFile(path) as archive:
+        parts = [name for name in archive.namelist() if name.endswith(".json")]
         try:
-            return json.loads(archive.read("config.json"))
-        except (KeyError, ValueError, RecursionError) as error:
+            return [json.loads(archive.read(name)) for name in parts]
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} cannot be loaded: it does not say what model it is: {error}"
             ) from error

@@ -48,6 +48,8 @@ class FolderReader:
         """None if the run has finished; else why not, in a few words."""
         if self.claimed and self.finished:
             return None
+        if self.metrics_file.exists() and not self.claimed:
+            return f"damaged: its {self.config_file.name} is missing"
         if self.error_file.exists():
             # Of a traceback the last line is the error itself.
             lines = self.error_file.read_text(errors="replace").strip().splitlines()
@@ -146,6 +148,12 @@ class FolderReader:
             return None
         way_out = "Judge that run again, with evaluate.py --overwrite."
         content = self._read_json(self.evaluation_file, way_out, sealed=True)
+        for name in ("settings", "environment"):
+            if not isinstance(content.get(name, {}), dict):
+                raise RunError(
+                    f"{self.evaluation_file} must hold an object as {name}. Received: "
+                    f"{content[name]!r}. {way_out}"
+                )
         return files.unsealed(content)
 
     def classifier_digest(self) -> str | None:
@@ -234,7 +242,10 @@ class FolderReader:
         except ValueError as error:
             raise RunError(f"{error}. {_ANEW}") from error
         if note.get("settings") != self.settings_digest:
-            raise RunError(f"{file} cannot be loaded: it is of a run with other settings. {_ANEW}")
+            raise RunError(
+                f"{file} cannot be loaded: it is of a run with other settings than those in "
+                f"{self.config_file.name}. {_ANEW}"
+            )
         done = int(model.optimizer.iterations) // steps_per_epoch
         with self._value_errors_as_run_errors(self.history_file, _ANEW):
             text, history = records.read_history(self.history_file, validated=self._validated)
