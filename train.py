@@ -9,12 +9,22 @@ The same command goes on where it was interrupted. docs/training.md says what a 
 
 import argparse
 import os
+import re
 import signal
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    # `ps` shows command lines to everybody: begin anew with the password in libpq's own variable.
+    for _number, _argument in enumerate(sys.orig_argv):
+        _match = re.match(r"(?:--\w+=)?postgres(?:ql)?://[^:@/]*(:(.*))@", _argument)
+        if _match:
+            os.environ["PGPASSWORD"] = urllib.parse.unquote(_match[2])
+            _open = _argument[: _match.start(1)] + _argument[_match.end(1) :]
+            _command = [*sys.orig_argv[:_number], _open, *sys.orig_argv[_number + 1 :]]
+            os.execv(sys.executable, _command)
     # Until `command.run` replaces them: while TensorFlow is imported there is nothing to save.
     for _number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(_number) is not signal.SIG_IGN:

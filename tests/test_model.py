@@ -684,3 +684,34 @@ def test_the_threshold_is_saved(tmp_path):
     assert again.regularizer.get_config()["threshold"] == 2.0
     for a, b in zip(fit(model)["loss"], fit(again)["loss"], strict=True):
         assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", [*regularizers.BY_NAME, "half of each batch"])
+def test_an_empty_batch_in_the_middle_of_an_epoch(name, eager):
+    """As Keras has it: the step is counted, nothing becomes NaN, and no Jacobian is penalized."""
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(size=(n, 6)).astype("float32"), np.arange(n) % 3) for n in (4, 0, 4)]
+
+    def trained(parts):
+        keras.utils.set_random_seed(0)
+        penalty = regularizers.get(name) if name in regularizers.BY_NAME else None
+        penalty = penalty or regularizers.SpectralNorm(0.01, seed=0, fraction=0.5)
+        network = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+        model = RegularizedModel(network, penalty)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1), loss, run_eagerly=eager)
+        specs = tf.TensorSpec([None, 6]), tf.TensorSpec([None], tf.int64)
+        data = tf.data.Dataset.from_generator(lambda: iter(parts), output_signature=specs)
+        data = data.apply(tf.data.experimental.assert_cardinality(len(parts)))
+        history = model.fit(data, verbose=0).history
+        assert int(model.optimizer.iterations) == len(parts)
+        return network.get_weights(), history
+
+    weights, history = trained(batches)
+    assert all(np.isfinite(w).all() for w in weights) and np.isfinite(history["penalty"][0])
+    # Eagerly Keras' own loss of an empty batch is not a number.
+    assert eager or np.isfinite(history["loss"][0])
+    if name not in ("weight_decay", "spectral_bound"):  # Of the weights, whatever the batch.
+        for a, b in zip(trained(batches[:1])[0], trained(batches[:2])[0], strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -178,7 +178,9 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
             for file in Path(made.data_dir).iterdir():
                 os.replace(file, scratch / file.name)
             temporary.remove(scratch / "made")
-    except (OSError, tf.errors.OpError) as error:
+    except Exception as error:
+        if not _is_of_files(error):
+            raise
         raise OSError(
             f"Cannot write {target}: {error}. Choose a writable --data-dir with room for the data "
             "set; the same command then makes it."
@@ -232,6 +234,15 @@ def _stored(name: str, builder: Any) -> tuple[Split, Split]:
     except Exception as error:  # TensorFlow has kinds of its own.
         raise _damaged(name, Path(builder.data_dir), error) from error
     return splits[0], splits[1]
+
+
+def _is_of_files(error: BaseException | None) -> bool:
+    """Whether a file caused an error: tensorflow-datasets wraps those of its writers."""
+    while error is not None:
+        if isinstance(error, (OSError, tf.errors.OpError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _damaged(name: str, folder: Path, error: Exception) -> ValueError:

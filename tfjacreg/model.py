@@ -174,9 +174,10 @@ class RegularizedModel(keras.Model):
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step on the loss plus the penalty, in the order of Algorithm 1."""
-        if self.regularizer is None:
-            return super().train_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        # Eagerly an empty batch is known to be one: there is nothing to penalize.
+        if self.regularizer is None or any(t.shape[:1] == (0,) for t in keras.tree.flatten(x)):
+            return super().train_step(data)
         with tf.GradientTape() as tape:
             # Forward mode, along the pass of the loss.
             subject, y_pred = self._forward(x)

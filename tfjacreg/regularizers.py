@@ -149,7 +149,8 @@ class JacobianRegularizer(Regularizer):
         key, state = self._next_key(state)
         if self.fraction < 1:
             jacobian = self._sampled(jacobian, key)
-        return tf.reduce_mean(self.per_example(jacobian, key)), state
+        values = self.per_example(jacobian, key)  # A replica's last batch may be empty.
+        return tf.reduce_sum(values) / tf.cast(tf.maximum(tf.size(values), 1), values.dtype), state
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
         """The seed and the number of draws so far."""
@@ -383,10 +384,8 @@ def get(identifier: str | dict[str, Any] | Regularizer | None) -> Regularizer | 
         known = {cls.__name__: cls for cls in BY_NAME.values()}
         name = identifier.get("class_name")
         if not identifier.get("module") and name not in known:
-            raise ValueError(
-                f"`class_name` in a regularizer's config must be one of {sorted(known)}, or stand "
-                f"beside the `module` of a class of your own. Received: {identifier!r}"
-            )
+            valid = f"one of {sorted(known)}, or stand beside the `module` of a class of your own"
+            raise ValueError(f"`class_name` must be {valid}. Received: {identifier!r}")
         try:
             found = keras.saving.deserialize_keras_object(identifier, custom_objects=known)
         except (AttributeError, KeyError, TypeError) as error:

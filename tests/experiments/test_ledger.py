@@ -1,10 +1,13 @@
 """The ledger of a sweep: each run is handed out once, whoever dies when."""
 
+import random
 import threading
 
 import optuna
 import pytest
 
+from tfjacreg.experiments import workers
+from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.ledger import Ledger
 from tfjacreg.experiments.sweep import Sweep
 
@@ -105,3 +108,36 @@ def test_workers_that_ask_at_once(tmp_path, storage):
     with Ledger.open(sweep, out, storage, None) as ledger:
         states = [trial.state for trial in ledger._study.get_trials()]
     assert states == [optuna.trial.TrialState.RUNNING] * len(taken) and len(taken) == 36
+
+
+def test_a_damaged_database_is_named_with_the_way_out(few, tmp_path):
+    """Or what was changed in it means nothing; no error is SQLite's or Optuna's own."""
+    sweep, out = few
+    with Ledger.open(sweep, out, None, None) as ledger:
+        while (claim := ledger.take()) is not None:
+            ledger.succeed(claim, METRICS)
+            ledger.locks.release(claim.name, claim.descriptor)
+    content = (out / "sweep.sqlite3").read_bytes()
+    seed = random.SystemRandom().randrange(10**9)
+    print("seed of the positions:", seed)
+    moments, damages = random.Random(seed), [b"no database" * 500, content[: len(content) // 2]]
+    for _ in range(20):
+        damaged = bytearray(content)
+        for position in moments.sample(range(len(content)), moments.choice([1, 20, 200])):
+            damaged[position] ^= 1 << moments.randrange(8)
+        damages.append(bytes(damaged))
+    refused = 0
+    for damaged in damages:
+        (out / "sweep.sqlite3").write_bytes(damaged)
+        error = None
+        try:
+            with Ledger.open(sweep, out, None, None) as ledger:
+                ledger.check_folders()
+                ledger.summary()
+        except (RunError, *workers.STORAGE_ERRORS) as found:  # `run_sweep` names it in the others.
+            error = found
+        if isinstance(error, RunError):
+            assert "sweep.sqlite3" in str(error) and "damaged" in str(error)
+            assert "remove it" in str(error)
+        refused += error is not None
+    assert refused >= 2

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 _NOTE = "run.json"  # Keras leaves members that it does not know alone.
+_OWN = {"keras", "builtins", "tfjacreg"}
 
 
 def save(model: keras.Model, path: Path, note: dict[str, Any]) -> None:
@@ -37,6 +38,12 @@ def load(path: Path, **options: Any) -> keras.Model:
     """
     # Keras jumps about in a file, past the checksums, and names one that is cut "not found".
     check_whole(path)
+    foreign = sorted(_modules(_descriptions(path)) - _OWN)
+    if foreign:
+        raise ValueError(
+            f"{path} cannot be loaded: it names classes of {foreign}, and no code is imported for "
+            "a file. Save it with layers of Keras alone"
+        )
     try:
         return keras.models.load_model(path, safe_mode=True, **options)
     except Exception as error:
@@ -59,6 +66,31 @@ def check_whole(path: Path) -> None:
         raise ValueError(f"{path} cannot be loaded: it is no whole .keras file: {error}") from error
     if damaged is not None:
         raise ValueError(f"{path} cannot be loaded: its part {damaged} is damaged")
+
+
+def _descriptions(path: Path) -> list[Any]:
+    """What the JSON parts of a `.keras` file say."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [name for name in archive.namelist() if name.endswith(".json")]
+        try:
+            return [json.loads(archive.read(name)) for name in parts]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} cannot be loaded: it does not say what model it is: {error}"
+            ) from error
+
+
+def _modules(config: Any) -> set[str]:
+    """The packages of all classes in a config: old versions of Keras import whatever is named."""
+    if isinstance(config, list):
+        return set().union(*map(_modules, config))
+    if not isinstance(config, dict):
+        return set()
+    module = config.get("module")
+    own = (
+        {module.partition(".")[0]} if isinstance(module, str) and "class_name" in config else set()
+    )
+    return own.union(*map(_modules, config.values()))
 
 
 def read_note(path: Path) -> dict[str, Any]:

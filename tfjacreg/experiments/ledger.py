@@ -27,6 +27,8 @@ from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
 from tfjacreg.experiments.sweep import Cell, Sweep
 
+DATABASE = "sweep.sqlite3"
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -131,14 +133,14 @@ class Ledger:
         name = f"{sweep.any_config.dataset}-{sweep.any_config.network}-{digest}"
         locks: FileLocks
         if storage is None:
-            url = sqlalchemy.URL.create("sqlite", database=str(out / "sweep.sqlite3"))
+            url = sqlalchemy.URL.create("sqlite", database=str(out / DATABASE))
             locks, options = FileLocks(out), {"connect_args": {"timeout": 60}}
         else:
             url = server_url(storage)
             locks, options = PostgresLocks(out, url, name), {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with contextlib.closing(locks):
-            with locks.exclusive():
+            with locks.exclusive(), _errors_name(out if storage is None else None):
                 tables = optuna.storages.RDBStorage(
                     url.render_as_string(hide_password=False), engine_kwargs=options
                 )
@@ -201,12 +203,21 @@ class Ledger:
     def check_folders(self) -> None:
         """Compares what runs came to with their folders, where those are here and finished.
 
+        Before `summary`, which takes every result for granted.
+
         Raises:
             RunError: If a folder is another run's, is damaged, or has other figures.
         """
         for name, trial in self.latest().items():
             folder = RunFolder(self.out / name)
-            if trial.state != TrialState.COMPLETE or not folder.finished:
+            if trial.state != TrialState.COMPLETE:
+                continue
+            if (
+                not isinstance(trial.user_attrs.get("test_accuracy"), int | float)
+                or not trial.values
+            ):
+                raise _damaged(self.out, f"{name} has no result")
+            if not folder.finished:
                 continue
             folder.check_settings(self.configs[name], "Move that run out of the sweep's folder.")
             here, known = folder.read_metrics()["test_accuracy"], trial.user_attrs["test_accuracy"]
@@ -276,6 +287,26 @@ class Ledger:
             elif trial.state == TrialState.FAIL:
                 failures[name] = trial.user_attrs.get("error", "its val_loss is not a number")
         return Summary(self.sweep.repeats, list(results.values()), failures)
+
+
+@contextlib.contextmanager
+def _errors_name(out: Path | None) -> Iterator[None]:
+    """Optuna answers a damaged file with errors of many kinds."""
+    try:
+        yield
+    except (OSError, sqlalchemy.exc.SQLAlchemyError):
+        raise
+    except Exception as error:
+        if out is None:
+            raise
+        raise _damaged(out, repr(error)) from error
+
+
+def _damaged(out: Path, reason: str) -> RunError:
+    return RunError(
+        f"The sweep's study ({out / DATABASE}, if it is not on a server) is damaged: {reason}. Put "
+        "it back, or remove it: finished runs are found by their folders."
+    )
 
 
 def _name(trial: FrozenTrial | Trial) -> str | None:

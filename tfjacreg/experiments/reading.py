@@ -48,10 +48,14 @@ class FolderReader:
         """None if the run has finished; else why not, in a few words."""
         if self.claimed and self.finished:
             return None
+        if self.metrics_file.exists() and not self.claimed:
+            return f"damaged: its {self.config_file.name} is missing"
         if self.error_file.exists():
             # Of a traceback the last line is the error itself.
             lines = self.error_file.read_text(errors="replace").strip().splitlines()
             return f"failed: {lines[-1] if lines else 'error.txt is empty'}"
+        if self.classifier_file.exists() and not self.checkpoint_file.exists():
+            return "not finished, or its metrics.json is missing"
         return "not finished" if self.path.exists() else "not started"
 
     @property
@@ -96,7 +100,7 @@ class FolderReader:
         content |= {k: v for k, v in EARLIER.items() if k not in content}
         try:
             RunConfig.of(**{k: content[k] for k in RunConfig.names() if k in content})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RunError(f"{self.config_file}: {error} {way_out}") from error
         if not isinstance(content.get("environment", {}), dict):
             raise RunError(
@@ -144,6 +148,12 @@ class FolderReader:
             return None
         way_out = "Judge that run again, with evaluate.py --overwrite."
         content = self._read_json(self.evaluation_file, way_out, sealed=True)
+        for name in ("settings", "environment"):
+            if not isinstance(content.get(name, {}), dict):
+                raise RunError(
+                    f"{self.evaluation_file} must hold an object as {name}. Received: "
+                    f"{content[name]!r}. {way_out}"
+                )
         return files.unsealed(content)
 
     def classifier_digest(self) -> str | None:
@@ -217,6 +227,14 @@ class FolderReader:
         """
         file = self.checkpoint_file
         if not file.exists():
+            # The first epoch's is written after its line, and the last one's stays to the end.
+            exported = self.classifier_file.exists() or self.saved_model.exists()
+            if exported or self.count_epochs() > 1:
+                also = f" and {self.metrics_file.name} are" if exported else " is"
+                raise RunError(
+                    f"{file}{also} missing: the other files are of a run that has come further. "
+                    f"{_ANEW}"
+                )
             return None, []
         try:
             note = checkpoint.read_note(file)
@@ -224,7 +242,10 @@ class FolderReader:
         except ValueError as error:
             raise RunError(f"{error}. {_ANEW}") from error
         if note.get("settings") != self.settings_digest:
-            raise RunError(f"{file} cannot be loaded: it is of a run with other settings. {_ANEW}")
+            raise RunError(
+                f"{file} cannot be loaded: it is of a run with other settings than those in "
+                f"{self.config_file.name}. {_ANEW}"
+            )
         done = int(model.optimizer.iterations) // steps_per_epoch
         with self._value_errors_as_run_errors(self.history_file, _ANEW):
             text, history = records.read_history(self.history_file, validated=self._validated)

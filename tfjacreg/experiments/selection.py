@@ -240,10 +240,11 @@ def _read_run(folder: RunFolder, config: RunConfig) -> RunResult:
     problem = folder.problem
     if problem is not None:
         return RunResult(folder, config, problem, {}, [], {})
-    history = folder.read_history()
+    metrics, history = folder.read_metrics(), folder.read_history()
     if len(history) != config.epochs:
         raise ValueError(
-            f"{folder.history_file} must hold {config.epochs} epochs. Received: {len(history)}."
+            f"{folder.history_file} must hold {config.epochs} epochs. Received: {len(history)}. "
+            "Train that run again, with train.py --overwrite."
         )
     environment = folder.read_config().get("environment", {})
-    return RunResult(folder, config, None, folder.read_metrics(), history, environment)
+    return RunResult(folder, config, None, metrics, history, environment)

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from tfjacreg import datasets, temporary
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
-from tfjacreg.experiments.ledger import Claim, Ledger, Summary
+from tfjacreg.experiments.ledger import DATABASE, Claim, Ledger, Summary
 from tfjacreg.experiments.locks import FileLocks, hidden
 from tfjacreg.experiments.run import train
 from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
 
+STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _POLL = 2.0  # Seconds between looks at the other workers.
 
 
@@ -86,11 +87,15 @@ def run_sweep(
         raise RunError(
             f"Cannot write the sweep's folder {out}: {error}. Choose a writable --out."
         ) from error
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except STORAGE_ERRORS as error:
         reason = hidden(str(error), storage)
-        raise RunError(
-            f"Cannot use the sweep's storage: {reason}\nThe same command goes on when it is there."
-        ) from error
+        way_out = "The same command goes on when it is there."
+        if storage is None:
+            way_out = (
+                f"A damaged {out / DATABASE} can be removed: finished runs are found by their "
+                "folders."
+            )
+        raise RunError(f"Cannot use the sweep's storage: {reason}\n{way_out}") from error
 
 
 def claim_folder(sweep: Sweep, out: Path) -> None:

@@ -1,0 +1,273 @@
+"""Starts train.py, evaluate.py and sweeps many times over: each a fork of one process.
+
+TensorFlow is imported once, and does not compute anything before the fork. The data set is a part
+of the digits and the network one dense layer, so that a run takes a second. As a program it takes
+orders as lines of JSON and answers each with a line.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 120
+PR_SET_PDEATHSIG = 1
+PLAN = {
+    "noise": {"variance": [0.01, 0.1], "draws": 1},
+    "pgd": {"iterations": [1, 2], "eps": 0.1, "step_size": 0.03},
+    "square": {"iterations": [2, 4], "eps": 0.1},
+}
+
+
+class Nursery:
+    """The process that forks. Its children end with it."""
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout.readline() == "ready\n"
+
+    def _ask(self, **order):
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the nursery has died"
+        return json.loads(answer)
+
+    def start(self, *argv, log, dies_at=None, full_at=None):
+        """Starts a command, `train` or `evaluate` and its arguments.
+
+        Args:
+            argv: The command line.
+            log: The file that its output goes to.
+            dies_at: Kills itself before the change of files of that number, counted from 0; -1
+                only counts them, for the last line of the log.
+            full_at: The name of a file, and another file that grows until the disk is full when
+                the first is to be written.
+        """
+        order = {"argv": [str(a) for a in argv], "log": str(log)}
+        return Child(self, self._ask(**order, dies_at=dies_at, full_at=full_at), log)
+
+    def call(self, *argv, log, **options):
+        """Runs a command to its end; returns its exit status and its output."""
+        Path(log).unlink(missing_ok=True)
+        child = self.start(*argv, log=log, **options)
+        return child.wait(), child.output
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(DEADLINE)
+
+
+class Child:
+    def __init__(self, nursery, pid, log):
+        self.pid, self._nursery, self._log, self._status = pid, nursery, Path(log), None
+
+    def poll(self):
+        """The exit status, negative for a signal; None while it runs."""
+        if self._status is None:
+            self._status = self._nursery._ask(poll=self.pid)
+        return self._status
+
+    def wait(self):
+        deadline = time.monotonic() + DEADLINE
+        while self.poll() is None:
+            assert time.monotonic() < deadline, f"{self.pid} does not end:\n{self.output}"
+            time.sleep(0.01)
+        return self.poll()
+
+    def signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+    @property
+    def output(self):
+        return self._log.read_text() if self._log.exists() else ""
+
+
+def shrink(set_attribute=setattr):
+    """Makes runs small: few digits, one dense layer, a short plan for evaluate.py.
+
+    Args:
+        set_attribute: `setattr`, or a fixture's that takes it back.
+    """
+    # Only here: the process that forks must be told where TensorFlow is to be found first.
+    import keras
+    import numpy as np
+    from keras import layers
+    from sklearn.datasets import load_digits
+
+    from tfjacreg import datasets, networks
+    from tfjacreg.experiments import evaluation
+
+    # Without TensorFlow's resizing: it must not compute anything before a fork.
+    images, labels = load_digits(return_X_y=True)
+    x = np.kron(images.reshape(-1, 8, 8) / 16, np.ones((3, 3))).astype("float32")
+    x = np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None]
+    by_class = np.argsort(labels, kind="stable").reshape(-1)
+    few = np.concatenate([by_class[labels[by_class] == k][:18] for k in range(10)])
+    rest, test = few[np.arange(180) % 18 < 14], few[np.arange(180) % 18 >= 14]
+    splits = [datasets.Split(x[rows], labels[rows].astype("int32")) for rows in (rest, test)]
+
+    def dense(input_shape, num_classes):
+        inputs = keras.Input(input_shape)
+        pooled = layers.Flatten()(layers.AveragePooling2D(7)(inputs))
+        return keras.Model(inputs, layers.Dense(num_classes)(pooled))
+
+    set_attribute(datasets, "_digits", lambda: splits)
+    set_attribute(datasets, "VALIDATION_SIZES", datasets.VALIDATION_SIZES | {"digits": 20})
+    set_attribute(networks, "_BY_NAME", networks._BY_NAME | {"lenet": dense})
+    set_attribute(evaluation, "_PLAN", evaluation._PLAN | PLAN)
+
+
+class _Forked:
+    """Stands for `subprocess.Popen` in a sweep's worker: the process of a run is a fork of it."""
+
+    def __init__(self, _command, *, stdout, **_):
+        from tfjacreg.experiments import workers
+
+        theirs, ours = os.pipe()
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            os.setpgid(0, 0)
+            os.close(ours)
+            os.dup2(theirs, 0)
+            sys.stdin = os.fdopen(0)
+            for descriptor in (1, 2):
+                os.dup2(stdout.fileno(), descriptor)
+            status = 1
+            try:
+                workers._run_for_worker()
+                status = 0
+            except SystemExit as error:
+                print(error.code, file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        os.close(theirs)
+        self.stdin = os.fdopen(ours, "wb", buffering=0)
+
+    def poll(self):
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            if found:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout=DEADLINE):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("run", timeout)
+            time.sleep(0.01)
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _main():
+    import evaluate
+    import train
+    from tfjacreg.experiments import figures, workers  # noqa: F401
+
+    shrink()
+    workers.subprocess = types.SimpleNamespace(
+        Popen=_Forked, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    workers._POLL = 0.1
+    commands = {"train": train.main, "evaluate": evaluate.main}
+
+    print("ready", flush=True)
+    statuses = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "poll" in order:
+            pid = order["poll"]
+            if pid not in statuses:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+            print(json.dumps(statuses.get(pid)), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for descriptor in (1, 2):
+                os.dup2(log, descriptor)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            changes = [0]
+            if order["dies_at"] is not None:
+                _die_at(order["dies_at"], changes)
+            if order["full_at"]:
+                _fill_at(*order["full_at"])
+            command, *arguments = order["argv"]
+            status = 1
+            try:
+                status = commands[command](arguments)
+            except SystemExit as error:
+                status = error.code
+            finally:
+                with contextlib.suppress(OSError):
+                    print("changes of files:", changes[0], flush=True)
+                os._exit(status)
+        print(pid, flush=True)
+
+
+def _die_at(number, seen):
+    """Kills this process before the change of files of that number, and counts them."""
+
+    def count(event, arguments):
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+        if event == "open" and isinstance(arguments[2], int):
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if changes:
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen[0] += 1
+
+    sys.addaudithook(count)
+
+
+def _fill_at(name, filler):
+    """Fills the disk when a file of that name is about to be written."""
+    from tfjacreg import temporary
+
+    replacing = temporary.replacing
+
+    @contextlib.contextmanager
+    def full(path):
+        if path.name == name:
+            with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(b"0" * 512):
+                    pass
+        with replacing(path) as inner:
+            yield inner
+
+    temporary.replacing = full
+
+
+if __name__ == "__main__":
+    _main()
