@@ -3,7 +3,8 @@
     python benchmarks/versions.py BEFORE AFTER --json results/versions.json
 
 Each checkout has a process of its own, and the two take turns: a round is a few steps of one
-variant here, then there. Ratios are to the plain step of the same checkout.
+variant here, then there. Ratios are to the plain step of the same checkout. The peak memory of
+LeNet at batch 512 is that of a process of its own for each variant, again in turn.
 """
 
 import argparse
@@ -20,6 +21,9 @@ import _setup  # noqa: F401
 
 STEPS = 5  # Of a variant in a row: enough to hide the turn, few enough to share the weather.
 CASES = (("lenet", 1.0, 32), ("lenet", 1.0, 256), ("vgg16", 0.25, 32))
+SIDES = ("before", "after")
+MEMORY = ("plain", "power_1", "power_1_transpose")
+PROCESSES = 3  # For each of these.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "power_1": {},
@@ -39,6 +43,11 @@ def work() -> None:
 
     steps: dict[str, Any] = {}
     for line in sys.stdin:
+        if line == "peak\n":
+            # Not getrusage: that high-water mark is inherited from the parent process.
+            status = Path("/proc/self/status").read_text()
+            print(int(status.split("VmHWM:")[1].split()[0]) / 2**20, flush=True)
+            continue
         network, width, batch, name, count = json.loads(line)
         key = json.dumps([network, width, batch, name])
         if key not in steps:
@@ -66,18 +75,35 @@ def work() -> None:
         print(json.dumps(seconds), flush=True)
 
 
+def worker(checkout: Path) -> "subprocess.Popen[str]":
+    """A process that takes steps with one checkout."""
+    return subprocess.Popen(
+        [sys.executable, __file__, "--work"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(checkout.resolve())},
+    )
+
+
+def ask(process: "subprocess.Popen[str]", line: str) -> Any:
+    """Sends a line and reads the answer."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(line, file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Lets a process end."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
 def compare(checkouts: list[Path], rounds: int) -> dict[str, Any]:
     """Median seconds and ratios for every case, checkout and variant."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--work"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(path.resolve())},
-        )
-        for path in checkouts
-    ]
+    workers = [worker(path) for path in checkouts]
     found: dict[str, Any] = {}
     for network, width, batch in CASES:
         names = [n for n in VARIANTS if network == "lenet" or "10" not in n]
@@ -86,15 +112,11 @@ def compare(checkouts: list[Path], rounds: int) -> dict[str, Any]:
         }
         for _ in range(rounds):
             for name in names:
-                for number, worker in enumerate(workers):
-                    print(
-                        json.dumps([network, width, batch, name, STEPS]),
-                        file=worker.stdin,
-                        flush=True,
-                    )
-                    times[number, name] += json.loads(worker.stdout.readline())  # type: ignore[union-attr]
+                line = json.dumps([network, width, batch, name, STEPS])
+                for number, process in enumerate(workers):
+                    times[number, name] += ask(process, line)
         rows: dict[str, Any] = {}
-        for number, checkout in enumerate(("before", "after")):
+        for number, checkout in enumerate(SIDES):
             plain = statistics.median(times[number, "plain"])
             rows[checkout] = {
                 name: {
@@ -106,15 +128,33 @@ def compare(checkouts: list[Path], rounds: int) -> dict[str, Any]:
         found[f"{network} width {width:g}, batch {batch}"] = rows
         print(f"\n{network} width {width:g}, batch {batch}: ms and ratio, before | after")
         for name in names:
-            cells = [rows[checkout][name] for checkout in rows]
+            cells = [rows[checkout][name] for checkout in SIDES]
             print(
                 f"  {name:20}"
                 + " |".join(f" {1e3 * c['seconds']:8.2f} {c['ratio']:6.2f}" for c in cells),
                 flush=True,
             )
-    for worker in workers:
-        worker.stdin.close()  # type: ignore[union-attr]
-        worker.wait()
+    for process in workers:
+        end(process)
+    return found
+
+
+def peaks(checkouts: list[Path]) -> dict[str, dict[str, list[float]]]:
+    """GiB that some steps of LeNet at batch 512 take at most; several processes for each."""
+    found: dict[str, dict[str, list[float]]] = {
+        side: {name: [] for name in MEMORY} for side in SIDES
+    }
+    for _ in range(PROCESSES):
+        for name in MEMORY:
+            for side, checkout in zip(SIDES, checkouts, strict=True):
+                process = worker(checkout)
+                ask(process, json.dumps(["lenet", 1.0, 512, name, STEPS]))
+                found[side][name].append(ask(process, "peak"))
+                end(process)
+    print("\nlenet, batch 512: peak memory in GiB, before | after")
+    for name in MEMORY:
+        cells = (" ".join(f"{peak:.3f}" for peak in found[side][name]) for side in SIDES)
+        print(f"  {name:20} {' | '.join(cells)}", flush=True)
     return found
 
 
@@ -134,6 +174,7 @@ def main() -> None:
     if len(arguments.checkouts) != 2:
         parser.error("two checkouts are compared: BEFORE AFTER")
     content = compare(arguments.checkouts, arguments.rounds)
+    memory = peaks(arguments.checkouts)
     if arguments.json:
         from tfjacreg.experiments import environment, files
 
@@ -144,6 +185,7 @@ def main() -> None:
                 "settings": settings,
                 "environment": environment.environment(),
                 "cases": content,
+                "peak_gib": memory,
             },
         )
 
