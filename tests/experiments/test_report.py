@@ -236,6 +236,53 @@ def test_table_1_by_hand(folder, nothing):
     assert rows["Frobenius"]["Last epoch"] == "no finished run"
 
 
+def test_differences_by_seed_with_the_paired_t_test(folder, nothing):
+    rows = rows_below(write(folder, nothing), "### fashion_mnist", 2)
+    # One repeat of None is no pair of seeds.
+    assert [row["Difference"] for row in rows] == ["Spectral - L2"]
+    ours, theirs = (numbers(folder, CHOSEN[method][0], *LAST) for method in ("Spectral", "L2"))
+    less = 100 * (ours - theirs)
+    assert rows[0]["Mean"] == ("+" if less.mean() > 0 else "") + spread(less, scale=1)
+    assert rows[0]["Seeds"] == "3"
+    # With two degrees of freedom the t distribution has a closed form.
+    t = less.mean() / (np.std(less, ddof=1) / math.sqrt(3))
+    assert rows[0]["p"] == rows[0]["All"] == f"{1 - abs(t) / math.sqrt(t**2 + 2):.3f}"
+
+
+def test_equal_accuracies_leave_nothing_to_test(folder, nothing):
+    for path in folder.glob("*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        path.write_text(json.dumps(metrics | {"test_accuracy": 0.875}))
+    (row,) = rows_below(write(folder, nothing), "### fashion_mnist", 2)
+    assert (row["Mean"], row["p"], row["All"]) == ("+0.00 ± 0.00", "", "")
+
+
+def test_several_differences_are_counted(folder, nothing):
+    sweep = Sweep.load(folder / "sweep.toml")
+    for (cell, _), config in sweep.configs().items():
+        if cell.method == "frobenius":
+            write_run(folder / sweep.folder(config), config, 0.3, 0.3, 9)
+    rows = rows_below(write(folder, nothing), "### fashion_mnist", 2)
+    names = ["Spectral - Frobenius", "Spectral - L2", "Frobenius - L2"]
+    assert [row["Difference"] for row in rows] == names
+    for row in rows:
+        assert float(row["All"]) == pytest.approx(min(1, 3 * float(row["p"])), abs=0.002)
+
+
+def test_the_difference_to_the_paper_with_welchs_t_test(folder, nothing):
+    row = rows_below(write(folder, nothing), "### fashion_mnist")[0]
+    ours = 100 * numbers(folder, CHOSEN["Spectral"][0], *LAST)
+    a, b = np.var(ours, ddof=1) / 3, 0.06**2 / 5
+    t = (ours.mean() - 91.10) / math.sqrt(a + b)
+    freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 4)
+    # The density of the t distribution, summed up to t.
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    x = np.linspace(-abs(t), abs(t), 100_001)
+    density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    p = 1 - np.trapezoid(density, x)
+    assert row["Less the paper's"] == f"{ours.mean() - 91.10:+.2f} (p {p:.3f})"
+
+
 def test_only_the_best_complete_method_is_bold(folder, nothing):
     # None would be best, but one of its three repeats does not make it comparable.
     path = folder / "none-lr0.01-b32-seed0" / "metrics.json"
@@ -380,7 +427,7 @@ def test_the_papers_numbers():
         method, *values = line.split()
         pairs = zip(map(float, values[::2]), map(float, values[1::2]), strict=True)
         for dataset, pair in zip(("cifar10", "kmnist", "fashion_mnist"), pairs, strict=True):
-            assert tables.PAPER[dataset][method] == pair
+            assert tables.PAPER[dataset][method] == (*pair, 5)
     assert list(tables.PAPER["kmnist"]) == list(selection.LABELS)
 
 
@@ -622,7 +669,7 @@ def test_the_page_holds_its_pictures_and_nothing_else(judged, benchmarks):
         head, encoded = link.split(",")
         assert head == "data:image/png;base64"
         assert base64.b64decode(encoded) == (judged / "report" / name).read_bytes()
-    assert "script" not in links.tags and links.tags.count("table") == 4
+    assert "script" not in links.tags and links.tags.count("table") == 5
     assert "url(" not in page_text and "@import" not in page_text
     # What came from files is text, not markup.
     assert "RunError: it 'diverged' | badly" in links.text and "one | core" in links.text
@@ -708,3 +755,11 @@ def test_the_browser_would_see_a_request(folder, nothing, browser):
     assert widths[0] == 0 and requests[outside] == "csp"
     path.write_text(re.sub(r"<meta http-equiv.*?>", "", text, flags=re.DOTALL))
     assert shown(browser, path)[1][outside] == "net::ERR_NAME_NOT_RESOLVED"
+
+
+def test_the_committed_report_is_that_of_the_committed_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # The report names folders as they were given.
+    place = Path("results/fashion_mnist")
+    folders = [place / "factors", place / "chosen"]
+    report.write(folders, tmp_path, benchmarks=Path("results"))
+    assert (tmp_path / "report.md").read_text() == (place / "report/report.md").read_text()

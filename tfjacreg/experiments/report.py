@@ -58,6 +58,8 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
         ]
         if results.chosen:
             blocks += ["The cells of this table:", tables.chosen_cells(results)]
+        if differences := tables.differences(results):
+            blocks += [f"The differences between them. {tables.DIFFERENCES}", differences]
         blocks += tables.missing(results)
     blocks += [*_training(sweeps, out), *_robustness(sweeps, out), *_cost(benchmarks, out)]
     blocks += ["## All cells", tables.ALL_CELLS]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shlex
 from collections import Counter
+
+from scipy import stats
 
 from tfjacreg.experiments import selection
 from tfjacreg.experiments.folder import RunFolder
@@ -16,25 +19,25 @@ from tfjacreg.experiments.sweep import SWEEP_FILE, Cell
 # Table 1 of the paper: test accuracy in %, mean and standard deviation over five runs.
 PAPER = {
     "cifar10": {
-        "spectral": (90.20, 0.61),
-        "frobenius": (90.21, 0.69),
-        "spectral_bound": (89.37, 0.70),
-        "weight_decay": (89.94, 0.76),
-        "none": (88.59, 0.67),
+        "spectral": Statistic(90.20, 0.61, 5),
+        "frobenius": Statistic(90.21, 0.69, 5),
+        "spectral_bound": Statistic(89.37, 0.70, 5),
+        "weight_decay": Statistic(89.94, 0.76, 5),
+        "none": Statistic(88.59, 0.67, 5),
     },
     "kmnist": {
-        "spectral": (96.61, 0.14),
-        "frobenius": (96.39, 0.08),
-        "spectral_bound": (95.72, 0.21),
-        "weight_decay": (93.38, 0.03),
-        "none": (94.36, 0.26),
+        "spectral": Statistic(96.61, 0.14, 5),
+        "frobenius": Statistic(96.39, 0.08, 5),
+        "spectral_bound": Statistic(95.72, 0.21, 5),
+        "weight_decay": Statistic(93.38, 0.03, 5),
+        "none": Statistic(94.36, 0.26, 5),
     },
     "fashion_mnist": {
-        "spectral": (91.10, 0.06),
-        "frobenius": (91.00, 0.16),
-        "spectral_bound": (90.66, 0.26),
-        "weight_decay": (90.84, 0.30),
-        "none": (90.35, 0.28),
+        "spectral": Statistic(91.10, 0.06, 5),
+        "frobenius": Statistic(91.00, 0.16, 5),
+        "spectral_bound": Statistic(90.66, 0.26, 5),
+        "weight_decay": Statistic(90.84, 0.30, 5),
+        "none": Statistic(90.35, 0.28, 5),
     },
 }
 _PAPER_RUNS = {"cifar10": "VGG16, 100 epochs", "kmnist": "LeNet, 50 epochs"}
@@ -48,6 +51,8 @@ repeats of one cell of the grid.
   repeats of the validation loss after the last epoch. The validation split is held out of the
   training set. Only a cell whose repeats have all finished can be chosen. † marks a method without
   such a cell: the best of its incomplete cells stands there, over the repeats that it has.
+- **Less the paper's**: its difference to the paper's mean in percentage points, and the p of
+  Welch's t test from the two means, standard deviations and numbers of repeats.
 - **Lowest validation loss**: of the same cell, at each run's epoch of lowest validation loss.
 - **Chosen on the test split**: of the cell with the lowest mean of its runs' lowest test loss, at
   each run's epoch of lowest test loss. The paper seems to have chosen so: its validation set is the
@@ -56,6 +61,12 @@ repeats of one cell of the grid.
 Sigma is the exact spectral norm of the Jacobian, in logits per standardized pixel, averaged over
 the test split after the last epoch. The time of a step is the mean over the repeats of each run's
 median epoch; runs that shared a machine slowed each other down (Figure 5 is the measurement)."""
+DIFFERENCES = """\
+Test accuracy after the last epoch, the first method's less the second's, in percentage points. Runs
+with the same seed are a pair: they begin with the same weights and see the images in the same
+order. p is that of the two-sided paired t test over the seeds, of this difference alone: of twenty
+such tests between equal methods, one falls below .05 by chance. "All" is p times the number of the
+tests here (Bonferroni)."""
 WHOLE_TRAINING_SET = """\
 Runs on the whole training set have no validation loss to choose by: a method's only cell stands for
 it, after the last epoch; a method with several cells has no choice but that on the test split."""
@@ -90,13 +101,48 @@ def table_1(results: SweepResults) -> str:
             accuracy = by_test.statistic("lowest_test_loss", "test_accuracy")
             row[4] = _percent(accuracy) + _dagger(by_test)
         if published:
-            mean, std = published[method]
-            row.insert(3, f"{mean:.2f} ± {std:.2f}")
+            row[3:3] = [_number(published[method], 2), _from_paper(cell, published[method])]
         rows.append(row)
     head = ["Method", "Last epoch", "Repeats", "Lowest validation loss", "Chosen on the test split"]
     if published:
-        head.insert(3, "Paper")
+        head[3:3] = ["Paper", "Less the paper's"]
     return _table(head, rows)
+
+
+def differences(results: SweepResults) -> str:
+    """How the methods of Table 1 differ, seed by seed; empty where no two share two seeds."""
+    found = []
+    for (first, one), (second, other) in itertools.combinations(results.chosen.items(), 2):
+        accuracies = [
+            {run.config.seed: 100 * run.metrics["test_accuracy"] for run in cell.finished}
+            for cell in (one, other)
+        ]
+        seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
+        if len(seeds) > 1:
+            pairs = [[accuracy[seed] for seed in seeds] for accuracy in accuracies]
+            less = Statistic.of([a - b for a, b in zip(*pairs, strict=True)])
+            # Without a spread there is nothing to test.
+            p = float(stats.ttest_rel(*pairs).pvalue) if less.std > 0 else math.nan
+            found.append((f"{LABELS[first]} - {LABELS[second]}", less, p))
+    rows = [
+        [name, str(less.repeats), _signed(less), _p(p), _p(min(len(found) * p, 1.0))]
+        for name, less, p in found
+    ]
+    return _table(["Difference", "Seeds", "Mean", "p", "All"], rows) if rows else ""
+
+
+def _from_paper(cell: CellResults | None, paper: Statistic) -> str:
+    """The difference to a published mean, with the p of Welch's t test."""
+    if cell is None:
+        return ""
+    ours = cell.statistic("test_accuracy")
+    difference = f"{100 * ours.mean - paper.mean:+.2f}"
+    if not ours.std > 0:
+        return difference
+    p = stats.ttest_ind_from_stats(
+        *(100 * ours.mean, 100 * ours.std, ours.repeats), *paper, equal_var=False
+    ).pvalue
+    return f"{difference} (p {_p(float(p))})"
 
 
 def setting(results: SweepResults) -> str:
@@ -257,6 +303,14 @@ def _dagger(cell: CellResults) -> str:
 def _number(statistic: Statistic, digits: int) -> str:
     mean = f"{statistic.mean:.{digits}f}"
     return mean if statistic.repeats == 1 else f"{mean} ± {statistic.std:.{digits}f}"
+
+
+def _signed(statistic: Statistic) -> str:
+    return f"{statistic.mean:+.2f} ± {statistic.std:.2f}"
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _percent(statistic: Statistic) -> str:
