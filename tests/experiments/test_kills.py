@@ -1,11 +1,9 @@
 """kill -9 at random moments: nothing twice, nothing lost beyond an epoch, nothing left behind."""
 
 import json
-import random
 import time
 
 import pytest
-from nursery import Nursery
 
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder import RunFolder
@@ -15,20 +13,6 @@ pytestmark = pytest.mark.slow
 EPOCHS = 4
 FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "saved_model"}
 FIGURES = ("test_accuracy", "test_loss", "test_spectral_norm", "val_loss", "val_accuracy")
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def moments():
-    seed = random.SystemRandom().randrange(10**9)
-    print("seed of the moments:", seed)
-    return random.Random(seed)
 
 
 def command(out, seed):
