@@ -315,7 +315,8 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
     else:
         target = benchmarks / "step_time_lenet.json"
         blocks += [
-            "There are no step times of several batch sizes. To measure them:",
+            f"There are no step times of several batch sizes in {tables.code(str(benchmarks))}. To "
+            "measure them:",
             tables.fence(f"python benchmarks/step_time.py --json {target}"),
         ]
     target = benchmarks / "estimator_error.json"
@@ -329,7 +330,11 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
         ]
     else:
         command = f"python benchmarks/estimator_error.py --runs runs/estimators --json {target}"
-        blocks += ["There are no errors of the estimators. To measure them:", tables.fence(command)]
+        blocks += [
+            f"There are no errors of the estimators in {tables.code(str(benchmarks))}. To measure "
+            "them:",
+            tables.fence(command),
+        ]
     return blocks
 
 
