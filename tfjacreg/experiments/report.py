@@ -41,8 +41,8 @@ distance along random directions of Figure 4."""
 RATIOS = """\
 Both distances at each point, and what the margin and sigma alone would give. No step from a margin
 `m` to the boundary is shorter than `m / (sqrt(2) sigma)` as long as sigma stays what it is at the
-point. It does not: where the last ratio is below 1 an image of another class lies nearer. That
-number is no certificate."""
+point. Nothing says that it does, so that number is no certificate: where the last ratio is below 1,
+an image of another class was found nearer."""
 
 
 def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
