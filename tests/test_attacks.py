@@ -288,7 +288,7 @@ def test_constant_logits_leave_the_images_and_count_as_faded(loss):
 
 
 @pytest.mark.filterwarnings("ignore:The loss of 6")
-@pytest.mark.parametrize("margin, faded", [(12, False), (20, True), (60, True), (200, True)])
+@pytest.mark.parametrize(("margin", "faded"), [(12, False), (20, True), (60, True), (200, True)])
 def test_the_loss_fades_where_its_rounding_says(margin, faded):
     # log(1 + exp(-margin)) is 0 in float32 from 16.6 on.
     model, kernel, _ = linear.__wrapped__()
@@ -432,10 +432,24 @@ def test_square_equals_a_plain_search():
 
 
 @pytest.mark.parametrize(
-    "query, side",
+    ("query", "side"),
     # 10,000 queries on 28x28: sqrt(784 * 0.8 / 2^k) rounded.
-    [(0, 25), (10, 25), (11, 18), (50, 18), (51, 13), (200, 13), (201, 9), (501, 6), (1001, 4)]
-    + [(2001, 3), (4001, 2), (6001, 2), (8001, 1), (9999, 1)],
+    [
+        (0, 25),
+        (10, 25),
+        (11, 18),
+        (50, 18),
+        (51, 13),
+        (200, 13),
+        (201, 9),
+        (501, 6),
+        (1001, 4),
+        (2001, 3),
+        (4001, 2),
+        (6001, 2),
+        (8001, 1),
+        (9999, 1),
+    ],
 )
 def test_square_schedule(query, side):
     assert square.window_size(query, 10_000, 28, 28) == side

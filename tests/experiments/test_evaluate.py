@@ -245,7 +245,7 @@ def test_attacks_come_on_top_of_earlier_ones(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (["--seed", "1"], "seed=0, now it is 1"),
         (["--limit", "30"], "images=40, now it is 30"),
@@ -378,7 +378,7 @@ def break_run(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    ("kind", "message"),
     {
         "no folder": "neither a run folder nor",
         "no config": "has no config.json",
@@ -426,7 +426,7 @@ def test_bare_classifiers_need_a_data_set(classifiers, make_run):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--attacks", "fgsm"], "invalid choice: 'fgsm'"),
         (["--limit", "0"], "must be at least 1"),
@@ -440,7 +440,7 @@ def test_bad_arguments(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ([], "required: RUN"),
         (["run", "--benchmarks", "results"], "unrecognized arguments: --benchmarks"),

@@ -62,7 +62,8 @@ def test_the_training_figure_shows_mean_and_spread(tmp_path, monkeypatch):
     # Sample standard deviations: those of two values that are d apart are d / sqrt(2).
     (band,) = left.collections
     std = np.array([2, 1]) / np.sqrt(2)
-    edges = np.sort(np.concatenate([[4, 1.5] - std, [4, 1.5] + std]))
+    mean = np.array([4, 1.5])
+    edges = np.sort(np.concatenate([mean - std, mean + std]))
     np.testing.assert_allclose(np.unique(band.get_paths()[0].vertices[:, 1]), edges)
     # The same method looks the same where others are missing.
     assert none.get_color() == right.get_lines()[0].get_color() != spectral.get_color()

@@ -122,7 +122,7 @@ def test_evaluate_py(nursery, undisturbed, moments, tmp_path):
 
 
 def test_a_sweep_with_two_workers(nursery, undisturbed, moments, tmp_path):
-    figures, seconds, changes = undisturbed
+    figures, seconds, _ = undisturbed
     path, out = tmp_path / "four.toml", tmp_path / "four"
     path.write_text(
         f'dataset = "digits"\nepochs = {EPOCHS}\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'

@@ -658,7 +658,7 @@ def write_text(name, text):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
         (lambda f: (f / "sweep.toml").unlink(), "must hold sweep.toml. Received: .*sweep, which"),
         (write_text("sweep.toml", "= 3"), r"sweep.toml is not a TOML file"),
@@ -700,7 +700,7 @@ def test_results_without_weights(judged, nothing):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("step_time_a.json", {}), ("estimator_error.json", {"settings": {}})]
+    ("name", "content"), [("step_time_a.json", {}), ("estimator_error.json", {"settings": {}})]
 )
 def test_foreign_benchmarks_are_named(folder, benchmarks, name, content):
     (benchmarks / name).write_text(json.dumps(content))
