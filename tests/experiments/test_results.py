@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfjacreg.experiments import curves, report
-from tfjacreg.experiments.curves import Evaluation
+from tfjacreg.experiments import report
 from tfjacreg.experiments.measures import PERTURBATIONS, PLAN, POINTWISE
 from tfjacreg.experiments.sweep import Sweep
 
