@@ -756,3 +756,19 @@ def test_bad_loss(loss):
 def test_square_wants_images():
     with pytest.raises(ValueError, match=r"\[N, H, W, C\]"):
         attacks.square(linear((7,))[0], np.full((2, 7), 0.5), np.array([0, 1]))
+
+
+def test_labels_in_a_column_are_labels(cnn):
+    """As keras.datasets.cifar10 gives them."""
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(6, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 6)
+    flat, column = (
+        attacks.pgd(cnn, x, labels, eps=0.1, step_size=0.03, iterations=2, seed=0)
+        for labels in (y, y[:, None])
+    )
+    np.testing.assert_array_equal(column.x_adv, flat.x_adv)
+    np.testing.assert_array_equal(column.accuracy, flat.accuracy)
+    with pytest.raises(ValueError, match=r"one label per image.*Received: \(6, 10\).*argmax"):
+        attacks.pgd(cnn, x, np.eye(10, dtype=int)[y], iterations=1)
+    with pytest.raises(ValueError, match=r"one label per image.*Received: \(5,\)\.$"):
+        attacks.pgd(cnn, x, y[:5], iterations=1)

@@ -95,7 +95,7 @@ def pgd(
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
         x: Pixels in [0, 1], `[N, *in]`.
-        y: Integer labels `[N]`.
+        y: Integer labels `[N]` or `[N, 1]`.
         eps: Radius of the ball, in pixel units.
         step_size: Change of each pixel per iteration, in pixel units.
         iterations: Number of steps, or several rising numbers: one run to the last, read off at
