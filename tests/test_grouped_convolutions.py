@@ -43,7 +43,7 @@ def network(name):
     made = keras.Sequential([keras.Input(SHAPES.get(name, IMAGE)), first, *rest])
     for weight in made.weights:
         if weight.name == "bias":
-            weight.assign(random_like(weight) * 0.1)
+            weight.assign(random_like(weight.value) * 0.1)
     return made
 
 
@@ -69,7 +69,7 @@ def test_gradient_of_the_penalty_by_finite_differences(name, jit_compile, float6
     x = tf.constant(seeded_input(SHAPES.get(name, IMAGE)))
     u, v = random_like(made(x)), random_like(x)
     kernel = made.layers[0].kernel
-    direction = random_like(kernel, seed=1)
+    direction = random_like(kernel.value, seed=1)
 
     def penalty():
         rows = dense_jacobian(made, x)

@@ -46,6 +46,11 @@ def calls_functions(graph: tf.Graph) -> bool:
     )
 
 
+def defines_gradients(graph: tf.Graph) -> bool:
+    """Whether something in a graph is a `tf.custom_gradient`."""
+    return any(_has_own_gradient(op) for op in graph.get_operations())
+
+
 def draws_or_assigns(operations: Sequence[tf.Operation]) -> str | None:
     """The first operation that does another thing each time it runs, in words; None without one.
 
