@@ -78,3 +78,71 @@ def test_a_run_trained_again_is_judged_as_the_committed_one():
     for perturbation in ("noise", "pgd", "tpgd", "square"):
         assert now[perturbation]["accuracy"] == before[perturbation]["accuracy"]
     assert now["boundary_distance"] == before["boundary_distance"]
+
+
+NAMES = {
+    "none": "none",
+    "Spectral-Bound": "spectral_bound",
+    "weight decay": "weight_decay",
+    "Frobenius": "frobenius",
+    "spectral": "spectral",
+}
+
+
+def run_named(text):
+    """The run folder of "spectral .1", as the page writes it."""
+    method, _, factor = text.partition(" .")
+    return f"{NAMES[method]}{factor and f'-0.{factor}'}-lr0.01-b32-seed0"
+
+
+def test_the_tables_of_the_page_are_those_of_the_files():
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    section = text.split("## The five methods on Fashion-MNIST")[1].split("### Large cells")[0]
+    accuracies, points = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+        for table in re.findall(r"^\|.*?\n(?=\n)", section, re.M | re.DOTALL)
+    )
+    named = [run_named(row[0]) for row in accuracies]
+    assert sorted(named) == sorted(RUNS) and [run_named(row[0]) for row in points] == named
+    found = [evaluation(run) for run in named]
+    for row, result in zip(accuracies, found, strict=True):
+        values = [
+            result["clean_accuracy"],
+            result["noise"]["accuracy"][3],
+            result["pgd"]["accuracy"][2],
+            result["pgd"]["accuracy"][5],
+            result["pgd"]["faded"][5],
+            *(result["pgd_margin"]["accuracy"][i] for i in (2, 3, 5)),
+            result["square"]["accuracy"][5],
+        ]
+        assert row[1:] == [f"{100 * value:.1f}" for value in values]
+    right = np.all([np.array(result["margin"]) > 0 for result in found], axis=0)
+    for row, result in zip(points, found, strict=True):
+        sigma, margin, nearest, spheres = (
+            np.array(result[name], float)
+            for name in ("sigma", "margin", "minimal_distance", "boundary_distance")
+        )
+        spheres[np.isnan(spheres)] = np.inf
+        with np.errstate(invalid="ignore"):
+            around, linear = spheres / nearest, nearest / (margin / (np.sqrt(2) * sigma))
+        values = (np.median(a[right]) for a in (nearest, spheres, around, linear))
+        shown = [f"{v:.{d}f}" for v, d in zip(values, (2, 2, 1, 2), strict=True)]
+        below = f"{100 * (linear[right] < 1).mean():.1f}"
+        assert row[1:] == [f"{sigma.mean():.2f}", *shown, below]
+
+
+def test_what_the_page_says_of_the_ranking():
+    """With a margin all measures of an attacker give one order; the cross entropy does not."""
+    networks = [evaluation(run) for run in RUNS]
+
+    def ranked(value):
+        return sorted(range(len(RUNS)), key=lambda i: value(networks[i]))
+
+    order = ranked(lambda r: -np.mean(r["sigma"]))
+    assert ranked(lambda r: np.nanmedian(np.array(r["minimal_distance"], float))) == order
+    for step in (2, 3):
+        assert ranked(lambda r, step=step: r["pgd_margin"]["accuracy"][step]) == order
+    weakest = order[0]
+    assert networks[weakest]["pgd_margin"]["accuracy"][4] == 0
+    last = [network["pgd"]["accuracy"][5] for network in networks]
+    assert last[weakest] > np.median(last)

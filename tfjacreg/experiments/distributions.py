@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Distances, Evaluation
 from tfjacreg.experiments.figures import save, styles
+
+# With room for a legend beside the panel.
+_WIDE = 9.0
 
 
 def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
@@ -57,7 +59,7 @@ def distance_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
     if all("boundary" in e.result for e in evaluations):
         names.append("boundary")
     measured = [curves.distances(evaluations, name) for name in names]
-    figure, panels = _panels(measured[0])
+    figure, panels = _panels(measured[0], _WIDE)
     drawn_as = styles(evaluations)
     for ax, dataset in zip(panels, measured[0], strict=True):
         for method, style in drawn_as.items():
@@ -73,15 +75,10 @@ def distance_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
         ax.set_title(_title(dataset, measured[0][dataset]))
         ax.set_xlabel("distance to another class (Euclidean, pixel units)")
         ax.set_ylabel("points within (%)")
-        _logarithmic(ax)
-        methods = ax.legend(loc="upper left", fontsize=8)
         if len(names) > 1:
-            ax.add_artist(methods)
-            lines = [
-                Line2D([], [], color="gray", label="nearest image found"),
-                Line2D([], [], color="gray", linestyle="--", label="along random directions"),
-            ]
-            ax.legend(handles=lines, loc="lower right", fontsize=8)
+            ax.plot([], [], color="gray", label="nearest image found")
+            ax.plot([], [], color="gray", linestyle="--", label="along random directions")
+        _logarithmic(ax)
     save(figure, path)
 
 
@@ -96,7 +93,7 @@ def sigma_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
         path: PNG file to write.
     """
     gathered = curves.slopes(evaluations)
-    figure, panels = _panels(gathered)
+    figure, panels = _panels(gathered, _WIDE)
     drawn_as = styles(evaluations)
     for ax, (dataset, methods) in zip(panels, gathered.items(), strict=True):
         for method, slope in methods.items():
@@ -107,13 +104,12 @@ def sigma_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
         ax.set_xlabel("exact sigma (logits per pixel unit)")
         ax.set_ylabel("points with at most that (%)")
         _logarithmic(ax)
-        ax.legend(loc="upper left", fontsize=8)
     save(figure, path)
 
 
-def _panels(gathered: dict[str, Any]) -> tuple[Figure, list[Axes]]:
+def _panels(gathered: dict[str, Any], width: float = 6.4) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each data set, one below the other."""
-    size = (6.4, 3.6 * len(gathered) + 0.6)
+    size = (width, 3.6 * len(gathered) + 0.6)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     panels = figure.subplots(len(gathered), 1, squeeze=False)[:, 0].tolist()
     for ax in panels:
@@ -136,7 +132,10 @@ def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], **style: Any) -> Non
 
 
 def _logarithmic(ax: Axes) -> None:
+    """Makes the axis logarithmic, and lays the legend beside the panel: the curves fill it."""
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
