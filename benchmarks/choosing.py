@@ -146,7 +146,7 @@ class Timed(SpectralNormMonitor):
         self.seconds.append(time.perf_counter() - start)
 
 
-def monitor(points: int = 1000, epochs: int = 6) -> list[dict[str, Any]]:
+def monitor(points: int = 1000, epochs: int = 16) -> list[dict[str, Any]]:
     """Seconds of an epoch of LeNet on 1,257 digits, and what the monitor adds to it.
 
     Args:
