@@ -42,7 +42,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def factors_table(content: dict[str, Any]) -> str:
     """The digits: a row for each factor."""
     head = ["factor", "training accuracy in %", "test accuracy in %", "under noise in %"]
-    head += ["validation loss: first epoch", "lowest", "last", "mean sigma"]
+    head += ["validation loss: first epoch", "last", "test loss", "mean sigma"]
     rows = []
     for row in content["factors"]:
         losses = row["val_loss"]
@@ -53,8 +53,8 @@ def factors_table(content: dict[str, Any]) -> str:
                 spread(row["test_accuracy"], 1, 100),
                 spread(row["noisy_accuracy"], 1, 100),
                 spread([one[0] for one in losses], 2),
-                spread([min(one) for one in losses], 3),
                 spread([one[-1] for one in losses], 3),
+                spread(row["test_loss"], 3),
                 spread(row["sigma_mean"], 2),
             ]
         )
@@ -176,7 +176,7 @@ def monitor_table(content: dict[str, Any]) -> str:
         "ms per epoch",
         "per point",
         "first epoch, s",
-        "part of an epoch",
+        "training, ms",
     ]
     rows = [
         [
@@ -185,7 +185,7 @@ def monitor_table(content: dict[str, Any]) -> str:
             f"{1e3 * row['monitor_seconds']:.0f}",
             f"{1e3 * row['monitor_seconds'] / row['points']:.3f}",
             f"{row['first_seconds']:.1f}",
-            f"{row['monitor_seconds'] / row['epoch_seconds']:.2f}",
+            f"{1e3 * row['epoch_seconds']:.0f}",
         ]
         for row in content["monitor"]
     ]

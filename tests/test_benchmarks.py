@@ -33,6 +33,8 @@ def script(name):
 
 estimator_error = script("estimator_error")
 step_time = script("step_time")
+choosing = script("choosing")
+choosing_page = script("choosing_page")
 margin_reference = script("margin_reference")
 
 
@@ -335,6 +337,44 @@ def test_estimators_are_trained_measured_and_resumed(tmp_path, monkeypatch, caps
     again = json.loads((tmp_path / "error.json").read_text())
     for first, second in zip(content["networks"], again["networks"], strict=True):
         assert first["mean_sigma"] == pytest.approx(second["mean_sigma"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["factors", "denoiser"])
+def test_choosing_goes_on_where_it_stopped(part, tmp_path, monkeypatch):
+    """Each variant has one figure for each seed, and what is there is not trained again."""
+    plain, penalized = {"factor": 0.0}, {"factor": 0.1, "method": "lanczos", "iterations": 3}
+    monkeypatch.setattr(choosing, "EPOCHS", {"lenet": 1, "denoiser": 1})
+    monkeypatch.setitem(choosing.VARIANTS, part, [plain])
+    path = tmp_path / "choosing.json"
+    command = ["choosing.py", "--parts", part, "--json", str(path), "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    choosing.main()
+    (first,) = json.loads(path.read_text())[part]
+    monkeypatch.setitem(choosing.VARIANTS, part, [plain, penalized])
+    choosing.main()
+    same, other = json.loads(path.read_text())[part]
+    assert same == first and other["penalty"] == penalized and other["seeds"] == [1]
+    assert other["sigma_mean"][0] < same["sigma_mean"][0]
+
+
+def test_the_monitors_cost_is_measured():
+    rows = choosing.monitor(points=8, epochs=2)
+    assert [row["method"] for row in rows] == ["lanczos", "lanczos", "exact"]
+    for row in rows:
+        assert 0 < row["monitor_seconds"] < row["first_seconds"]
+
+
+def test_the_tables_of_choosing_are_those_of_the_results():
+    root = FOLDER.parent
+    page = (root / "docs" / "choosing.md").read_text()
+    found = choosing_page.tables(root / "results")
+    assert choosing_page.with_tables(page, found) == page
+    # One row by hand, from the seeds' own figures.
+    content = json.loads((root / "results" / "choosing.json").read_text())
+    (row,) = [r for r in content["denoiser"] if r["penalty"].get("method") == "power"]
+    mean, deviation = np.mean(row["error"]), np.std(row["error"], ddof=1)
+    assert f"| 1 | 0.1 | N = 1 | {mean:.4f} ± {deviation:.4f} |" in page
 
 
 def test_the_margin_is_compared_with_art(capsys):
