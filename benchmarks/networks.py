@@ -134,7 +134,9 @@ def double_backward(made: tfjacreg.RegularizedModel) -> Callable[[Any], dict[str
 def steps(name: str, repeats: int) -> dict[str, float]:
     """Median seconds of a step of every variant, interleaved."""
     data = batch(name, BATCH_SIZE)
-    functions = {variant: model(name, variant).train_step for variant in variants(name)}
+    functions: dict[str, Callable[[Any], Any]] = {
+        variant: model(name, variant).train_step for variant in variants(name)
+    }
     functions["double_backward"] = double_backward(model(name, "plain"))
 
     def run(compiled: Callable[[Any], dict[str, tf.Tensor]]) -> Any:
