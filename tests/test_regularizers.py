@@ -110,6 +110,25 @@ def test_gradient_against_finite_differences_of_numpys_svd(float64, method, acti
     assert_all_close(gradients, finite_difference_gradients(mean_sigma, network), atol=2e-6)
 
 
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_threshold_between_the_examples_sigmas(float64, squared):
+    """Half of the batch is above it: values and gradients by finite differences of NumPy's SVD."""
+    network = tiny("tanh")
+    x = seeded_input((4, 4, 1), 4)
+    jacobian = compiled_jacobian(network, x)
+    threshold = np.median(singular_values(jacobian())[:, 0])
+
+    def expected():
+        excess = np.maximum(singular_values(jacobian())[:, 0] - threshold, 0)
+        assert np.count_nonzero(excess) == 2
+        return np.mean(excess**2 if squared else excess)
+
+    regularizer = SpectralNorm(1, "exact", squared=squared, threshold=threshold)
+    penalty, gradients = penalty_and_gradients(regularizer, network, x)
+    assert float(penalty) == pytest.approx(expected(), rel=1e-8)
+    assert_all_close(gradients, finite_difference_gradients(expected, network), atol=1e-7)
+
+
 @pytest.mark.parametrize("method", CONVERGED)
 @pytest.mark.parametrize("forward_mode", FORWARD_MODES)
 def test_gradient_against_that_of_the_dense_svd(float64, method, forward_mode):
