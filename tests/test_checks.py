@@ -287,3 +287,11 @@ def test_the_layer_is_named_in_half_precision():
     for culprit in (Centred(False, name="culprit"), OnlyOnce(name="culprit")):
         with pytest.raises(ValueError, match="'culprit'"):
             check_network(inside(culprit), seeded_input((4,), 3))
+
+
+def test_a_dropout_mask_of_one_pass_is_not_used_in_the_next():
+    """Called alone, a cell keeps its mask: of a graph that is gone it would be an error."""
+    network = keras.Sequential([keras.Input((4, 3)), layers.LSTM(2, dropout=0.2, use_cudnn=False)])
+    x = np.ones((2, 4, 3), "float32")
+    with pytest.raises(ValueError, match=r"layer 'lstm\w*' \(LSTM\) cannot be differentiated fo"):
+        check_network(network, x, forward_mode="accumulator")

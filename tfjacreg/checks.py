@@ -223,6 +223,7 @@ def _fault(
 
     try:
         graph = _traced(forward, taken.leaves, variables).graph
+        _reset_dropout_masks(network)  # Those of this graph are of no use in the next one.
         # A loop in a graph is another operation than an eager one, and eagerly an accumulator
         # takes the gradient that a `tf.custom_gradient` defines. Training runs in a graph.
         if graphs.calls_functions(graph) or (
@@ -319,7 +320,7 @@ def _restored(network: keras.Layer) -> Iterator[dict[int, tuple[tf.Variable, tf.
 
 
 def _reset_dropout_masks(network: keras.Layer) -> None:
-    """Recurrent cells keep their masks when the trace of their loop fails."""
+    """Recurrent cells keep their masks when no loop around them ends."""
     for layer in _keras.layers_of(network):
         for name in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
             getattr(layer, name, lambda: None)()
