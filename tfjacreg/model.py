@@ -85,6 +85,11 @@ class RegularizedModel(keras.Model):
         """The names of the network's outputs, by which losses and metrics may be given."""
         return getattr(self.network, "output_names", None)
 
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """Keras' own, and those that the network keeps for itself."""
+        return [*super().metrics, *_keras.own_metrics(self.network)]
+
     def build(self, input_shape: Any) -> None:
         """Builds the network and makes the variables that the penalty remembers things in."""
         if not self.network.built:
