@@ -12,7 +12,7 @@ from reference import (
     seeded_input,
 )
 
-from tfjacreg import JacobianOperator, hold_constant
+from tfjacreg import JacobianOperator, check_network, hold_constant
 from tfjacreg.jacobian import FORWARD_MODES
 
 
@@ -304,3 +304,36 @@ def test_hold_constant_does_nothing_outside():
         with hold_constant():
             y = x * x
     np.testing.assert_array_equal(tape.gradient(y, x), 2 * x)
+
+
+class Inside(layers.Layer):
+    """BatchNorm inside of a graph that is inside of the pass's."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.norm = layers.BatchNormalization()
+        self.around = around
+
+    def build(self, shape):
+        self.norm.build(shape)
+
+    def call(self, x, training=None):
+        return self.around(lambda: self.norm(x, training=training), x)
+
+
+INNER = {
+    "function": lambda call, x: tf.function(call, autograph=False)(),
+    "branch": lambda call, x: tf.cond(tf.reduce_sum(x) > -1e9, call, lambda: x),
+}
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_what_cannot_be_held_is_refused(kind):
+    """The tape records an inner graph as one operation, with the statistics in it."""
+    network = keras.Sequential([keras.Input((4,)), layers.Dense(4), Inside(INNER[kind])])
+    x = tf.constant(seeded_input((4,), 3))
+    with pytest.raises(ValueError, match=r"inside of a tf\.function, a branch or a loop"):
+        tf.function(lambda x: JacobianOperator(network, x, training=True).primal)(x)
+    with pytest.raises(ValueError, match=r"layer 'inside\w*' \(Inside\).*inside of a tf\.func"):
+        check_network(network, x, forward_mode="transpose")
+    check_network(network, x, training=False, forward_mode="transpose")

@@ -412,3 +412,37 @@ def test_many_models_print_no_warning_of_ours(capfd, caplog):
     retraced = re.findall(r"calls to <function (\S+) at", said)
     # Keras' own function, without a penalty just the same.
     assert not [name for name in retraced if "TensorFlowTrainer" not in name]
+
+
+def recomputed(x):
+    return tf.recompute_grad(tf.tanh)(x)
+
+
+ONCE = {
+    "no second derivative is registered": lambda x: tf.image.resize(x, (4, 4), "bicubic"),
+    "pooling with argmax": lambda x: tf.nn.max_pool_with_argmax(x, 2, 2, "VALID")[0],
+    "recomputed": recomputed,
+    "quantized": counted_wrong,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_what_can_be_differentiated_once_only_is_refused_in_words(kind):
+    network = around(By(ONCE[kind], name="culprit"))
+    with pytest.raises(ValueError, match="J v is not known.*`check_network` names.*Received"):
+        spectral_norm(network, X)
+    frobenius_norm(network, X)  # Needs J^T u alone.
+    for mode in FORWARD_MODES:
+        with pytest.raises(ValueError, match="'culprit'") as error:
+            check_network(network, X, forward_mode=mode)
+        assert "no differentiable operation" not in str(error.value)
+
+
+def test_a_layer_in_float8_is_named_for_what_it_does():
+    network = keras.Sequential([keras.Input((5,)), layers.Dense(4), layers.Dense(2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network.layers[0].quantize("float8")
+    with pytest.raises(ValueError, match=r"\(Dense\)") as error:
+        check_network(network, np.ones((3, 5), "float32"), forward_mode="transpose")
+    assert "_AtOneInput" not in str(error.value)

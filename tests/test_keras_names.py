@@ -104,3 +104,17 @@ def test_is_inside_another():
     assert not asked.answer
     keras.Sequential([asked])(np.ones((1, 2)))
     assert asked.answer
+
+
+def test_own_metrics(network):
+    """Those that a model holds itself: of what was compiled none, and a layer has none."""
+
+    class Measuring(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.activity = keras.metrics.Mean(name="activity")
+
+    measuring = Measuring()
+    measuring.compile("sgd", "mse", metrics=["mae"])
+    assert _keras.own_metrics(measuring) == [measuring.activity]
+    assert _keras.own_metrics(network) == _keras.own_metrics(Nested()) == []

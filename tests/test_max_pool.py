@@ -23,6 +23,7 @@ LAYERS = {
     "1d": ((9, 2), lambda: layers.MaxPooling1D(3)),
     "1d_overlap": ((9, 2), lambda: layers.MaxPooling1D(3, strides=2, padding="same")),
     "3d": ((4, 4, 2, 2), lambda: layers.MaxPooling3D(2)),
+    "3d_large": ((4, 5, 6, 2), lambda: layers.MaxPooling3D(2)),
     "3d_overlap": ((4, 4, 3, 1), lambda: layers.MaxPooling3D(2, strides=1)),
 }
 

@@ -317,3 +317,83 @@ def test_what_needs_no_jacobian_takes_what_keras_takes(kind, penalty):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for a, b in zip(weights, got, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+def words():
+    a, word = keras.Input((4,), name="a"), keras.Input((1,), dtype="string", name="side")
+    lookup = layers.StringLookup(vocabulary=["red", "green"], output_mode="one_hot")
+    return a, word, lookup(word), tf.constant([["red"], ["green"], ["none"]] * (N // 3))
+
+
+def hashed_codes():
+    a, code = keras.Input((4,), name="a"), keras.Input((1,), dtype="int64", name="side")
+    encoded = layers.CategoryEncoding(3)(layers.Hashing(3)(code))
+    return a, code, encoded, tf.constant([[11], [22], [33]] * (N // 3), tf.int64)
+
+
+def rows():
+    a, row = keras.Input((4,), name="a"), keras.Input((6,), sparse=True, name="side")
+    sparse = tf.sparse.from_dense(np.eye(6, dtype="float32")[np.arange(N) % 6])
+    return a, row, layers.Dense(5)(row), sparse
+
+
+@pytest.mark.parametrize("side", [words, hashed_codes, rows], ids=lambda side: side.__name__)
+def test_what_is_no_dense_number_is_a_constant_beside(side):
+    """Strings, hashed codes and sparse rows: training and sigma against finite differences."""
+    keras.utils.set_random_seed(3)
+    a, other, encoded, values = side()
+    hidden = layers.Dense(5, "tanh")(layers.Concatenate()([a, encoded]))
+    made = keras.Model({"a": a, "side": other}, layers.Dense(3)(hidden))
+    x = {"a": tf.constant(A), "side": values}
+    jacobians = finite_difference_jacobian(
+        lambda moved: made({"a": tf.constant(moved, tf.float32), "side": values}), A, 1e-2
+    )
+    true = singular_values(jacobians)[:, 0]
+    batches = tf.data.Dataset.from_tensor_slices((x, LABELS)).batch(N)
+    for mode in ("accumulator", "transpose"):
+        penalty = regularizers.SpectralNorm(0.1, "lanczos", 3, seed=0, forward_mode=mode)
+        model = compiled(RegularizedModel(made, penalty), {"loss": CROSS_ENTROPY}, rate=0.0)
+        history = model.fit(batches, verbose=0).history
+        np.testing.assert_allclose(history["penalty"][0], true.mean(), rtol=1e-3)
+    if side is rows:
+        penalty = regularizers.SpectralNorm(0.1, fraction=0.5)
+        model = compiled(RegularizedModel(made, penalty), {"loss": CROSS_ENTROPY})
+        with pytest.raises(ValueError, match=r"sparse tensor .*Use fraction=1.*Received"):
+            model.fit(batches, verbose=0)
+
+
+class Measuring(keras.Model):
+    """Keeps a metric of its own, as of an auxiliary quantity that its call knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = layers.Dense(5, "tanh"), layers.Dense(3)
+        self.activity = keras.metrics.Mean(name="activity")
+
+    def call(self, x):
+        hidden = self.hidden(x)
+        self.activity.update_state(hidden)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("penalty", [None, regularizers.SpectralNorm(0.0, seed=0)])
+def test_metrics_of_the_network_itself_are_in_the_logs(penalty):
+    def trained(wrap):
+        keras.utils.set_random_seed(1)
+        model = compiled(wrap(Measuring()), {"loss": CROSS_ENTROPY})
+        data = {"x": A, "y": LABELS, "validation_data": (A, LABELS)}
+        return model.fit(**data, batch_size=B, epochs=2, shuffle=False, verbose=0).history
+
+    plain = trained(lambda network: network)
+    history = trained(lambda network: RegularizedModel(network, penalty))
+    assert {"activity", "val_activity"} <= set(plain)
+    for name, values in plain.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-5)
+
+
+def test_an_output_that_is_not_there_is_no_fault_of_the_network():
+    model = compiled(
+        RegularizedModel(network("dict"), "spectral", input="a", output="nothing"), {"loss": "mse"}
+    )
+    with pytest.raises(ValueError, match="^`output` must be .*'logits'.*Received: output='noth"):
+        model.fit(*data("dict"), verbose=0)

@@ -18,6 +18,12 @@ def layers_of(network: keras.Layer) -> list[keras.Layer]:
     return network._flatten_layers()
 
 
+def own_metrics(network: keras.Layer) -> list[keras.Metric]:
+    """The metrics that a model keeps as attributes; a model around it ignores them."""
+    is_model = isinstance(network, keras.Model)
+    return list(network._metrics) if is_model else []
+
+
 @contextlib.contextmanager
 def losses_kept(network: keras.Layer) -> Iterator[None]:
     """Keeps the losses that layers have added so far: Keras clears them in each call."""

@@ -16,7 +16,8 @@ class _AtOneInput(keras.Layer):
     """A layer as a function of one of the tensors that it was called with."""
 
     def __init__(self, layer: keras.Operation, function: Callable[[tf.Tensor], tf.Tensor]) -> None:
-        dtype = getattr(layer, "dtype_policy", None)
+        # Not the layer's policy: a quantized one asks for methods that only the layer has.
+        dtype = getattr(layer, "compute_dtype", None)
         super().__init__(name="at_one_input", dtype=dtype, autocast=False)
         self.layer = layer
         self.function = function

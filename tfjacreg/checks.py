@@ -133,7 +133,9 @@ def contradiction_tolerance(network: keras.Layer, dtype: str) -> float:
         dtype: That of the products.
     """
     dtypes = {dtype, *(layer.compute_dtype for layer in _keras.layers_of(network))}
-    return float(np.sqrt(max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes)))
+    # Layers that look up tokens, or make them, compute in integers or strings: those round nothing.
+    floating = (name for name in dtypes if tf.as_dtype(name).is_floating)
+    return float(np.sqrt(max(float(ml_dtypes.finfo(name).eps) for name in floating)))
 
 
 def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
@@ -229,15 +231,20 @@ def _fault(
         if graphs.calls_functions(graph) or (
             forward_mode == "accumulator" and graphs.defines_gradients(graph)
         ):
-            found = _traced(products, taken.leaves, variables)(*taken.leaves)
+            found = _traced(products, taken.leaves, variables)(taken.leaves)
         else:
             # The same operations one by one take a tenth of the seconds of their graph.
             found = products(taken.leaves)
         others, other_outputs, forward_dot, backward_dot, scale, *both = (
             part.numpy() for part in found
         )
+    except signature.NotOne:  # What is asked for is wrong, not the network.
+        raise
     except LostDerivative as error:
-        return _Fault(_LOSES_A_DERIVATIVE, error)
+        reason = _LOSES_A_DERIVATIVE
+        if error.__cause__ is not None:
+            reason = f"cannot be differentiated as often as needed ({_reason(error.__cause__)})"
+        return _Fault(reason, error)
     except NotConnected as error:
         return _Fault(_NOT_CONNECTED, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
@@ -343,7 +350,7 @@ def _first_alone(a: tf.Tensor) -> tf.Tensor:
     return tf.concat([a[:1], tf.zeros_like(a[1:])], axis=0)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What happened, without where: Keras and TensorFlow wrap it in their own advice."""
     said = str(error).split("Arguments received by ")[0].strip()
     where = ("Exception encountered when calling", "[[{{node")

@@ -37,6 +37,7 @@ class _Pass:
         self.tape = tape
         self.accumulator = accumulator
         self.is_partial = is_partial
+        self.graph = _graph()
         self._is_paused = False
 
     @contextlib.contextmanager
@@ -93,8 +94,20 @@ def hold_constant() -> Iterator[None]:
             f"{NEEDS_THE_WHOLE_BATCH}Received: a layer that takes something from the whole batch, "
             "such as BatchNormalization in training mode"
         )
+    if _passes.stack[-1].graph is not _graph():
+        # Of a graph inside the pass the tape records the one call, with all that is in it.
+        raise ValueError(
+            "What a layer takes from the whole batch cannot be held constant for the Jacobian "
+            "inside of a tf.function, a branch or a loop of a graph. Take it outside of it. "
+            "Received: hold_constant(), or BatchNormalization in training mode, in such a place"
+        )
     with _passes.stack[-1].paused():
         yield
+
+
+def _graph() -> Any:
+    """The graph that is being traced now; None eagerly."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 @contextlib.contextmanager

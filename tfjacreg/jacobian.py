@@ -100,6 +100,8 @@ class JacobianOperator:
             self.primal = signature.given(self.network, self.outputs, self._output)
         if accumulator is not None:
             product = accumulator.jvp(self.primal)
+            if product is None and self._tape.gradient(self.primal, self.x) is not None:
+                raise self._lost()
             self.tangent_out = tf.cast(self._connected(product), self.x.dtype)
             # Eagerly TensorFlow takes the pass off an outer tape once its tangents are freed.
             self._accumulator = accumulator
@@ -115,11 +117,18 @@ class JacobianOperator:
 
         Raises:
             ValueError: If the network draws random numbers, keeps a state in a plain `tf.Variable`,
-                or takes anything from the whole batch: the pass would then be another one.
+                or takes anything from the whole batch: the pass would then be another one. If an
+                input is sparse.
         """
         part = object.__new__(JacobianOperator)
         part.network, part.training, part._output = self.network, self.training, self._output
-        some = [tf.gather(tensor, indices) for tensor in self._taken.tensors()]
+        tensors = self._taken.tensors()
+        if any(isinstance(tensor, tf.SparseTensor) for tensor in tensors):
+            raise ValueError(
+                "The examples of a sparse tensor cannot be taken one by one. Use fraction=1. "
+                f"Received: a sparse input of network {self.network.name!r}"
+            )
+        some = [tf.gather(tensor, indices) for tensor in tensors]
         taken = self._taken.with_tensors(some)
         before = len(_operations())
         with frozen.without_trace(self.network) as scope:
@@ -188,14 +197,14 @@ class JacobianOperator:
         if v is not None and v is self.tangent:
             return self.tangent_out
         v = arguments.vector("v", v, self.x, "the input x")
-        tape, u, pulled_back = self._vjp_as_a_function
-        product = tape.gradient(pulled_back, u, output_gradients=v)
+        try:
+            tape, u, pulled_back = self._vjp_as_a_function
+            product = tape.gradient(pulled_back, u, output_gradients=v)
+        # Of an operation whose derivative has none that is registered; of `tf.recompute_grad`.
+        except (LookupError, NotImplementedError) as error:
+            raise self._lost() from error
         if product is None:
-            raise LostDerivative(
-                f"J v is not known: in network {self.network.name!r} the derivative of some layer "
-                "has no derivative itself, so that J^T u cannot be transposed. `check_network` "
-                f"names the layer. Received: x of shape {tuple(self.x.shape)}"
-            )
+            raise self._lost()
         return tf.cast(product, self.x.dtype)
 
     def rmatvec(self, u: Any) -> tf.Tensor:
@@ -225,6 +234,13 @@ class JacobianOperator:
             tape.watch(u)
             pulled_back = self._vjp(u)
         return tape, u, pulled_back
+
+    def _lost(self) -> LostDerivative:
+        return LostDerivative(
+            f"J v is not known: in network {self.network.name!r} the derivative of some layer "
+            "has no derivative itself, so that J^T u cannot be transposed. `check_network` "
+            f"names the layer. Received: x of shape {tuple(self.x.shape)}"
+        )
 
     def _connected(self, product: tf.Tensor | None) -> tf.Tensor:
         """A product that TensorFlow has a path for: no path is not the same as a product of 0."""

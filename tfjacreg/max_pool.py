@@ -149,9 +149,12 @@ def _select_from_tiles(
     @tf.custom_gradient
     def spread(t: tf.Tensor) -> Any:
         # Every output goes to its whole tile, and the mask keeps it at the maximum.
+        # On a CPU TensorFlow broadcasts along two of three axes at a time.
+        for axis, places in zip(window.axes[2:], window.size[2:], strict=True):
+            t = tf.repeat(t, places, axis)
         shape, tiled = [tf.shape(t)[0]], [tf.shape(t)[0]]
         for axis in range(1, len(t.shape)):
-            places = window.size[window.axes.index(axis)] if axis in window.axes else 1
+            places = window.size[window.axes.index(axis)] if axis in window.axes[:2] else 1
             shape += [t.shape[axis], 1]
             tiled += [t.shape[axis], places]
         spread_out = tf.broadcast_to(tf.reshape(t, shape), tiled)

@@ -85,6 +85,11 @@ class RegularizedModel(keras.Model):
         """The names of the network's outputs, by which losses and metrics may be given."""
         return getattr(self.network, "output_names", None)
 
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """Keras' own, and those that the network keeps for itself."""
+        return [*super().metrics, *_keras.own_metrics(self.network)]
+
     def build(self, input_shape: Any) -> None:
         """Builds the network and makes the variables that the penalty remembers things in."""
         if not self.network.built:
@@ -143,9 +148,7 @@ class RegularizedModel(keras.Model):
         x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
         if not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in keras.tree.flatten(x)):
             return  # The parts of a batch for several devices have no one shape.
-        self._example = keras.tree.map_structure(
-            lambda t: tf.TensorSpec(_without_size(tf.TensorShape(t.shape)), t.dtype), x
-        )
+        self._example = keras.tree.map_structure(_spec, x)
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example)):
             self(_symbolic(self._example))
 
@@ -302,14 +305,21 @@ def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:
     return tf.constant(value, dtype, shape)
 
 
-def _without_size(shape: tf.TensorShape) -> tf.TensorShape:
-    """The shape of a batch of any size."""
-    return tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
+def _spec(data: Any) -> tf.TensorSpec | tf.SparseTensorSpec:
+    """Shape and dtype of a batch of any size, of a tensor, an array or a spec of them."""
+    shape = tf.TensorShape(data.shape)
+    shape = tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
+    is_sparse = isinstance(data, (tf.SparseTensor, tf.SparseTensorSpec))
+    return (tf.SparseTensorSpec if is_sparse else tf.TensorSpec)(shape, data.dtype)
 
 
 def _symbolic(structure: Any) -> Any:
     """Keras' symbolic tensors of the shapes and dtypes of a structure of tensors."""
     return keras.tree.map_structure(
-        lambda t: keras.KerasTensor(tuple(t.shape), keras.backend.standardize_dtype(t.dtype)),
+        lambda t: keras.KerasTensor(
+            tuple(t.shape),
+            keras.backend.standardize_dtype(t.dtype),
+            sparse=getattr(t, "sparse", isinstance(t, tf.SparseTensorSpec)),
+        ),
         structure,
     )

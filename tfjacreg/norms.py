@@ -132,7 +132,7 @@ def frobenius_norm(
     v = unit(back)
     try:
         forth = op.matvec(v)
-    except (LookupError, LostDerivative):  # No second derivative: nothing to hold it against.
+    except LostDerivative:  # No second derivative: nothing to hold it against.
         return norm
     tolerance = contradiction_tolerance(network, op.x.dtype.name)
     return _consistent(op, norm, inner(back, v), inner(u, forth), length(forth), tolerance)

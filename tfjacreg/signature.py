@@ -13,6 +13,10 @@ import tensorflow as tf
 Name = int | str | None
 
 
+class NotOne(ValueError):
+    """`input` or `output` names no floating tensor, or none is named where there are several."""
+
+
 class Taken(NamedTuple):
     """What a network takes, as tensors, and the one that the Jacobian is taken in.
 
@@ -170,6 +174,8 @@ def example(network: keras.Layer, specs: Any) -> Any:
             )
         else:
             made.append(tf.zeros((size, *shape[1:]), dtype))
+        if isinstance(leaf, tf.SparseTensorSpec):
+            made[-1] = tf.sparse.from_dense(made[-1])
     return keras.tree.pack_sequence_as(specs, made)
 
 
@@ -191,7 +197,7 @@ def _chosen(
     if name is None:
         if len(candidates) == 1:
             return candidates[0]
-        raise ValueError(
+        raise NotOne(
             f"The network has several {kind}s that the Jacobian could be "
             f"{'taken in' if kind == 'input' else 'of'}: name one with `{kind}=`. "
             f"The candidates are {shown}. Received: {kind}=None"
@@ -202,7 +208,7 @@ def _chosen(
     if not found and isinstance(name, numbers.Integral) and not isinstance(name, bool):
         found = [n for n in candidates if n == name]
     if len(found) != 1:
-        raise ValueError(
+        raise NotOne(
             f"`{kind}` must be the position, key or name of one floating {kind} of the network: "
             f"{shown}. Received: {kind}={name!r}"
         )
