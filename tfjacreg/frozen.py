@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, _tensorflow, image_maps, max_pool  # noqa: F401 (a derivative)
+from tfjacreg import _keras, _tensorflow, image_maps, stand_ins  # noqa: F401 (a derivative)
 from tfjacreg.grouped_convolutions import grouped_convolution
 
 NEEDS_THE_WHOLE_BATCH = (
@@ -131,7 +131,7 @@ def recording(
     try:
         with (
             _frozen_layers(network),
-            max_pool.held_max_pool(),
+            stand_ins.standing_in(),
             tape,
             accumulator or contextlib.nullcontext(),
         ):

@@ -4,59 +4,23 @@ TensorFlow's own derivative of max-pooling's gradient will not do. Under XLA it 
 bfloat16, so that `J v` picks the wrong input wherever two differ by less than 0.4 % (the dot test
 fails by per cents); elsewhere it looks for the maxima again in every product.
 
-Keras' layers and `keras.ops.max_pool` end in `tf.nn.max_pool`. So `held_max_pool` stands in for
-that function and its kin while a pass is recorded, whichever code calls it.
+Keras' layers and `keras.ops.max_pool` end in `tf.nn.max_pool`. So `pool` stands in for that
+function and its kin while a pass is recorded (`stand_ins.py`), whichever code calls it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-# Each with its number of spatial axes; None: as many as the input has.
-_FUNCTIONS = {"max_pool": None, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
-
-
-class _Users(threading.local):
-    """How many passes this thread is recording."""
-
-    passes = 0
-
-
-_users = _Users()
-_lock = threading.Lock()
-_originals: dict[str, Callable[..., Any]] = {}
-_threads = 0
-
-
-@contextlib.contextmanager
-def held_max_pool() -> Iterator[None]:
-    """Max-pooling in this thread, inside of the context, has exact derivatives of every order."""
-    global _threads
-    with _lock:
-        _threads += 1
-        if _threads == 1:
-            for name, rank in _FUNCTIONS.items():
-                _originals[name] = getattr(tf.nn, name)
-                setattr(tf.nn, name, functools.partial(_pool, _originals[name], rank))
-    _users.passes += 1
-    try:
-        yield
-    finally:
-        _users.passes -= 1
-        with _lock:
-            _threads -= 1
-            if _threads == 0:
-                for name, function in _originals.items():
-                    setattr(tf.nn, name, function)
+# Of the functions of `tf.nn` that `pool` stands in for; None: as many as the input has.
+SPATIAL_AXES = {"max_pool": None, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
 
 
 class _Window(NamedTuple):
@@ -75,9 +39,9 @@ class _Window(NamedTuple):
     padding: str
 
 
-def _pool(
-    original: Callable[..., Any],
+def pool(
     rank: int | None,
+    original: Callable[..., Any],
     input: Any,
     ksize: Any,
     strides: Any,
@@ -86,22 +50,13 @@ def _pool(
     name: str | None = None,
 ) -> Any:
     """Stands in for `tf.nn.max_pool`: with the same values, and the maxima's places held."""
-    pool = functools.partial(
+    own = functools.partial(
         original, ksize=ksize, strides=strides, padding=padding, data_format=data_format, name=name
     )
     x = tf.convert_to_tensor(input)
     # Explicit paddings and inputs of unknown rank, which no Keras layer makes, stay TensorFlow's.
-    if (
-        not _users.passes
-        or not x.dtype.is_floating
-        or x.shape.rank is None
-        or padding
-        not in (
-            "VALID",
-            "SAME",
-        )
-    ):
-        return pool(x)
+    if not x.dtype.is_floating or x.shape.rank is None or padding not in ("VALID", "SAME"):
+        return own(x)
     number = x.shape.rank - 2 if rank is None else rank
     first = 2 if (data_format or "").startswith("NC") else 1
     window = _Window(
@@ -116,7 +71,7 @@ def _pool(
         tiles = not any(n % size for n, size in zip(sizes, window.size, strict=True))
     # A mean over 4 or 8 places times 4 or 8 is the maximum to the last bit; over 9 it is not.
     if tiles and int(np.prod(window.size)).bit_count() == 1:
-        return _select_from_tiles(pool, x, window)
+        return _select_from_tiles(own, x, window)
     return _select_from_windows(x, window)
 
 

@@ -1,0 +1,103 @@
+"""Second derivatives of normalization: a product's weight gradient, and what stands in."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from tfjacreg.jacobian import JacobianOperator
+from tfjacreg.stand_ins import standing_in
+
+
+def moments_of_tensorflow(x):
+    mean, variance = tf.nn.moments(x, [1], keepdims=True, name="statistics")
+    return (x - mean) * tf.math.rsqrt(variance + 1e-3)
+
+
+NORMALIZATIONS = {
+    "layer": layers.LayerNormalization,
+    "group, pairs": lambda: layers.GroupNormalization(4),
+    "group": lambda: layers.GroupNormalization(2),
+    "root mean square": layers.RMSNormalization,
+    "unit": layers.UnitNormalization,
+    "tf.nn.moments": lambda: layers.Lambda(moments_of_tensorflow),
+    "keras.ops": lambda: layers.Lambda(
+        lambda x: (x - ops.mean(x, 1, keepdims=True)) / ops.std(x, 1, keepdims=True)
+    ),
+}
+
+
+@pytest.fixture(params=NORMALIZATIONS)
+def network(request, float64):
+    return keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(8),
+            NORMALIZATIONS[request.param](),
+            layers.Dense(3, activation="tanh"),
+        ]
+    )
+
+
+PRODUCTS = {
+    "accumulator": lambda op, u, v: tf.reduce_sum(u * op.tangent_out),
+    "matvec": lambda op, u, v: tf.reduce_sum(u * op.matvec(v)),
+    "rmatvec": lambda op, u, v: tf.reduce_sum(op.rmatvec(u) * v),
+}
+
+
+@pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_the_weight_gradient_of_a_product_against_finite_differences(network, product, compiled):
+    rng = np.random.default_rng(0)
+    x, v = (tf.constant(rng.normal(size=(3, 5))) for _ in range(2))
+    u = tf.constant(rng.normal(size=(3, 3)))
+    kernel = network.trainable_weights[0]
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            tangent = v if product == "accumulator" else None
+            op = JacobianOperator(network, x, training=True, tangent=tangent)
+            value = PRODUCTS[product](op, u, tf.identity(v))
+        return value, tape.gradient(value, kernel)
+
+    if compiled != "eager":
+        gradient = tf.function(gradient, jit_compile=compiled == "xla")
+    value, found = gradient()
+
+    def dense():
+        """<u, J v> from the first derivative alone."""
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = network(x, training=True)
+        return np.einsum("bo,boi,bi->", u, tape.batch_jacobian(y, x), v)
+
+    assert float(value) == pytest.approx(dense(), rel=1e-9)
+    start = kernel.numpy()
+    for _ in range(2):
+        direction = rng.normal(size=start.shape)
+        kernel.assign(start + 1e-6 * direction)
+        expected = dense()
+        kernel.assign(start - 1e-6 * direction)
+        expected = (expected - dense()) / 2e-6
+        scale = np.linalg.norm(found) * np.linalg.norm(direction)
+        assert abs(np.sum(found * direction) - expected) < 1e-7 * scale
+
+
+def test_the_values_of_moments_are_tensorflows():
+    x = tf.random.normal((4, 6, 3), seed=0)
+    own = tf.nn.moments
+    expected = own(x, [0, 2])
+    with standing_in():
+        assert tf.nn.moments is not own
+        for dtype in ("float32", "float16"):
+            for got, wanted in zip(
+                tf.nn.moments(tf.cast(x, dtype), axes=[0, 2]),
+                own(tf.cast(x, dtype), axes=[0, 2]),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(got, wanted)
+                assert got.dtype == dtype
+    assert tf.nn.moments is own
+    np.testing.assert_array_equal(tf.nn.moments(x, [0, 2])[1], expected[1])
