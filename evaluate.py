@@ -1,6 +1,6 @@
 """Judges trained classifiers against noise, attacks and the distance to the decision boundary.
 
-python evaluate.py runs/none runs/spectral --boundary --limit 1000 --out out
+python evaluate.py runs/none runs/spectral --boundary --distance --sigma --limit 1000 --out out
 python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
 
 `python -m tfjacreg report` writes the report of a whole sweep.
@@ -27,7 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from tfjacreg import command, datasets, extras
 
 with extras.script_importing("experiments", "evaluate.py"):
-    from tfjacreg.experiments import evaluation
+    from tfjacreg.experiments import evaluation, measures
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,11 +39,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attacks",
         nargs="*",
-        choices=evaluation.PERTURBATIONS,
-        default=list(evaluation.PERTURBATIONS),
+        choices=measures.PERTURBATIONS,
+        default=list(measures.PERTURBATIONS),
         help="perturbations to try (default: all)",
     )
-    parser.add_argument("--boundary", action="store_true", help="measure the boundary distance too")
+    parser.add_argument(
+        "--boundary",
+        action="store_true",
+        help="measure the distance to the boundary along random directions too",
+    )
+    parser.add_argument(
+        "--distance",
+        action="store_true",
+        help="measure the distance to the nearest adversarial image found too",
+    )
+    parser.add_argument(
+        "--sigma", action="store_true", help="measure the spectral norm at each image too"
+    )
     parser.add_argument("--limit", type=_count, help="judge on the first LIMIT test images only")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of noise and attacks (0)")
     parser.add_argument(
@@ -90,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
             targets,
             args.out,
             perturbations=args.attacks,
-            boundary=args.boundary,
+            pointwise=[name for name in measures.POINTWISE if getattr(args, name)],
             limit=args.limit,
             examples=args.adversarial_examples,
             seed=args.seed,

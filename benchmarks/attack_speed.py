@@ -1,65 +1,68 @@
-"""Times the attacks and the distances on one classifier.
+"""Times every measure of evaluate.py on one classifier, with the most memory that it took.
 
 python benchmarks/attack_speed.py runs/none --out results/attack_speed.json
+
+Linux only: other systems do not let a process forget its peak.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import _setup  # noqa: F401
 
-from tfjacreg import attacks, datasets, robustness
-from tfjacreg.experiments import evaluation, files
+from tfjacreg import datasets
+from tfjacreg.experiments import evaluation, files, measures
 from tfjacreg.experiments.environment import environment
+
+SEED = 0
 
 
 def main() -> None:
-    """Prints and writes seconds, and the peak memory of the process up to then."""
+    """Prints and writes seconds and peak memory, and the memory of the process before."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--data-dir", help="folder of the data sets")
-    parser.add_argument("--limit", type=int, default=10_000, help="images for PGD (10000)")
+    parser.add_argument("--limit", type=int, default=1000, help="test images (1000)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     (target,) = evaluation.find_targets([args.run], data_dir=args.data_dir)
     test = datasets.load(target.dataset, target.data_dir).test
-    model = evaluation.load(target.classifier)
-    few = min(args.limit, 1000)
-
-    rows = []
-    print(f"{'judgement':36} {'images':>7} {'seconds':>8} {'images/s':>9} {'peak memory':>12}")
-
-    def timed(name: str, count: int, judge: Callable[[], object]) -> None:
-        started = time.perf_counter()
-        judge()
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        rows.append({"judgement": name, "images": count, "seconds": seconds, "peak_gib": peak})
-        print(f"{name:36} {count:7} {seconds:8.1f} {count / seconds:9.1f} {peak:8.2f} GiB")
-
     x, y = test.x[: args.limit], test.y[: args.limit]
-    timed("PGD, 32 iterations", len(x), lambda: attacks.pgd(model, x, y, iterations=32))
-    x, y = x[:few], y[:few]
-    timed(
-        "PGD on the margin, 32 iterations",
-        few,
-        lambda: attacks.pgd(model, x, y, iterations=32, loss="margin"),
-    )
-    timed("TPGD, 32 iterations", few, lambda: attacks.tpgd(model, x, y, iterations=32))
-    timed("Square, 32/255, 1000 queries", few, lambda: attacks.square(model, x, y))
-    timed("Square, 8/255, 1000 queries", few, lambda: attacks.square(model, x, y, eps=8 / 255))
-    timed(
-        "boundary distance, 100 directions", few, lambda: robustness.boundary_distance(model, x, y)
-    )
-    timed("minimal distance", few, lambda: robustness.minimal_distance(model, x, y))
+    model = evaluation.load(target.classifier)
+
+    before = gib("VmRSS")
+    print(f"memory before: {before:.2f} GiB")
+    print(f"{'measure':12} {'images':>7} {'seconds':>8} {'images/s':>9} {'peak memory':>12}")
+    rows: list[dict[str, Any]] = []
+    for name in (*measures.PERTURBATIONS, *measures.POINTWISE):
+        forget_peak()
+        started = time.perf_counter()
+        measures.measure(name, model, x, y, SEED, name)
+        seconds = time.perf_counter() - started
+        peak = gib("VmHWM")
+        rows.append({"measure": name, "images": len(x), "seconds": seconds, "peak_gib": peak})
+        print(f"{name:12} {len(x):7} {seconds:8.1f} {len(x) / seconds:9.1f} {peak:8.2f} GiB")
     machine = environment()
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    files.write_json(args.out, {"rows": rows} | machine)
+    files.write_json(args.out, {"rows": rows, "before_gib": before, "environment": machine})
+
+
+def forget_peak() -> None:
+    """Lets the peak of the process start from what it takes now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def gib(entry: str) -> float:
+    """What the kernel says of the process's memory."""
+    found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise RuntimeError(f"/proc/self/status must have {entry}. Received: none.")
+    return int(found[1]) / 2**20
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,32 @@ def measure(arguments: argparse.Namespace, batch_size: int) -> dict[str, dict[st
     everything = [n for n in variants() if arguments.network == "lenet" or "quarter" not in n]
     names = ["plain", *(n for n in arguments.variants or everything if n != "plain")]
     steps = {name: step(name, arguments, batch_size) for name in names}
-    for run in steps.values():
-        run(), run()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+    times = interleaved(steps, arguments.repeats)
     plain = statistics.median(times["plain"])
     return {
         name: {"seconds": statistics.median(t), "ratio": statistics.median(t) / plain}
         for name, t in times.items()
     }
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each run, in turns, after two that do not count."""
+    for run in runs.values():
+        run(), run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_gib() -> float:
+    """GiB that this process has used at most."""
+    # Not getrusage: that high-water mark is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def peak_memory(name: str, arguments: argparse.Namespace, batch_size: int) -> float:
@@ -138,9 +151,7 @@ def main() -> None:
         run = step(arguments.memory_of, arguments, arguments.batch_sizes[0])
         for _ in range(5):
             run()
-        # Not getrusage: that high-water mark is inherited from the process that started this one.
-        status = Path("/proc/self/status").read_text()
-        print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
+        print(peak_gib())
         return
     results: dict[str, Any] = {}
     for batch_size in arguments.batch_sizes:

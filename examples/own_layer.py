@@ -19,8 +19,7 @@ class Centred(keras.layers.Layer):
     def call(self, x, training=False):
         if not training:
             return x - self.mean
-        # The mean depends on all examples. In this context it is a constant of the Jacobian, while
-        # the gradient of the loss still flows through it. Without it `fit` refuses the layer.
+        # A constant of the Jacobian, not of the loss; without it `fit` refuses the layer.
         with tfjacreg.hold_constant():
             mean = keras.ops.mean(x, axis=0)
         self.mean.assign(0.9 * self.mean + 0.1 * mean)
@@ -39,15 +38,14 @@ def margin_and_slope(jacobian):
     """`f_a - f_b` and `||J^T (e_a - e_b)||` for the two largest logits a and b, each `[B]`."""
     logits, classes = tf.math.top_k(jacobian.primal, 2)
     a, b = tf.unstack(tf.one_hot(classes, jacobian.primal.shape[1]), axis=1)
-    gradient = keras.ops.reshape(jacobian.rmatvec(a - b), (tf.shape(a)[0], -1))
-    squared_length = tf.reduce_sum(tf.square(gradient), axis=1)
+    squared_length = tf.reduce_sum(tf.square(jacobian.rmatvec(a - b)), axis=(1, 2, 3))
     return logits[:, 0] - logits[:, 1], tf.sqrt(squared_length + 1e-12)
 
 
 data = tfjacreg.datasets.load("digits")
 x, x_test = ((split.x - data.mean) / data.std for split in (data.train, data.test))
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-for regularizer in (None, MarginSlope(0.1)):
+for name, regularizer in (("none", None), ("MarginSlope", MarginSlope(0.1))):
     keras.utils.set_random_seed(0)
     dense = [keras.layers.Dense(64), Centred(), keras.layers.ReLU(), keras.layers.Dense(10)]
     network = keras.Sequential([keras.Input(data.input_shape), keras.layers.Flatten(), *dense])
@@ -56,9 +54,7 @@ for regularizer in (None, MarginSlope(0.1)):
     model.fit(x, data.train.y, epochs=15, verbose=0)
     _, accuracy = model.evaluate(x_test, data.test.y, verbose=0)
     margin, slope = margin_and_slope(tfjacreg.JacobianOperator(network, x_test))
-    name = type(regularizer).__name__ if regularizer else "none"
     print(
         f"{name}: test accuracy {accuracy:.3f}, slope of the margin {tf.reduce_mean(slope):.3f}, "
-        f"margin / slope {keras.ops.median(margin / slope):.2f}"
+        f"boundary at margin / slope {keras.ops.median(margin / slope):.2f} (median)"
     )
-print("Margin / slope is the distance to the decision boundary, to first order (median).")

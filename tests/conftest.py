@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import os
 import signal
 from pathlib import Path
@@ -6,6 +7,9 @@ from pathlib import Path
 # Before TensorFlow is imported: what the scripts set too, so that tests run what users run.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core, and so has what it starts.
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import keras
 import pytest
@@ -13,6 +17,11 @@ import tensorflow as tf
 
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is imported stays, and graphs are made of many small objects: searched for garbage as often
+# as Python would, the suite takes an eighth longer.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 # Two logical devices, for the tests of distribution strategies; it must be said before any use.
 _cpu = tf.config.list_physical_devices("CPU")[0]

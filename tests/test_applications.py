@@ -1,4 +1,4 @@
-"""The table of keras.applications: that it is fresh, and its quick half anew."""
+"""The table of keras.applications: that it is fresh, and two of its rows anew."""
 
 import importlib.util
 import json
@@ -49,12 +49,12 @@ def test_no_model_is_refused_and_every_sigma_is_right(content):
         assert row["errors"]["float32"] < 1e-3, name
 
 
-QUICK = ("MobileNet", "MobileNetV2", "VGG16", "ResNet50")
+QUICK = ("MobileNet", "ResNet50")  # Depthwise convolutions; the first that was refused wrongly.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
-def test_a_model_of_the_quick_half_anew(applications, name):
+def test_a_row_anew(applications, name):
     checked = applications.checks(name, seeds=1)
     assert checked == {"seeds": 1, "refused": {}}
     wrong = applications.errors(name)

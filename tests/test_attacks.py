@@ -288,7 +288,7 @@ def test_constant_logits_leave_the_images_and_count_as_faded(loss):
 
 
 @pytest.mark.filterwarnings("ignore:The loss of 6")
-@pytest.mark.parametrize("margin, faded", [(12, False), (20, True), (60, True), (200, True)])
+@pytest.mark.parametrize(("margin", "faded"), [(12, False), (20, True), (60, True), (200, True)])
 def test_the_loss_fades_where_its_rounding_says(margin, faded):
     # log(1 + exp(-margin)) is 0 in float32 from 16.6 on.
     model, kernel, _ = linear.__wrapped__()
@@ -432,10 +432,24 @@ def test_square_equals_a_plain_search():
 
 
 @pytest.mark.parametrize(
-    "query, side",
+    ("query", "side"),
     # 10,000 queries on 28x28: sqrt(784 * 0.8 / 2^k) rounded.
-    [(0, 25), (10, 25), (11, 18), (50, 18), (51, 13), (200, 13), (201, 9), (501, 6), (1001, 4)]
-    + [(2001, 3), (4001, 2), (6001, 2), (8001, 1), (9999, 1)],
+    [
+        (0, 25),
+        (10, 25),
+        (11, 18),
+        (50, 18),
+        (51, 13),
+        (200, 13),
+        (201, 9),
+        (501, 6),
+        (1001, 4),
+        (2001, 3),
+        (4001, 2),
+        (6001, 2),
+        (8001, 1),
+        (9999, 1),
+    ],
 )
 def test_square_schedule(query, side):
     assert square.window_size(query, 10_000, 28, 28) == side
@@ -742,3 +756,19 @@ def test_bad_loss(loss):
 def test_square_wants_images():
     with pytest.raises(ValueError, match=r"\[N, H, W, C\]"):
         attacks.square(linear((7,))[0], np.full((2, 7), 0.5), np.array([0, 1]))
+
+
+def test_labels_in_a_column_are_labels(cnn):
+    """As keras.datasets.cifar10 gives them."""
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(size=(6, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 6)
+    flat, column = (
+        attacks.pgd(cnn, x, labels, eps=0.1, step_size=0.03, iterations=2, seed=0)
+        for labels in (y, y[:, None])
+    )
+    np.testing.assert_array_equal(column.x_adv, flat.x_adv)
+    np.testing.assert_array_equal(column.accuracy, flat.accuracy)
+    with pytest.raises(ValueError, match=r"one label per image.*Received: \(6, 10\).*argmax"):
+        attacks.pgd(cnn, x, np.eye(10, dtype=int)[y], iterations=1)
+    with pytest.raises(ValueError, match=r"one label per image.*Received: \(5,\)\.$"):
+        attacks.pgd(cnn, x, y[:5], iterations=1)

@@ -67,7 +67,30 @@ def transformer(text):
     assert min(numbers(text, "accuracy")) > 0.9
 
 
-CHECKS = [measure, regularize, finetune_application, own_layer, several_inputs, transformer]
+def denoiser(text):
+    """Slopes above 1 go, those below it stay, and the images are as good as before."""
+    plain, penalized = numbers(text, "sigma > 1 at")
+    assert plain > 50 and penalized < 30
+    plain, penalized = numbers(text, "mean sigma")
+    assert plain > 1.05 and 0.8 < penalized < 1.02
+    plain, penalized = numbers(text, "error")
+    assert penalized < 1.05 * plain < 0.2
+    # The monitor finds the same on other images, while the training runs.
+    largest, watched = numbers(text, "largest"), re.findall("epochs 1, 4, 7, 10: (.*)", text)
+    for test, validation in zip(largest, watched, strict=True):
+        first, *_, last = map(float, validation.split(", "))
+        assert last == pytest.approx(test, rel=0.15) and last != first
+
+
+CHECKS = [
+    measure,
+    regularize,
+    finetune_application,
+    own_layer,
+    several_inputs,
+    transformer,
+    denoiser,
+]
 
 
 @pytest.mark.slow

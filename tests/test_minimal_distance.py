@@ -246,6 +246,17 @@ def test_misclassified_and_unreached_images():
     assert sum(done) == 3
 
 
+def test_constant_logits_have_no_adversarial_image():
+    model = keras.Sequential(
+        [keras.Input(SHAPE), layers.Flatten(), layers.Dense(3, kernel_initializer="zeros")]
+    )
+    x = np.random.default_rng(0).random((2, *SHAPE))
+    with pytest.warns(UserWarning, match="The loss of 2 of the first 2 images has zero gradient"):
+        found, x_adv = minimal_distance(model, x, np.array([0, 1]))
+    np.testing.assert_array_equal(found, [np.inf, np.nan])
+    assert np.isnan(x_adv).all()
+
+
 def test_no_correct_image():
     found, x_adv = minimal_distance(Ball(0.8), np.full((1, *SHAPE), 0.4), np.ones(1, int))
     assert np.isnan(found).all() and np.isnan(x_adv).all()
@@ -301,7 +312,13 @@ def one_logit():
     return keras.Sequential([keras.Input(SHAPE), layers.Flatten(), layers.Dense(1)])
 
 
+class NotFinite(keras.Model):
+    def call(self, x):
+        return tf.fill([tf.shape(x)[0], 2], np.nan)
+
+
 BAD = {
+    "nan logits": (dict(classifier=NotFinite), ValueError, "finite logits. Received: NaN"),
     "starts": (dict(starts=0), ValueError, "starts must be at least 1"),
     "iterations": (dict(iterations=1.5), TypeError, "iterations must be an integer"),
     "batch size": (dict(batch_size=0), ValueError, "batch_size must be at least 1"),

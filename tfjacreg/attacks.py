@@ -7,6 +7,7 @@ its own random numbers, whatever the batch size. Square is ours (`tfjacreg.squar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ def pgd(
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
         x: Pixels in [0, 1], `[N, *in]`.
-        y: Integer labels `[N]`.
+        y: Integer labels `[N]` or `[N, 1]`.
         eps: Radius of the ball, in pixel units.
         step_size: Change of each pixel per iteration, in pixel units.
         iterations: Number of steps, or several rising numbers: one run to the last, read off at
@@ -314,7 +315,7 @@ def _strengths(iterations: int | Sequence[int]) -> list[int]:
     strengths = list(iterations) if isinstance(iterations, Iterable) else [iterations]
     for strength in strengths:
         check_counts(iterations=strength)
-    if not strengths or any(b <= a for a, b in zip(strengths, strengths[1:], strict=False)):
+    if not strengths or any(b <= a for a, b in itertools.pairwise(strengths)):
         raise ValueError(
             "iterations must be a number or rising numbers, each of at least 1. "
             f"Received: {strengths}."

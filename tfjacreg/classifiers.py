@@ -49,7 +49,7 @@ def check_classifier(
     Args:
         classifier: Keras model from pixels `[B, *in]` to logits `[B, K]`.
         x: Pixels in [0, 1], floating point, `[N, *in]`.
-        y: Integer labels `[N]`.
+        y: Integer labels `[N]` or `[N, 1]`.
         loss: `loss(labels=, logits=)` `[B]` that must be differentiable, with a warning where its
             gradient is zero. None where no gradient is needed.
 
@@ -122,10 +122,13 @@ def _check_examples(
         )
     if not np.issubdtype(y.dtype, np.integer):
         raise TypeError(f"y must hold integer labels. Received: dtype {y.dtype}.")
+    if y.shape == (len(x), 1):  # A column, as keras.datasets.cifar10 gives them.
+        y = y[:, 0]
     if y.shape != x.shape[:1]:
+        advice = " Turn one-hot rows into labels with y.argmax(axis=1)."
         raise ValueError(
-            f"y must be one label per image, shape {x.shape[:1]}. Received: {y.shape}. "
-            "Turn one-hot rows into labels with y.argmax(axis=1)."
+            f"y must be one label per image, shape {x.shape[:1]}. Received: {y.shape}."
+            f"{advice if y.ndim == 2 and len(y) == len(x) else ''}"
         )
     return x.astype(np.float32), y
 

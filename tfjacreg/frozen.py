@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 
 from tfjacreg import _keras, _tensorflow, image_maps, max_pool  # noqa: F401 (a derivative)
+from tfjacreg.grouped_convolutions import grouped_convolution
 
 NEEDS_THE_WHOLE_BATCH = (
     "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
@@ -135,7 +136,7 @@ def without_trace(network: keras.Layer) -> Iterator[keras.StatelessScope]:
 
 @contextlib.contextmanager
 def _frozen_layers(network: keras.Layer) -> Iterator[None]:
-    """Makes BatchNorm hold its batch's moments, and image layers the linear maps they are."""
+    """Makes BatchNorm hold its moments, and rewrites image layers and grouped convolutions."""
     with contextlib.ExitStack() as stack:
         for layer in _keras.layers_of(network):
             if isinstance(layer, keras.layers.BatchNormalization):
@@ -147,6 +148,8 @@ def _frozen_layers(network: keras.Layer) -> Iterator[None]:
                     if hasattr(layer, name):
                         linear = image_maps.linear_image_map(layer, getattr(layer, name))
                         stack.enter_context(substituted(layer, name, linear))
+            elif (convolution := grouped_convolution(layer)) is not None:
+                stack.enter_context(substituted(layer, "convolution_op", convolution))
         yield
 
 

@@ -37,6 +37,20 @@ def without_derivative(x: tf.Tensor, y: tf.Tensor) -> str | None:
     return _search(x.graph, {x.ref()}, [y])[0]
 
 
+def calls_functions(graph: tf.Graph) -> bool:
+    """Whether an operation runs code of its own: a function, loop or branch, or Python's."""
+    return any(
+        op.type.endswith("PyFunc")
+        or any(attribute.type in ("func", "list(func)") for attribute in op.op_def.attr)
+        for op in graph.get_operations()
+    )
+
+
+def defines_gradients(graph: tf.Graph) -> bool:
+    """Whether something in a graph is a `tf.custom_gradient`."""
+    return any(_has_own_gradient(op) for op in graph.get_operations())
+
+
 def draws_or_assigns(operations: Sequence[tf.Operation]) -> str | None:
     """The first operation that does another thing each time it runs, in words; None without one.
 

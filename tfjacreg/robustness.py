@@ -50,7 +50,7 @@ def noise_accuracy(
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
         x: Pixels in [0, 1], `[N, *in]`.
-        y: Integer labels `[N]`.
+        y: Integer labels `[N]` or `[N, 1]`.
         variances: Variances of the noise, `[V]`, in squared pixel units.
         seed: Seed of the noise. Image `i` has its own random numbers.
         draws: Noisy copies of each image, over which the accuracy is averaged.
@@ -129,7 +129,7 @@ def boundary_distance(
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
         x: Pixels in [0, 1], `[N, *in]`.
-        y: Integer labels `[N]`.
+        y: Integer labels `[N]` or `[N, 1]`.
         seed: Seed of the directions. Image `i` has its own.
         samples: Points per sphere.
         max_radius: Largest radius tried, Euclidean, in pixel units; by default the diagonal of the
@@ -234,7 +234,7 @@ def minimal_distance(
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
         x: Pixels in [0, 1], `[N, *in]`.
-        y: Integer labels `[N]`.
+        y: Integer labels `[N]` or `[N, 1]`.
         seed: Seed of the directions that stand in for a foot: where `starts` is larger than the
             number of other classes, or a gradient is 0. Image `i` has its own.
         starts: Descents per image.

@@ -1,4 +1,4 @@
-"""Where sweeps of the tests keep their ledger: a file, or a database of a server of their own."""
+"""Databases for sweeps, the process that forks commands, and random moments to disturb them at."""
 
 import os
 import random
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+from nursery import Nursery
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,19 @@ def storage(request):
     engine.dispose()
     url = server.set(drivername="postgresql", database=name)
     return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Starts commands quickly: TensorFlow is imported once for all of them."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def moments():
+    """Random numbers; a test that fails shows their seed."""
+    seed = random.SystemRandom().randrange(10**9)
+    print("seed of the moments:", seed)
+    return random.Random(seed)

@@ -13,6 +13,16 @@ def judged(clean=0.9, drops=(0.1, 0.5), distances=(1.0, None, 3.0), wrong=(1,), 
     }
 
 
+def measured_at_points(distances, sigma, margin, wrong=(), nearer=0.5):
+    """Of one run, with the nearest image found at a share of the distance along directions."""
+    return judged(distances=distances, wrong=wrong) | {
+        "minimal_distance": [None if d is None else nearer * d for d in distances],
+        "distance": {"misclassified": list(wrong), "not_found": []},
+        "sigma": list(sigma),
+        "margin": list(margin),
+    }
+
+
 RUNS = [
     Evaluation("digits", "none", judged(0.9, (0.2, 0.6))),
     Evaluation("digits", "none", judged(0.8, (0.4, 0.8))),

@@ -116,7 +116,7 @@ def shrink(set_attribute=setattr):
     from sklearn.datasets import load_digits
 
     from tfjacreg import datasets, networks
-    from tfjacreg.experiments import evaluation
+    from tfjacreg.experiments import measures
 
     # Without TensorFlow's resizing: it must not compute anything before a fork.
     images, labels = load_digits(return_X_y=True)
@@ -135,7 +135,7 @@ def shrink(set_attribute=setattr):
     set_attribute(datasets, "_digits", lambda: splits)
     set_attribute(datasets, "VALIDATION_SIZES", datasets.VALIDATION_SIZES | {"digits": 20})
     set_attribute(networks, "_BY_NAME", networks._BY_NAME | {"lenet": dense})
-    set_attribute(evaluation, "_PLAN", evaluation._PLAN | PLAN)
+    set_attribute(measures, "PLAN", measures.PLAN | PLAN)
 
 
 class _Forked:

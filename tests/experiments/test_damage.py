@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import shutil
 
 import pytest
@@ -117,13 +116,6 @@ def interrupted(tmp_path_factory):
             with pytest.raises(_Stop):
                 run(dataclasses.replace(CONFIG, seed=seed), folder, verbose=0)
     return folders
-
-
-@pytest.fixture
-def moments():
-    seed = random.SystemRandom().randrange(10**9)
-    print("seed of the positions:", seed)
-    return random.Random(seed)
 
 
 def contents(folder):

@@ -11,23 +11,37 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
+from reference import dense_jacobian
 
-from tfjacreg import attacks, datasets, robustness
-from tfjacreg.experiments import environment, evaluation
+from tfjacreg import attacks, datasets, norms, robustness
+from tfjacreg.experiments import environment, evaluation, measures
 
 SCRIPT = Path(__file__).parents[2] / "evaluate.py"
 SMALL = {
     "noise": {"variance": [0.01, 0.1], "draws": 2},
     "pgd": {"iterations": [1, 4], "eps": 0.1, "step_size": 0.03},
+    "pgd_margin": {"iterations": [1, 4], "eps": 0.1, "step_size": 0.03},
     "tpgd": {"iterations": [1, 4], "eps": 0.1, "step_size": 0.03},
     "square": {"iterations": [5, 20], "eps": 0.1},
     "boundary": {"samples": 10, "spheres": 16, "resolution": 0.05},
+    "distance": {"starts": 2, "iterations": 10},
+    "sigma": {"method": "exact"},
 }
+POINTWISE = ("--boundary", "--distance", "--sigma")
 CONFIG = dict(
     dataset="digits", network="lenet", regularizer="none", factor=0.01, epochs=1, batch_size=32,
     learning_rate=0.01, seed=0, data_dir=None, environment={"device": "CPU"},
 )  # fmt: skip
+
+
+ATTACKS = {
+    "pgd": attacks.pgd,
+    "pgd_margin": functools.partial(attacks.pgd, loss="margin"),
+    "tpgd": attacks.tpgd,
+    "square": attacks.square,
+}
 
 
 @functools.cache
@@ -40,7 +54,7 @@ def script():
 
 @pytest.fixture(autouse=True)
 def small_plan(monkeypatch):
-    monkeypatch.setattr(evaluation, "_PLAN", SMALL)
+    monkeypatch.setattr(measures, "PLAN", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +105,19 @@ def read(folder):
 def test_everything_for_one_run(make_run, tmp_path, capsys):
     run = make_run()
     out = tmp_path / "figures"
-    call(run, "--boundary", "--out", out, "--adversarial-examples", 2)
+    call(run, *POINTWISE, "--out", out, "--adversarial-examples", 2)
     found = read(run)
     test = datasets.load("digits").test
     x, y = test.x[:40], test.y[:40]
     model = keras.models.load_model(run / "classifier.keras")
     assert found["clean_accuracy"] == np.mean(model.predict(x, verbose=0).argmax(axis=1) == y)
-    for name in ("pgd", "tpgd", "square"):
-        direct = getattr(attacks, name)(model, x, y, seed=0, **SMALL[name])
+    for name, attack in ATTACKS.items():
+        direct = attack(model, x, y, seed=0, **SMALL[name])
+        faded = {} if name == "square" else {"faded": direct.faded.mean(axis=1).tolist()}
         assert found[name] == {
             "iterations": SMALL[name]["iterations"],
             "accuracy": direct.accuracy.tolist(),
+            **faded,
         }
     direct = robustness.noise_accuracy(model, x, y, [0.01, 0.1], 0, draws=2)
     assert found["noise"] == {"variance": [0.01, 0.1], "accuracy": direct.tolist()}
@@ -109,13 +125,34 @@ def test_everything_for_one_run(make_run, tmp_path, capsys):
     listed = np.array(found["boundary_distance"], float)
     np.testing.assert_allclose(listed, np.where(np.isinf(direct), np.nan, direct), atol=1e-6)
     assert found["boundary"]["misclassified"] == np.flatnonzero(np.isnan(direct)).tolist()
+    direct, _ = robustness.minimal_distance(model, x, y, seed=0, **SMALL["distance"])
+    np.testing.assert_allclose(np.array(found["minimal_distance"], float), direct, rtol=1e-5)
+    assert found["distance"] == {
+        "misclassified": np.flatnonzero(np.isnan(direct)).tolist(),
+        "not_found": [],
+    }
+    # Of the classifier, in pixels: the slope of the logits at each image from NumPy's SVD.
+    jacobian = dense_jacobian(model, tf.constant(x))
+    sigma = np.linalg.svd(jacobian, compute_uv=False)[:, 0]
+    np.testing.assert_allclose(found["sigma"], sigma, rtol=1e-4)
+    logits = model.predict(x, verbose=0)
+    own = logits[np.arange(40), y]
+    logits[np.arange(40), y] = -np.inf
+    np.testing.assert_allclose(found["margin"], own - logits.max(axis=1), rtol=1e-4, atol=1e-5)
+    wrong = found["distance"]["misclassified"]
+    assert wrong == np.flatnonzero(np.array(found["margin"]) < 0).tolist() and len(wrong) > 0
     assert found["settings"]["images"] == 40 and found["settings"]["pgd"] == SMALL["pgd"]
     assert found["environment"].keys() >= {"tensorflow", "keras", "cleverhans", "device"}
-    pictures = [out / "robustness.png", out / "boundary.png", run / "adversarial_examples.png"]
+    names = ("robustness", "boundary", "distance", "sigma")
+    pictures = [*(out / f"{name}.png" for name in names), run / "adversarial_examples.png"]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     printed = capsys.readouterr()
     assert f"{100 * found['clean_accuracy']:.1f}" in printed.out and "digits, PGD" in printed.out
+    assert "digits, PGD on the margin" in printed.out and "exact sigma" in printed.out
+    assert "sqrt(2)" in printed.out
     assert "image" in printed.err and "/s" in printed.err
+    for name in (*SMALL, "none #0"):
+        assert name in printed.err
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -152,6 +189,54 @@ def test_a_killed_evaluation_goes_on_where_it_was(make_run, tmp_path, monkeypatc
     assert (run / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
 
+def test_a_killed_measure_of_points_is_made_again(make_run, tmp_path, monkeypatch):
+    whole, run = make_run("whole"), make_run("run")
+    command = ["--attacks", "--boundary", "--sigma", "--out", tmp_path / "out"]
+    call(whole, *command, limit=10)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(norms, "spectral_norm", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(run, *command, limit=10)
+    assert "boundary" in read(run) and "sigma" not in read(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(robustness, "boundary_distance", killed)
+        call(run, *command, limit=10)
+    assert (run / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
+
+
+def scale_logits(run, factor):
+    model = keras.models.load_model(run / "classifier.keras")
+    keras.Sequential([model, layers.Rescaling(factor)]).save(run / "classifier.keras")
+
+
+@pytest.mark.filterwarnings("ignore:The loss of .* has zero gradient:UserWarning")
+def test_faded_gradients_are_said_and_the_margin_is_not_fooled(make_run, tmp_path, capsys):
+    plain, large = make_run("plain"), make_run("large", seed=1)
+    scale_logits(large, 300)
+    for run in (plain, large):
+        call(run, "--attacks", "pgd", "pgd_margin", "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert printed.count("* Not tested") == 1 and printed.count("gradient faded") == 1
+    cross_entropy, margin = (read(large)[name] for name in ("pgd", "pgd_margin"))
+    assert cross_entropy["faded"][-1] > 0.2 and not any(margin["faded"])
+    assert cross_entropy["accuracy"][-1] > read(plain)["pgd"]["accuracy"][-1] + 0.2
+    np.testing.assert_allclose(margin["accuracy"], read(plain)["pgd_margin"]["accuracy"], atol=0.01)
+
+
+def test_sigma_times_300(make_run, tmp_path):
+    """What does depend on the scale of the logits: sigma and the margin, and not their ratio."""
+    plain, large = make_run("plain"), make_run("large", seed=1)
+    scale_logits(large, 300)
+    for run in (plain, large):
+        call(run, "--attacks", "--sigma", "--out", tmp_path / "out")
+    for name in ("sigma", "margin"):
+        np.testing.assert_allclose(read(large)[name], 300 * np.array(read(plain)[name]), rtol=1e-4)
+
+
 def test_attacks_come_on_top_of_earlier_ones(make_run, tmp_path):
     run = make_run()
     call(run, "--attacks", "noise", "--out", tmp_path / "out")
@@ -160,7 +245,7 @@ def test_attacks_come_on_top_of_earlier_ones(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (["--seed", "1"], "seed=0, now it is 1"),
         (["--limit", "30"], "images=40, now it is 30"),
@@ -192,6 +277,26 @@ def test_an_evaluation_with_the_keys_of_the_first_version_goes_on(make_run, tmp_
     (run / "evaluation.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="made with keras=2.0, now it is"):
         call(run, "--attacks", "pgd", "--out", tmp_path / "out")
+
+
+def test_an_evaluation_from_before_a_measure_existed_goes_on(make_run, tmp_path):
+    """Its settings do not name the measure; with it they do, and then they count."""
+    whole, run = make_run("whole"), make_run("run")
+    call(whole, "--attacks", "noise", "--sigma", "--out", tmp_path / "out")
+    call(run, "--attacks", "noise", "--out", tmp_path / "out")
+    content = read(run)
+    for name in ("pgd_margin", "distance", "sigma"):
+        del content["settings"][name]
+    del content["sha256"]
+    (run / "evaluation.json").write_text(json.dumps(content))
+    call(run, "--attacks", "noise", "--sigma", "--out", tmp_path / "out")
+    assert read(run) == read(whole)
+    # A measure without its settings is not one of evaluate.py's.
+    content = read(run)
+    del content["settings"]["sigma"], content["sha256"]
+    (run / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="made with sigma=None, now it is"):
+        call(run, "--attacks", "noise", "--out", tmp_path / "out")
 
 
 def test_another_device_is_refused():
@@ -273,7 +378,7 @@ def break_run(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    ("kind", "message"),
     {
         "no folder": "neither a run folder nor",
         "no config": "has no config.json",
@@ -321,7 +426,7 @@ def test_bare_classifiers_need_a_data_set(classifiers, make_run):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--attacks", "fgsm"], "invalid choice: 'fgsm'"),
         (["--limit", "0"], "must be at least 1"),
@@ -335,7 +440,7 @@ def test_bad_arguments(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ([], "required: RUN"),
         (["run", "--benchmarks", "results"], "unrecognized arguments: --benchmarks"),

@@ -38,10 +38,15 @@ def test_lists_of_numbers_are_on_one_line(tmp_path):
 def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     path = tmp_path / "some.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), temporary.replacing(path) as file:
-        file.write_text("half")
-        assert file.parent == tmp_path and file.suffix == ".txt"
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with temporary.replacing(path) as file:
+            file.write_text("half")
+            assert file.parent == tmp_path and file.suffix == ".txt"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with temporary.replacing(path) as file:
         file.write_text("new")

@@ -166,8 +166,16 @@ def test_a_password_is_in_no_list_of_processes(tmp_path):
     (tmp_path / "some.toml").write_text('dataset = "digits"\nrepeats = 1\n[methods.none]\n')
     storage = f"postgresql://me:{SECRET}@127.0.0.1:9/db"
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--sweep", tmp_path / "some.toml", "--storage", storage]
-        + ["--out", tmp_path / "out"],
+        [
+            sys.executable,
+            "train.py",
+            "--sweep",
+            tmp_path / "some.toml",
+            "--storage",
+            storage,
+            "--out",
+            tmp_path / "out",
+        ],
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,7 +6,6 @@ import subprocess
 
 import numpy as np
 import pytest
-from nursery import Nursery
 
 from tfjacreg import datasets
 from tfjacreg.experiments.config import RunConfig
@@ -29,13 +28,6 @@ def disk(folder, size):
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 def assert_one_message(status, output, command):

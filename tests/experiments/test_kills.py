@@ -1,11 +1,9 @@
 """kill -9 at random moments: nothing twice, nothing lost beyond an epoch, nothing left behind."""
 
 import json
-import random
 import time
 
 import pytest
-from nursery import Nursery
 
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder import RunFolder
@@ -15,20 +13,6 @@ pytestmark = pytest.mark.slow
 EPOCHS = 4
 FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "saved_model"}
 FIGURES = ("test_accuracy", "test_loss", "test_spectral_norm", "val_loss", "val_accuracy")
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def moments():
-    seed = random.SystemRandom().randrange(10**9)
-    print("seed of the moments:", seed)
-    return random.Random(seed)
 
 
 def command(out, seed):
@@ -138,7 +122,7 @@ def test_evaluate_py(nursery, undisturbed, moments, tmp_path):
 
 
 def test_a_sweep_with_two_workers(nursery, undisturbed, moments, tmp_path):
-    figures, seconds, changes = undisturbed
+    figures, seconds, _ = undisturbed
     path, out = tmp_path / "four.toml", tmp_path / "four"
     path.write_text(
         f'dataset = "digits"\nepochs = {EPOCHS}\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'

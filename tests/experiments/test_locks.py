@@ -20,7 +20,8 @@ def test_locks_of_runs(tmp_path, storage):
     with contextlib.closing(first), contextlib.closing(second):
         lock = first.acquire("run")
         assert lock is not None and second.acquire("run") is None
-        assert (other := second.acquire("other")) is not None
+        other = second.acquire("other")
+        assert other is not None
         second.release("other", other)
         child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
         first.release("run", lock)

@@ -23,6 +23,7 @@ from tfjacreg.experiments import html, report, selection, tables
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.sweep import Sweep
 
+POINTWISE = ("--boundary", "--distance", "--sigma")
 ROOT = Path(__file__).parents[2]
 TOML = """
 dataset = "{dataset}"
@@ -98,10 +99,14 @@ def write_evaluation(folder, images=6, **change):
         "noise": {"variance": [0.1, 0.2], "accuracy": [0.8, float(rng.random())]},
         **{
             name: {"iterations": [1, 4, 9], "accuracy": [0.5, 0.4, float(rng.random())]}
-            for name in ("pgd", "tpgd", "square")
+            for name in ("pgd", "pgd_margin", "tpgd", "square")
         },
         "boundary_distance": [None if i == wrong else 1.0 + i for i in range(images)],
         "boundary": {"misclassified": [wrong], "beyond_max_radius": []},
+        "minimal_distance": [None if i == wrong else 0.1 + i / 10 for i in range(images)],
+        "distance": {"misclassified": [wrong], "not_found": []},
+        "sigma": rng.uniform(1, 2, images).tolist(),
+        "margin": [-1 if i == wrong else 1 for i in range(images)],
     }
     (folder / "evaluation.json").write_text(json.dumps(content | change))
 
@@ -492,7 +497,7 @@ def test_robustness_of_the_chosen_cells(judged, nothing, monkeypatch):
             expected.append(("fashion_mnist", label, json.loads(path.read_text())))
     assert [tuple(evaluation) for evaluation in drawn] == expected and len(expected) == 7
     assert "judged yet" not in text and "not in the figure" not in text
-    for name in ("robustness.png", "boundary.png", "training.png"):
+    for name in ("robustness.png", "boundary.png", "distance.png", "sigma.png", "training.png"):
         assert f"]({name})" in text
         assert len(np.unique(image.imread(judged / "report" / name))) > 50
 
@@ -500,7 +505,7 @@ def test_robustness_of_the_chosen_cells(judged, nothing, monkeypatch):
 def test_one_run_per_method_for_the_boundary(judged, nothing, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        report.figures, "boundary_figure", lambda runs, path: drawn.append(list(runs))
+        report.distributions, "boundary_figure", lambda runs, path: drawn.append(list(runs))
     )
     monkeypatch.setattr(report.html, "render", lambda text, out: "")
     text = write(judged, nothing)
@@ -515,6 +520,71 @@ def test_one_run_per_method_for_the_boundary(judged, nothing, monkeypatch):
         assert tuple(evaluation) == ("fashion_mnist", method, json.loads(path.read_text()))
     write(judged, nothing)
     assert drawn[1] == drawn[0]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Their files take longer than the text."""
+    for module in (report.figures, report.distributions):
+        monkeypatch.setattr(module, "save", lambda figure, path: None)
+    monkeypatch.setattr(report.html, "render", lambda text, out: "")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_an_attack_has_not_tested_is_said(judged, nothing):
+    assert "Not tested" not in (text := write(judged, nothing)) and "Open marks" not in text
+    pgd = {"iterations": [1, 4, 9], "accuracy": [0.5, 0.4, 0.4], "faded": [0.0, 0.1, 0.4]}
+    write_evaluation(judged / "none-lr0.01-b32-seed0", pgd=pgd)
+    text = write(judged, nothing)
+    assert "Open marks" in text and text.count("* Not tested") == 1
+    (line,) = re.findall(r"^None +1 +90\.0 .*\*$", text, re.M)
+    assert line.split()[3:] == ["50.0", "40.0*", "40.0*"]
+    (line,) = re.findall(r"^ +gradient faded .*$", text, re.M)
+    assert line.split()[2:] == ["0.0", "10.0", "40.0"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_points_of_the_runs_of_figure_4(judged, nothing, monkeypatch):
+    """Both distances and sigma are those of the same runs; the ratios come of all three."""
+    drawn = {}
+    for name in ("boundary", "distance", "sigma"):
+
+        def draw(runs, path, name=name):
+            drawn[name] = list(runs)
+
+        monkeypatch.setattr(report.distributions, f"{name}_figure", draw)
+    text = write(judged, nothing)
+    assert drawn["boundary"] == drawn["distance"] == drawn["sigma"] and len(drawn["sigma"]) == 3
+    assert "distance to the nearest adversarial image found" in text
+    assert "exact sigma (logits per pixel unit) at 6 points" in text
+    # The distances were written as 1 + i and a tenth of that.
+    assert re.search(r"along random directions / .*\n.*\nSpectral +1( +10\.00){5} +0\.0\n", text)
+    for path in judged.glob("*/evaluation.json"):
+        content = json.loads(path.read_text())
+        del content["sigma"]
+        path.write_text(json.dumps(content))
+    text = write(judged, nothing)
+    assert "sigma.png" not in text and "sqrt(2)" not in text and "](distance.png)" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_evaluations_of_the_first_version_are_shown_for_what_they_have(judged, nothing):
+    for path in judged.glob("*/evaluation.json"):
+        content = json.loads(path.read_text())
+        for name in ("pgd_margin", "minimal_distance", "distance", "sigma", "margin"):
+            del content[name]
+        path.write_text(json.dumps(content))
+    later = judged / ONE / "evaluation.json"
+    write_evaluation(later.parent)
+    content = json.loads(later.read_text())
+    content["settings"]["sigma"] = {"method": "exact"}
+    later.write_text(json.dumps(content))
+    text = write(judged, nothing)
+    assert "](robustness.png)" in text and "](boundary.png)" in text
+    assert "judged yet" in text and f"{ONE} " not in text.split("To judge them:")[1].split("```")[1]
+    assert text.count("PGD on the margin: accuracy") == 1
+    (rows,) = re.findall(r"PGD on the margin: accuracy.*?\n\n|$", text, re.DOTALL)[:1]
+    assert len(rows.strip().splitlines()) == 3 and re.search("^Spectral +1 ", rows, re.M)
 
 
 def test_every_repeat_can_be_drawn(folder):
@@ -535,7 +605,7 @@ def test_runs_to_judge_are_named_with_the_command(folder, nothing):
         return shlex.split(line)
 
     text = write(folder, nothing)
-    assert command(text) == [*runs, "--boundary", "--limit", "2000"]
+    assert command(text) == [*runs, *POINTWISE, "--limit", "2000"]
     assert text.count("not in the figure: its distances are not measured yet") == 3
     # One is judged whole, one on the way: the command goes on with the same settings.
     write_evaluation(Path(runs[0]))
@@ -545,7 +615,7 @@ def test_runs_to_judge_are_named_with_the_command(folder, nothing):
     del content["square"], content["boundary_distance"], content["boundary"]
     partial.write_text(json.dumps(content))
     text = write(folder, nothing)
-    assert command(text) == [*runs[1:], "--boundary", "--limit", "6", "--seed", "5"]
+    assert command(text) == [*runs[1:], *POINTWISE, "--limit", "6", "--seed", "5"]
     (line,) = [li for li in text.splitlines() if re.match(r"Spectral +1 .* 50\.0 ", li)][:1]
     assert "±" not in line
 
@@ -588,7 +658,7 @@ def write_text(name, text):
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "message"),
     [
         (lambda f: (f / "sweep.toml").unlink(), "must hold sweep.toml. Received: .*sweep, which"),
         (write_text("sweep.toml", "= 3"), r"sweep.toml is not a TOML file"),
@@ -607,7 +677,11 @@ def write_text(name, text):
         (write_text(f"{ONE}/history.csv", "val_loss,step_seconds\n1,2\n"), "4 epochs. Received: 1"),
         (write_text(f"{ONE}/evaluation.json", "{}"), rf"{ONE}/evaluation.json must be as"),
         (change_json("evaluation.json", pgd={"iterations": [1, 4, 9], "accuracy": [1]}), "pgd"),
+        (change_json("evaluation.json", square={"iterations": [1], "accuracy": [1], "faded": []}),
+         "square needs an accuracy"),
         (change_json("evaluation.json", boundary={}), "KeyError"),
+        (change_json("evaluation.json", distance={}), "KeyError"),
+        (change_json("evaluation.json", margin=[1]), "a margin for each sigma"),
         (write_text(f"{ONE}/classifier.keras", "new"), "an evaluation of another classifier"),
         (lambda f: write_evaluation(f / ONE, images=7), r"differ in \['images'\]"),
     ],
@@ -626,7 +700,7 @@ def test_results_without_weights(judged, nothing):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("step_time_a.json", {}), ("estimator_error.json", {"settings": {}})]
+    ("name", "content"), [("step_time_a.json", {}), ("estimator_error.json", {"settings": {}})]
 )
 def test_foreign_benchmarks_are_named(folder, benchmarks, name, content):
     (benchmarks / name).write_text(json.dumps(content))
@@ -664,7 +738,7 @@ def test_the_page_holds_its_pictures_and_nothing_else(judged, benchmarks):
     links.feed(page_text)
     pictures = [link for link in links.found if link != "data:,"]
     names = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(names) == 5
+    assert len(names) == 7
     for link, name in zip(pictures, names, strict=True):
         head, encoded = link.split(",")
         assert head == "data:image/png;base64"
@@ -732,7 +806,7 @@ def test_the_page_in_a_browser(judged, benchmarks, browser):
     alone.parent.mkdir()
     shutil.copy(path, alone)
     widths, requests = shown(browser, alone)
-    assert len(widths) == 5 and min(widths) > 400
+    assert len(widths) == 7 and min(widths) > 400
     assert [r for r in requests if not r.startswith("data:")] == [alone.as_uri()]
     assert set(requests.values()) == {"loaded"}
     # On a phone nothing but tables, pictures and code scrolls sideways.

@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 
 
 def test_folder(finished):
-    config, out, metrics = finished
+    _, out, metrics = finished
     assert {p.name for p in out.iterdir()} == {
         "config.json",
         "history.csv",
@@ -243,9 +243,20 @@ def test_saved_model_cli_gives_the_logits_of_keras(finished, tmp_path):
     np.save(tmp_path / "x.npy", x)
     cli = Path(sys.executable).with_name("saved_model_cli")
     subprocess.run(
-        [cli, "run", "--dir", out / "saved_model", "--tag_set", "serve"]
-        + ["--signature_def", "serve", "--inputs", f"pixels={tmp_path / 'x.npy'}"]
-        + ["--outdir", tmp_path / "served"],
+        [
+            cli,
+            "run",
+            "--dir",
+            out / "saved_model",
+            "--tag_set",
+            "serve",
+            "--signature_def",
+            "serve",
+            "--inputs",
+            f"pixels={tmp_path / 'x.npy'}",
+            "--outdir",
+            tmp_path / "served",
+        ],
         check=True,
         capture_output=True,
     )

@@ -6,18 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from nursery import Nursery
 
 from tfjacreg.experiments.folder import RunFolder
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

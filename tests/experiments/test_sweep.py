@@ -149,8 +149,30 @@ def test_no_method_has_a_finer_grid_than_another():
             assert all(2.99 < ratio <= 10.01 for ratio in ratios)
 
 
+JUDGE = "fashion_mnist_judge"
+
+
+def test_judged_factors_are_those_of_lowest_validation_loss():
+    """In the quarter of the grid that they come from; and the spectral norm's next one."""
+    results = SWEEPS.parent / "results" / "fashion_mnist" / "grid"
+    judge = Sweep.load(SWEEPS / f"{JUDGE}.toml")
+    grid = Sweep.load(results / "sweep.toml")
+    (quarter,) = {(cell.learning_rate, cell.batch_size) for cell in judge.cells}
+    for method in METHODS:
+        losses = {
+            cell.factor: json.loads((results / grid.folder(config) / "metrics.json").read_text())[
+                "val_loss"
+            ]
+            for (cell, _), config in grid.configs().items()
+            if cell.method == method and (cell.learning_rate, cell.batch_size) == quarter
+        }
+        own = {cell.factor for cell in judge.cells if cell.method == method}
+        assert min(losses, key=losses.get) in own
+        assert own - {min(losses, key=losses.get)} == ({0.1} if method == "spectral" else set())
+
+
 def test_every_file_is_tested():
-    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN, GRID}
+    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN, GRID, JUDGE}
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 import csv
 import json
-import random
 import time
 
 import pytest
-from nursery import Nursery
 
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder import RunFolder
@@ -16,20 +14,6 @@ pytestmark = pytest.mark.slow
 TRIALS = 10
 EPOCHS = 2
 FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "saved_model"}
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture
-def moments():
-    seed = random.SystemRandom().randrange(10**9)
-    print("seed of the moments:", seed)
-    return random.Random(seed)
 
 
 def assert_whole(path, config):

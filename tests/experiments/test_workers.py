@@ -33,7 +33,6 @@ epochs = 12
 repeats = 2
 [grid]
 batch_size = [128]
-[methods.none]
 [methods.spectral]
 """
 MANY = """
@@ -165,8 +164,7 @@ def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, 
     _wait(pair, out)
     _assert_kept(seen, _histories(out))
 
-    names = {"none-lr0.01-b128", "spectral-0.01-lr0.01-b128"}
-    runs = {f"{name}-seed{seed}" for name in names for seed in (0, 1)}
+    runs = {f"spectral-0.01-lr0.01-b128-seed{seed}" for seed in (0, 1)}
     assert {folder.name for folder in out.iterdir() if folder.is_dir()} == runs
     trials = _trials(out, storage)
     assert sorted(f"{t.params['cell']}-seed{t.params['repeat']}" for t in trials) == sorted(runs)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-TITLES = {"noise": "White noise", "pgd": "PGD", "tpgd": "TPGD", "square": "Square"}
+TITLES = {
+    "noise": "White noise",
+    "pgd": "PGD",
+    "pgd_margin": "PGD on the margin",
+    "tpgd": "TPGD",
+    "square": "Square",
+}
 _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
+# Where the gradient has faded on so many of the images, and they are still right, the accuracy is
+# marked: the attack has not tested it.
+FADED = 0.01
+# Where evaluation.json has the distances: at random directions, and to the nearest image found.
+_DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
+_MEANINGS = {
+    "boundary": "distance to the decision boundary along random directions",
+    "distance": "distance to the nearest adversarial image found",
+}
+_AGAINST_SPHERES = "distance along random directions / distance to the nearest image found"
+_AGAINST_SIGMA = "distance to the nearest image found / (margin / (sqrt(2) sigma))"
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_HEAD = [f"{100 * q:g} %" for q in _QUANTILES]
 
 
 class Evaluation(NamedTuple):
@@ -33,18 +53,26 @@ class Curve(NamedTuple):
         strength: Strengths `[S]`.
         clean: Clean accuracy of each run, `[R]`.
         accuracy: Accuracy of each run at each strength, `[R, S]`.
+        faded: Share of the images that were still right there although the attack had lost its
+            gradient, `[R, S]`; 0 where it was not recorded.
     """
 
     strength: npt.NDArray[np.float64]
     clean: npt.NDArray[np.float64]
     accuracy: npt.NDArray[np.float64]
+    faded: npt.NDArray[np.float64]
+
+    @property
+    def untested(self) -> npt.NDArray[np.bool_]:
+        """Where the mean accuracy is marked, `[S]`."""
+        return self.faded.mean(axis=0) >= FADED
 
 
 class Distances(NamedTuple):
     """Distances to the boundary of the points that every run classifies correctly.
 
     Attributes:
-        values: Distances of each run, `[R, P]`; infinite beyond the largest radius tried.
+        values: Distances of each run, `[R, P]`; infinite where none was found.
         points: Number of points in the test set.
     """
 
@@ -52,39 +80,56 @@ class Distances(NamedTuple):
     points: int
 
 
+class Slopes(NamedTuple):
+    """The exact spectral norm at each point, and the margin.
+
+    Attributes:
+        sigma: Logits per pixel unit, of each run, `[R, P]`.
+        margin: The logit of the label less the largest other, `[R, P]`.
+    """
+
+    sigma: npt.NDArray[np.float64]
+    margin: npt.NDArray[np.float64]
+
+
 def curves(evaluations: Sequence[Evaluation], name: str) -> dict[str, dict[str, Curve]]:
     """Gathers the curves of one perturbation by data set and method.
 
     Args:
         evaluations: The judged runs.
-        name: "noise", "pgd", "tpgd" or "square".
+        name: One of the keys of `TITLES`.
 
     Returns:
-        Curve of each method of each data set, in the order of the runs.
+        Curve of each method of each data set, in the order of the runs; of those that were judged
+        by this perturbation.
 
     Raises:
         ValueError: If runs of one method were judged at different strengths.
     """
-    strength = "variance" if name == "noise" else "iterations"
     gathered: dict[str, dict[str, Curve]] = {}
-    for dataset, method in dict.fromkeys((e.dataset, e.method) for e in evaluations):
-        results = [e.result for e in evaluations if (e.dataset, e.method) == (dataset, method)]
-        grids = [r[name][strength] for r in results]
+    judged = [e for e in evaluations if name in e.result]
+    for dataset, method in dict.fromkeys((e.dataset, e.method) for e in judged):
+        results = [e.result for e in judged if (e.dataset, e.method) == (dataset, method)]
+        grids = [r[name][strength(name)] for r in results]
         if any(grid != grids[0] for grid in grids):
             raise ValueError(f"{method} on {dataset} must share strengths. Received: {grids}.")
         gathered.setdefault(dataset, {})[method] = Curve(
             np.array(grids[0], float),
             np.array([r["clean_accuracy"] for r in results]),
             np.array([r[name]["accuracy"] for r in results]),
+            np.array([r[name].get("faded", np.zeros(len(grids[0]))) for r in results]),
         )
     return gathered
 
 
-def distances(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Distances]]:
-    """Gathers the boundary distances by data set and method.
+def distances(
+    evaluations: Sequence[Evaluation], name: str = "boundary"
+) -> dict[str, dict[str, Distances]]:
+    """Gathers the distances to the boundary by data set and method.
 
     Args:
         evaluations: The judged runs.
+        name: "boundary", along random directions, or "distance", to the nearest image found.
 
     Returns:
         Distances of each method of each data set, for the points all its runs get right.
@@ -94,34 +139,77 @@ def distances(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Distance
             no correctly classified one.
     """
     gathered: dict[str, dict[str, Distances]] = {}
-    for dataset in dict.fromkeys(e.dataset for e in evaluations):
-        runs = [e for e in evaluations if e.dataset == dataset]
-        counts = {len(e.result["boundary_distance"]) for e in runs}
-        if len(counts) > 1:
-            raise ValueError(f"Runs on {dataset} must share their points. Received: {counts}.")
-        count = counts.pop()
-        shared = np.ones(count, bool)
-        for run in runs:
-            shared[run.result["boundary"]["misclassified"]] = False
-        if not shared.any():
-            raise ValueError(f"There is no point on {dataset} that every run classifies correctly.")
+    for dataset, runs in _by_dataset(evaluations).items():
+        shared = _shared(dataset, runs, name)
         gathered[dataset] = {
-            method: Distances(
-                np.array(
-                    [
-                        # null marks the misclassified, dropped here, and the unreached.
-                        np.array(
-                            [np.inf if d is None else d for d in e.result["boundary_distance"]]
-                        )[shared]
-                        for e in runs
-                        if e.method == method
-                    ]
-                ),
-                count,
-            )
-            for method in dict.fromkeys(e.method for e in runs)
+            method: Distances(_distances(repeats, name)[:, shared], len(shared))
+            for method, repeats in _by_method(runs).items()
         }
     return gathered
+
+
+def slopes(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Slopes]]:
+    """Gathers sigma and the margin at all points by data set and method.
+
+    Args:
+        evaluations: The judged runs.
+
+    Returns:
+        Those of each method of each data set.
+
+    Raises:
+        ValueError: If runs on one data set were judged on different numbers of points.
+    """
+    gathered: dict[str, dict[str, Slopes]] = {}
+    for dataset, runs in _by_dataset(evaluations).items():
+        count = _count(dataset, runs, "sigma")
+        if {len(e.result["margin"]) for e in runs} != {count}:
+            raise ValueError(f"Runs on {dataset} must have a margin for each sigma.")
+        gathered[dataset] = {
+            method: Slopes(
+                *(np.array([e.result[k] for e in repeats], float) for k in ("sigma", "margin"))
+            )
+            for method, repeats in _by_method(runs).items()
+        }
+    return gathered
+
+
+def _by_dataset(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
+    names = dict.fromkeys(e.dataset for e in evaluations)
+    return {name: [e for e in evaluations if e.dataset == name] for name in names}
+
+
+def _by_method(runs: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
+    names = dict.fromkeys(e.method for e in runs)
+    return {name: [e for e in runs if e.method == name] for name in names}
+
+
+def _count(dataset: str, runs: Sequence[Evaluation], key: str) -> int:
+    counts = {len(e.result[key]) for e in runs}
+    if len(counts) > 1:
+        raise ValueError(f"Runs on {dataset} must share their points. Received: {counts}.")
+    return counts.pop()
+
+
+def _shared(dataset: str, runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.bool_]:
+    """Which points every run classifies correctly, `[P]`."""
+    shared = np.ones(_count(dataset, runs, _DISTANCES[name]), bool)
+    for run in runs:
+        shared[run.result[name]["misclassified"]] = False
+    if not shared.any():
+        raise ValueError(f"There is no point on {dataset} that every run classifies correctly.")
+    return shared
+
+
+def _distances(runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.float64]:
+    # null marks the misclassified and those where none was found.
+    listed = [e.result[_DISTANCES[name]] for e in runs]
+    return np.array([[np.inf if d is None else d for d in row] for row in listed], float)
+
+
+def strength(name: str) -> str:
+    """What a perturbation calls its strength in evaluation.json."""
+    return "variance" if name == "noise" else "iterations"
 
 
 def axis(name: str) -> str:
@@ -130,29 +218,45 @@ def axis(name: str) -> str:
 
 
 def robustness_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    """Formats the accuracies, in percent, as text: one block per data set and perturbation."""
+    """Formats the accuracies, in percent, as text: one block per data set and perturbation.
+
+    An accuracy is marked where the attack had lost its gradient on images that are still right, and
+    a row below says on how many.
+    """
     blocks = []
     for name in names:
         for dataset, methods in curves(evaluations, name).items():
-            strength = next(iter(methods.values())).strength
-            head = ["clean", *(f"{s:g}" for s in strength)]
-            rows = [
-                [
-                    method,
-                    str(len(c.clean)),
-                    *(_spread(100 * a) for a in np.column_stack([c.clean, c.accuracy]).T),
-                ]
-                for method, c in methods.items()
-            ]
+            strengths = next(iter(methods.values())).strength
+            rows = []
+            for method, c in methods.items():
+                marks = ["", *np.where(c.untested, "*", "")]
+                cells = (_spread(100 * a) for a in np.column_stack([c.clean, c.accuracy]).T)
+                marked = [cell + mark for cell, mark in zip(cells, marks, strict=True)]
+                rows.append([method, str(len(c.clean)), *marked])
+                if c.untested.any():
+                    shares = (_spread(100 * share) for share in c.faded.T)
+                    rows.append(["  gradient faded", "", "", *shares])
             title = f"{dataset}, {TITLES[name]}: accuracy in % against {axis(name)}"
-            blocks.append(_layout(title, ["method", "runs", *head], rows))
+            head = ["method", "runs", "clean", *(f"{s:g}" for s in strengths)]
+            block = _layout(title, head, rows)
+            if any(c.untested.any() for c in methods.values()):
+                block += (
+                    "\n* Not tested: so many % of the images are right, but the attack has lost its"
+                    " gradient there."
+                )
+            blocks.append(block)
     return "\n\n".join(blocks)
 
 
-def boundary_table(evaluations: Sequence[Evaluation]) -> str:
-    """Formats the boundary distances as text: one block per data set."""
+def distance_table(evaluations: Sequence[Evaluation], name: str = "boundary") -> str:
+    """Formats distances to the boundary as text: one block per data set.
+
+    Args:
+        evaluations: The judged runs.
+        name: That of `distances`.
+    """
     blocks = []
-    for dataset, methods in distances(evaluations).items():
+    for dataset, methods in distances(evaluations, name).items():
         shared = next(iter(methods.values()))
         rows = [
             [
@@ -164,11 +268,63 @@ def boundary_table(evaluations: Sequence[Evaluation]) -> str:
             for method, d in methods.items()
         ]
         title = (
-            f"{dataset}: distance to the decision boundary (Euclidean, pixel units), quantiles over"
+            f"{dataset}: {_MEANINGS[name]} (Euclidean, pixel units), quantiles over"
             f" the {shared.values.shape[1]} of {shared.points} points that every run gets right"
         )
-        head = ["method", "runs", "5 %", "25 %", "50 %", "75 %", "95 %", "none found"]
-        blocks.append(_layout(title, head, rows))
+        blocks.append(_layout(title, ["method", "runs", *_HEAD, "none found"], rows))
+    return "\n\n".join(blocks)
+
+
+def sigma_table(evaluations: Sequence[Evaluation]) -> str:
+    """Formats how sigma is distributed over all points as text: one block per data set."""
+    blocks = []
+    for dataset, methods in slopes(evaluations).items():
+        rows = [
+            [
+                method,
+                str(len(s.sigma)),
+                f"{s.sigma.mean():.2f}",
+                *(f"{q:.2f}" for q in _quantiles(s.sigma)),
+                f"{s.sigma.max():.2f}",
+            ]
+            for method, s in methods.items()
+        ]
+        points = next(iter(methods.values())).sigma.shape[1]
+        title = f"{dataset}: exact sigma (logits per pixel unit) at {points} points, quantiles"
+        blocks.append(_layout(title, ["method", "runs", "mean", *_HEAD, "largest"], rows))
+    return "\n\n".join(blocks)
+
+
+def ratio_table(evaluations: Sequence[Evaluation]) -> str:
+    """Formats how the distances compare at each point as text: two blocks per data set.
+
+    Along random directions to the nearest image found, and the latter to the distance that the
+    margin and sigma alone would give, `margin / (sqrt(2) sigma)`.
+    """
+    blocks = []
+    for dataset, runs in _by_dataset(evaluations).items():
+        shared = _shared(dataset, runs, "distance")
+        ratios: dict[str, list[list[str]]] = {_AGAINST_SPHERES: [], _AGAINST_SIGMA: []}
+        for method, repeats in _by_method(runs).items():
+            spheres, nearest = (
+                _distances(repeats, name)[:, shared] for name in ("boundary", "distance")
+            )
+            slope = slopes(repeats)[dataset][method]
+            # The margin is positive where an image is classified correctly, and so is sigma where
+            # its class can change nearby.
+            with np.errstate(divide="ignore"):
+                linear = slope.margin[:, shared] / (math.sqrt(2) * slope.sigma[:, shared])
+                found = {_AGAINST_SPHERES: spheres / nearest, _AGAINST_SIGMA: nearest / linear}
+            for title, ratio in found.items():
+                ratio = ratio[np.isfinite(ratio)]
+                below = f"{100 * (ratio < 1).mean():.1f}"
+                quantiles = (f"{q:.2f}" for q in _quantiles(ratio))
+                ratios[title].append([method, str(len(repeats)), *quantiles, below])
+        head = ["method", "runs", *_HEAD, "below 1, in %"]
+        blocks += [
+            _layout(f"{dataset}: {title}, quantiles over {shared.sum()} points", head, rows)
+            for title, rows in ratios.items()
+        ]
     return "\n\n".join(blocks)
 
 
@@ -180,7 +336,7 @@ def _spread(values: npt.NDArray[np.float64]) -> str:
 
 def _quantiles(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     # Not interpolated: some distances may be infinite.
-    return np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], method="inverted_cdf")
+    return np.quantile(values, _QUANTILES, method="inverted_cdf")
 
 
 def _layout(title: str, head: list[str], rows: list[list[str]]) -> str:

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from tqdm import tqdm
 
-from tfjacreg import attacks, datasets, robustness
+from tfjacreg import attacks, datasets
 from tfjacreg.classifiers import check_classifier, predict
-from tfjacreg.experiments import checkpoint, curves, environment, figures, files
+from tfjacreg.experiments import (
+    checkpoint,
+    curves,
+    distributions,
+    environment,
+    figures,
+    files,
+    measures,
+)
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
-
-PERTURBATIONS = ("noise", "pgd", "tpgd", "square")
-# What each perturbation calls its strength in evaluation.json.
-STRENGTHS = {"noise": "variance", "pgd": "iterations", "tpgd": "iterations", "square": "iterations"}
-
-_STEPS = [1, 2, 4, 8, 16, 32]
-_GRADIENT: dict[str, Any] = {
-    "iterations": _STEPS,
-    "eps": attacks.EPS,
-    "step_size": attacks.STEP_SIZE,
-}
-_PLAN: dict[str, dict[str, Any]] = {
-    "noise": {"variance": [0.01, 0.02, 0.05, 0.1, 0.2], "draws": 5},
-    "pgd": _GRADIENT,
-    "tpgd": _GRADIENT,
-    "square": {"iterations": [1, 10, 30, 100, 300, 1000], "eps": attacks.EPS},
-    "boundary": {"samples": 100, "spheres": 64, "resolution": 0.01},
-}
 
 
 class Target(NamedTuple):
@@ -148,8 +136,8 @@ def judge(
     targets: Sequence[Target],
     out: Path,
     *,
-    perturbations: Sequence[str] = PERTURBATIONS,
-    boundary: bool = False,
+    perturbations: Sequence[str] = measures.PERTURBATIONS,
+    pointwise: Sequence[str] = (),
     limit: int | None = None,
     examples: int | None = None,
     seed: int = 0,
@@ -159,9 +147,9 @@ def judge(
 
     Args:
         targets: The classifiers.
-        out: Folder of the figures, `robustness.png` and `boundary.png`.
-        perturbations: Some of `PERTURBATIONS`.
-        boundary: Whether to measure the distance to the decision boundary.
+        out: Folder of the figures: `robustness.png`, and one named after each of `pointwise`.
+        perturbations: Some of `measures.PERTURBATIONS`.
+        pointwise: Some of `measures.POINTWISE`.
         limit: How many test images to judge on; None for all.
         examples: How many images to draw before and after PGD, beside each `evaluation.json`.
         seed: Seed of everything random.
@@ -186,7 +174,7 @@ def judge(
             x,
             y,
             perturbations=perturbations,
-            boundary=boundary,
+            pointwise=pointwise,
             seed=seed,
             overwrite=overwrite,
         )
@@ -201,9 +189,17 @@ def judge(
     if perturbations:
         tables.append(curves.robustness_table(judged, perturbations))
         figures.robustness_figure(judged, perturbations, out / "robustness.png")
-    if boundary:
-        tables.append(curves.boundary_table(judged))
-        figures.boundary_figure(judged, out / "boundary.png")
+    if "boundary" in pointwise:
+        tables.append(curves.distance_table(judged))
+        distributions.boundary_figure(judged, out / "boundary.png")
+    if "distance" in pointwise:
+        tables.append(curves.distance_table(judged, "distance"))
+        distributions.distance_figure(judged, out / "distance.png")
+    if "sigma" in pointwise:
+        tables.append(curves.sigma_table(judged))
+        distributions.sigma_figure(judged, out / "sigma.png")
+    if set(pointwise) == set(measures.POINTWISE):
+        tables.append(curves.ratio_table(judged))
     return "\n\n".join(tables)
 
 
@@ -212,8 +208,8 @@ def evaluate(
     x: np.ndarray,
     y: np.ndarray,
     *,
-    perturbations: Sequence[str] = PERTURBATIONS,
-    boundary: bool = False,
+    perturbations: Sequence[str] = measures.PERTURBATIONS,
+    pointwise: Sequence[str] = (),
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -223,8 +219,8 @@ def evaluate(
         target: The classifier.
         x: Test images in [0, 1], `[N, *in]`.
         y: Their labels `[N]`.
-        perturbations: Some of `PERTURBATIONS`.
-        boundary: Whether to measure the distance to the decision boundary.
+        perturbations: Some of `measures.PERTURBATIONS`.
+        pointwise: Some of `measures.POINTWISE`.
         seed: Seed of everything random.
         overwrite: Start afresh instead of going on with the file that is there.
 
@@ -236,14 +232,13 @@ def evaluate(
             cannot be loaded or judged.
         OSError: If the file cannot be written.
     """
-    wanted = [*perturbations, *(["boundary"] if boundary else [])]
-    header = {
+    header: dict[str, Any] = {
         "settings": {
             "dataset": target.dataset,
             "images": len(x),
             "seed": seed,
             "classifier_sha256": files.sha256(target.classifier),
-            **_PLAN,
+            **measures.PLAN,
         },
         "environment": environment.environment(),
     }
@@ -256,48 +251,17 @@ def evaluate(
             subject = check_classifier(classifier, x, y)
             clean = float((predict(subject).argmax(axis=1) == subject.y).mean())
             result = {**header, "clean_accuracy": clean}
-        for name in wanted:
+        # A file of an earlier version does not name the settings of measures that came later.
+        result["settings"] = {**result["settings"], **header["settings"]}
+        for name in (*perturbations, *pointwise):
             if name not in result:
                 run = target.method if target.seed is None else f"{target.method} #{target.seed}"
-                result |= _measure(name, classifier, x, y, seed, f"{run} {name}")
+                result |= measures.measure(name, classifier, x, y, seed, f"{run} {name}")
                 target.folder.write_evaluation(result)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{target.classifier}: {error}") from error
     target.folder.write_evaluation(result)
     return result
-
-
-def _measure(
-    name: str, classifier: keras.Model, x: np.ndarray, y: np.ndarray, seed: int, title: str
-) -> dict[str, Any]:
-    plan = dict(_PLAN[name])
-    if name == "boundary":
-        with tqdm(total=len(x), desc=title, unit="image") as bar:
-            distance = robustness.boundary_distance(
-                classifier, x, y, seed=seed, progress=bar.update, **plan
-            )
-        return {
-            "boundary_distance": [round(d, 6) if math.isfinite(d) else None for d in distance],
-            "boundary": {
-                "misclassified": np.flatnonzero(np.isnan(distance)).tolist(),
-                "beyond_max_radius": np.flatnonzero(np.isinf(distance)).tolist(),
-            },
-        }
-    strength = STRENGTHS[name]
-    values = plan.pop(strength)
-    if name == "noise":
-        total = len(x) * len(values) * plan["draws"]
-        with tqdm(total=total, desc=title, unit="image", unit_scale=True) as bar:
-            accuracy = robustness.noise_accuracy(
-                classifier, x, y, values, seed, progress=bar.update, **plan
-            )
-    else:
-        attack = {"pgd": attacks.pgd, "tpgd": attacks.tpgd, "square": attacks.square}[name]
-        with tqdm(total=len(x) * values[-1], desc=title, unit="step", unit_scale=True) as bar:
-            accuracy = attack(
-                classifier, x, y, iterations=values, seed=seed, progress=bar.update, **plan
-            ).accuracy
-    return {name: {strength: values, "accuracy": accuracy.tolist()}}
 
 
 def adversarial_examples(
@@ -325,7 +289,7 @@ def adversarial_examples(
     if not len(correct):
         raise ValueError(f"{target.classifier}: there is no correctly classified image to attack.")
     clean, labels = x[correct], y[correct]
-    x_adv = attacks.pgd(classifier, clean, labels, iterations=_STEPS[-1], seed=seed).x_adv
+    x_adv = attacks.pgd(classifier, clean, labels, iterations=measures.STEPS[-1], seed=seed).x_adv
     fooled = predict(check_classifier(classifier, x_adv, labels)).argmax(axis=1)
     return clean, x_adv, labels, fooled
 
@@ -358,6 +322,7 @@ def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, An
         name: (settings.get(name), value)
         for name, value in now["settings"].items()
         if settings.get(name) != value
+        and (name in settings or name in before or name not in measures.PLAN)
     }
     different |= environment.differences(before.get("environment", {}), now["environment"])
     for name, (there, here) in different.items():

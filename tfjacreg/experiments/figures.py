@@ -21,7 +21,7 @@ _BLACK, _ORANGE, _SKY_BLUE, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 
-class _Style(NamedTuple):
+class Style(NamedTuple):
     """How a line is drawn."""
 
     color: str
@@ -30,21 +30,21 @@ class _Style(NamedTuple):
 
 # The paper's methods look the same in all figures, whichever of them are there.
 _METHODS = {
-    "Spectral": _Style(_BLUE, "s"),
-    "Frobenius": _Style(_ORANGE, "P"),
-    "Spectral-Bound": _Style(_PURPLE, "v"),
-    "L2": _Style(_GREEN, "^"),
-    "None": _Style(_BLACK, "o"),
+    "Spectral": Style(_BLUE, "s"),
+    "Frobenius": Style(_ORANGE, "P"),
+    "Spectral-Bound": Style(_PURPLE, "v"),
+    "L2": Style(_GREEN, "^"),
+    "None": Style(_BLACK, "o"),
 }
 # Methods of other names take these in turn.
 _OTHERS = (
     _METHODS["None"],
-    _Style(_VERMILION, "s"),
-    _Style(_BLUE, "D"),
+    Style(_VERMILION, "s"),
+    Style(_BLUE, "D"),
     _METHODS["L2"],
     _METHODS["Spectral-Bound"],
     _METHODS["Frobenius"],
-    _Style(_SKY_BLUE, "*"),
+    Style(_SKY_BLUE, "*"),
 )
 # The steps that are drawn, out of those timed, and the estimators.
 _STEPS = {
@@ -52,14 +52,14 @@ _STEPS = {
     "spectral_bound": ("SpectralBound", _METHODS["Spectral-Bound"]),
     "frobenius": ("FrobeniusNorm, 1 projection", _METHODS["Frobenius"]),
     "power_1": ("SpectralNorm, N = 1", _METHODS["Spectral"]),
-    "power_1_transpose": ("SpectralNorm, N = 1, transpose", _Style(_SKY_BLUE, "D")),
-    "exact": ("SpectralNorm, exact", _Style(_GREEN, "^")),
-    "analytic": ("analytic (row by row, SVD)", _Style(_VERMILION, "*")),
+    "power_1_transpose": ("SpectralNorm, N = 1, transpose", Style(_SKY_BLUE, "D")),
+    "exact": ("SpectralNorm, exact", Style(_GREEN, "^")),
+    "analytic": ("analytic (row by row, SVD)", Style(_VERMILION, "*")),
 }
 _ESTIMATORS = {
     "power": ("power iteration", _METHODS["Spectral"]),
-    "lanczos": ("Lanczos as penalty", _Style(_VERMILION, "o")),
-    "complete_lanczos": ("Lanczos in spectral_norm", _Style(_GREEN, "^")),
+    "lanczos": ("Lanczos as penalty", Style(_VERMILION, "o")),
+    "complete_lanczos": ("Lanczos in spectral_norm", Style(_GREEN, "^")),
 }
 
 
@@ -69,7 +69,8 @@ def robustness_figure(
     """Draws the accuracy drop against the strength (Figure 3).
 
     One column per perturbation, one row per data set; mean over the runs of a method, and a band
-    of one standard deviation where there are several.
+    of one standard deviation where there are several. A mark is open where the attack has lost its
+    gradient on images that are still right.
 
     Args:
         evaluations: The judged runs.
@@ -77,21 +78,27 @@ def robustness_figure(
         path: PNG file to write.
     """
     columns = [curves.curves(evaluations, name) for name in names]
-    size = (3.4 * len(names) + 0.6, 2.9 * len(columns[0]) + 1.0)
+    datasets = list(dict.fromkeys(e.dataset for e in evaluations))
+    size = (3.4 * len(names) + 0.6, 2.9 * len(datasets) + 1.0)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    axes = figure.subplots(len(columns[0]), len(names), squeeze=False)
-    styles = _styles(evaluations)
+    axes = figure.subplots(len(datasets), len(names), squeeze=False)
+    drawn_as = styles(evaluations)
     for column, (name, gathered) in enumerate(zip(names, columns, strict=True)):
-        for row, (dataset, methods) in enumerate(gathered.items()):
+        for row, dataset in enumerate(datasets):
             ax = axes[row, column]
-            for method, curve in methods.items():
-                style = styles[method]
+            if dataset not in gathered:
+                ax.set_axis_off()
+                continue
+            for method, curve in gathered[dataset].items():
+                style = drawn_as[method]
                 drop = 100 * (curve.clean[:, None] - curve.accuracy)
                 mean = drop.mean(axis=0)
                 ax.plot(curve.strength, mean, ms=4, label=method, **style._asdict())
                 if len(drop) > 1:
                     std = drop.std(axis=0, ddof=1)
                     _band(ax, curve.strength, mean - std, mean + std, style)
+                if curve.untested.any():
+                    _mark(ax, curve.strength[curve.untested], mean[curve.untested], style)
             if name != "noise":
                 ax.set_xscale("log")
                 ax.xaxis.set_major_locator(FixedLocator(curve.strength.tolist()))
@@ -105,46 +112,7 @@ def robustness_figure(
             if column == 0:
                 ax.set_ylabel(f"{dataset}\naccuracy drop (percentage points)")
     _legend_below(figure)
-    _save(figure, path)
-
-
-def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
-    """Draws how the distances to the decision boundary are distributed (Figure 4).
-
-    One panel per data set: for each method the share of points, over all its runs, that have a
-    boundary within the given distance. Only points that every run classifies correctly count.
-
-    Args:
-        evaluations: The judged runs.
-        path: PNG file to write.
-    """
-    gathered = curves.distances(evaluations)
-    figure = Figure(figsize=(6.4, 3.6 * len(gathered) + 0.6), dpi=130)
-    axes = figure.subplots(len(gathered), 1, squeeze=False)[:, 0]
-    styles = _styles(evaluations)
-    for ax, (dataset, methods) in zip(axes, gathered.items(), strict=True):
-        for method, found in methods.items():
-            values = np.sort(found.values, axis=None)
-            share = 100 * np.arange(1, len(values) + 1) / len(values)
-            reached = np.isfinite(values)
-            label = f"{method} (median {np.median(values):.2f})"
-            ax.step(
-                values[reached],
-                share[reached],
-                where="post",
-                label=label,
-                color=styles[method].color,
-            )
-        points = next(iter(methods.values()))
-        ax.set_title(f"{dataset}: {points.values.shape[1]} of {points.points} points")
-        ax.set_xlabel("distance to the decision boundary (Euclidean, pixel units)")
-        ax.set_ylabel("points within (%)")
-        ax.set_ylim(0, 100)
-        ax.set_xlim(left=0)
-        ax.grid(alpha=0.3)
-        ax.legend(loc="lower right")
-    figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_figure(
@@ -174,7 +142,7 @@ def training_figure(
         ax.legend()
     axes[0].set_ylabel("validation loss")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def adversarial_figure(
@@ -211,7 +179,7 @@ def adversarial_figure(
             ax.axis("off")
     figure.suptitle(title)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -256,7 +224,7 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds per training step (median)")
     _legend_below(figure)
-    _save(figure, path)
+    save(figure, path)
 
 
 def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None:
@@ -323,7 +291,7 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
         fontsize=9,
     )
     _legend_below(figure)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mean_errors(
@@ -353,17 +321,26 @@ def _environment(content: Mapping[str, Any]) -> str:
     return f"{versions['device']}; TensorFlow {versions['tensorflow']}, Keras {versions['keras']}"
 
 
-def _styles(evaluations: Sequence[Evaluation]) -> dict[str, _Style]:
+def styles(evaluations: Sequence[Evaluation]) -> dict[str, Style]:
+    """How each method is drawn."""
     methods = dict.fromkeys(e.method for e in evaluations)
     return {
         method: _METHODS.get(method, _OTHERS[i % len(_OTHERS)]) for i, method in enumerate(methods)
     }
 
 
-def _band(ax: Axes, x: Any, low: Any, high: Any, style: _Style) -> None:
+def _band(ax: Axes, x: Any, low: Any, high: Any, style: Style) -> None:
     ax.fill_between(x, low, high, color=style.color, alpha=0.2, lw=0)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _mark(ax: Axes, x: Any, y: Any, style: Style) -> None:
+    """Opens the marks at some points of a line, and names that in the legend."""
+    ax.plot(x, y, style.marker, ms=6, mfc="white", mec=style.color, mew=1.5, ls="none", zorder=3)
+    label = f"open: gradient lost on {100 * curves.FADED:g} % of the images or more, still right"
+    ax.plot([], [], "o", ms=6, mfc="white", mec=_BLACK, mew=1.5, ls="none", label=label)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG; what was there before stays until it is whole."""
     with temporary.replacing(Path(path)) as file:
         figure.savefig(file, format="png")

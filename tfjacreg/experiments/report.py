@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,15 +12,37 @@ from typing import Any
 import numpy as np
 
 from tfjacreg import temporary
-from tfjacreg.experiments import curves, figures, files, html, selection, tables
+from tfjacreg.experiments import (
+    curves,
+    distributions,
+    figures,
+    files,
+    html,
+    selection,
+    tables,
+)
 from tfjacreg.experiments.curves import Evaluation
-from tfjacreg.experiments.evaluation import PERTURBATIONS
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
 from tfjacreg.experiments.selection import LABELS, CellResults, RunResult, SweepResults
 
 # The seed that draws the runs of Figure 4, and how many images the runs should be judged on.
 SEED = 0
 IMAGES = 2000
+
+FADED = f"""\
+Open marks, and stars in the table: on {100 * curves.FADED:g} % of the images or more the attack had
+lost its gradient, because the cross entropy rounds to 0 where logits are large. These images count
+as right, but they were not tested. Judge by PGD on the margin and by Square there."""
+NEAREST = """\
+Of the same runs, the distance to the nearest adversarial image that a search from the linearised
+classifier found in the pixel range: an upper bound of the distance to the nearest one. Dashed: the
+distance along random directions of Figure 4."""
+RATIOS = """\
+Both distances at each point, and what the margin and sigma alone would give. No step from a margin
+`m` to the boundary is shorter than `m / (sqrt(2) sigma)` as long as sigma stays what it is at the
+point. Nothing says that it does, so that number is no certificate: where the last ratio is below 1,
+an image of another class was found nearer."""
 
 
 def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
@@ -107,7 +130,7 @@ def _training(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
 def _robustness(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
     """Figures 3 and 4, from those runs of the chosen cells that evaluate.py has judged."""
     perturbed: list[Evaluation] = []
-    measured: list[Evaluation] = []
+    measured: dict[str, list[Evaluation]] = {name: [] for name in POINTWISE}
     commands, picked = [], []
     for results in sweeps:
         judged = _judged(results)
@@ -115,15 +138,15 @@ def _robustness(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
         for method, cell in results.chosen.items():
             for run in cell.finished:
                 result = judged.get(run.folder.path, {})
-                if _has(result, PERTURBATIONS):
-                    perturbed.append(Evaluation(results.label, LABELS[method], result))
+                perturbed.append(Evaluation(results.label, LABELS[method], result))
             run = pick_run(method, cell)
             result = judged.get(run.folder.path, {})
             name = tables.code(run.folder.path.name)
             line = f"- {tables.plain(results.label)}, {LABELS[method]}: {name}"
-            if _has(result, ["boundary_distance"]):
-                measured.append(Evaluation(results.label, LABELS[method], result))
-            else:
+            for kind, evaluations in measured.items():
+                if kind in result:
+                    evaluations.append(Evaluation(results.label, LABELS[method], result))
+            if "boundary" not in result:
                 line += ", not in the figure: its distances are not measured yet"
             picked.append(line)
     blocks = ["## Robustness (Figure 3)"]
@@ -133,27 +156,65 @@ def _robustness(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
             "what is missing. To judge them:",
             tables.fence("\n".join(commands)),
         ]
-    if perturbed:
-        figures.robustness_figure(perturbed, PERTURBATIONS, out / "robustness.png")
-        blocks += [
-            "Accuracy on clean test images less that on perturbed ones: mean over the judged "
-            "repeats of the cells of Table 1, and a band of one standard deviation.",
-            "![Accuracy drop against the strength of four perturbations](robustness.png)",
-            tables.fence(curves.robustness_table(perturbed, PERTURBATIONS)),
-        ]
-    blocks.append("## Distance to the decision boundary (Figure 4)")
+    return [*blocks, *_figure_3(perturbed, out), *_figure_4(picked, measured, out)]
+
+
+def _figure_3(judged: Sequence[Evaluation], out: Path) -> list[str]:
+    names = [name for name in PERTURBATIONS if any(name in e.result for e in judged)]
+    judged = [e for e in judged if any(name in e.result for name in names)]
+    if not names:
+        return []
+    figures.robustness_figure(judged, names, out / "robustness.png")
+    blocks = [
+        "Accuracy on clean test images less that on perturbed ones: mean over the judged repeats "
+        "of the cells of Table 1, and a band of one standard deviation.",
+        f"![Accuracy drop against the strength of {len(names)} perturbations](robustness.png)",
+        tables.fence(curves.robustness_table(judged, names)),
+    ]
+    if any(_fades(e.result[name]) for e in judged for name in names if name in e.result):
+        blocks.insert(1, FADED)
+    return blocks
+
+
+def _fades(curve: dict[str, Any]) -> bool:
+    return max(curve.get("faded", [0])) >= curves.FADED
+
+
+def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out: Path) -> list[str]:
+    """Of one run of each method: both distances, sigma, and how they compare at each point."""
+    blocks = ["## Distance to the decision boundary (Figure 4)"]
     if picked:
         blocks += [
             f"One repeat of each cell of Table 1, drawn at random with a fixed seed ({SEED}), at "
             "the test images that all runs shown classify correctly:",
             "\n".join(picked),
         ]
-    if measured:
-        figures.boundary_figure(measured, out / "boundary.png")
+    if measured["boundary"]:
+        distributions.boundary_figure(measured["boundary"], out / "boundary.png")
         blocks += [
             "![Share of the points with a boundary within a distance](boundary.png)",
-            tables.fence(curves.boundary_table(measured)),
+            tables.fence(curves.distance_table(measured["boundary"])),
         ]
+    if measured["distance"]:
+        distributions.distance_figure(measured["distance"], out / "distance.png")
+        blocks += [
+            "## The nearest adversarial image",
+            NEAREST,
+            "![Share of the points with another class within a distance](distance.png)",
+            tables.fence(curves.distance_table(measured["distance"], "distance")),
+        ]
+    if measured["sigma"]:
+        distributions.sigma_figure(measured["sigma"], out / "sigma.png")
+        blocks += [
+            "## Sigma at the test images",
+            "The exact spectral norm of the classifier's Jacobian at all points of the same runs, "
+            "in logits per pixel unit: Table 1's sigma over the standard deviation of the pixels.",
+            "![Share of the points with at most some sigma](sigma.png)",
+            tables.fence(curves.sigma_table(measured["sigma"])),
+        ]
+    whole = [e for e in measured["distance"] if _has(e.result, POINTWISE)]
+    if whole:
+        blocks += [RATIOS, tables.fence(curves.ratio_table(whole))]
     return blocks
 
 
@@ -166,20 +227,23 @@ def _judged(results: SweepResults) -> dict[Path, dict[str, Any]]:
             if result is not None:
                 _check_evaluation(run.folder, result)
                 judged[run.folder.path] = result
-    settings = {
-        folder: {k: v for k, v in result["settings"].items() if k != "classifier_sha256"}
-        for folder, result in judged.items()
-    }
-    for folder, other in zip(settings, list(settings)[1:], strict=False):
-        if settings[folder] != settings[other]:
+    _refuse_other_settings(judged)
+    return judged
+
+
+def _refuse_other_settings(judged: dict[Path, dict[str, Any]]) -> None:
+    """Compares the settings that evaluations share; earlier versions had fewer measures."""
+    for folder, other in itertools.combinations(judged, 2):
+        one, two = judged[folder]["settings"], judged[other]["settings"]
+        shared = one.keys() & two.keys() - {"classifier_sha256"}
+        different = sorted(name for name in shared if one[name] != two[name])
+        if different:
             raise ValueError(
                 "Evaluations that are compared must have equal settings. Received: "
                 f"{RunFolder(folder).evaluation_file} and {RunFolder(other).evaluation_file}, "
-                "which differ in "
-                f"{[k for k, v in settings[folder].items() if settings[other].get(k) != v]}. "
-                "Judge one of them again, with evaluate.py --overwrite."
+                f"which differ in {different}. Judge one of them again, with evaluate.py "
+                "--overwrite."
             )
-    return judged
 
 
 def _check_evaluation(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -191,10 +255,13 @@ def _check_evaluation(folder: RunFolder, result: dict[str, Any]) -> None:
         for name in PERTURBATIONS:
             if name in result:
                 curve = curves.curves(alone, name)[""][""]
-                if curve.accuracy.shape != (1, len(curve.strength)):
+                if {curve.accuracy.shape, curve.faded.shape} != {(1, len(curve.strength))}:
                     raise ValueError(f"{name} needs an accuracy for each strength")
-        if "boundary_distance" in result:
-            curves.distances(alone)
+        for name in ("boundary", "distance"):
+            if name in result:
+                curves.distances(alone, name)
+        if "sigma" in result:
+            curves.slopes(alone)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} must be as evaluate.py writes it. Received: {error!r}. Judge that run again, "
@@ -221,12 +288,13 @@ def _evaluation_command(results: SweepResults, judged: dict[Path, dict[str, Any]
         str(run.folder.path)
         for cell in results.chosen.values()
         for run in cell.finished
-        if not _has(judged.get(run.folder.path, {}), (*PERTURBATIONS, "boundary_distance"))
+        if not _has(judged.get(run.folder.path, {}), (*PERTURBATIONS, *POINTWISE))
     ]
     if not lacking:
         return []
+    options = [f"--{name}" for name in POINTWISE]
     limits = next(map(_limits, judged.values()), ["--limit", str(IMAGES)])
-    return [shlex.join(["python", "evaluate.py", *lacking, "--boundary", *limits])]
+    return [shlex.join(["python", "evaluate.py", *lacking, *options, *limits])]
 
 
 def _cost(benchmarks: Path, out: Path) -> list[str]:
@@ -249,7 +317,8 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
     else:
         target = benchmarks / "step_time_lenet.json"
         blocks += [
-            "There are no step times of several batch sizes. To measure them:",
+            f"There are no step times of several batch sizes in {tables.code(str(benchmarks))}. To "
+            "measure them:",
             tables.fence(f"python benchmarks/step_time.py --json {target}"),
         ]
     target = benchmarks / "estimator_error.json"
@@ -263,7 +332,11 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
         ]
     else:
         command = f"python benchmarks/estimator_error.py --runs runs/estimators --json {target}"
-        blocks += ["There are no errors of the estimators. To measure them:", tables.fence(command)]
+        blocks += [
+            f"There are no errors of the estimators in {tables.code(str(benchmarks))}. To measure "
+            "them:",
+            tables.fence(command),
+        ]
     return blocks
 
 

@@ -1,0 +1,148 @@
+"""What results/ holds: the report comes from its files, the page's tables too, and claims hold."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tfjacreg.experiments import report
+from tfjacreg.experiments.measures import PERTURBATIONS, PLAN, POINTWISE
+from tfjacreg.experiments.sweep import Sweep
+
+ROOT = Path(__file__).parents[2]
+JUDGE = Path("results", "fashion_mnist", "judge")
+SWEEP = Sweep.load(ROOT / JUDGE / "sweep.toml")
+RUNS = {SWEEP.folder(config): cell for (cell, _), config in SWEEP.configs().items()}
+
+
+def evaluation(run):
+    return json.loads((ROOT / JUDGE / run / "evaluation.json").read_text())
+
+
+def test_the_report_is_that_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for module in (report.figures, report.distributions):
+        monkeypatch.setattr(module, "save", lambda figure, path: None)
+    monkeypatch.setattr(report.html, "render", lambda text, out: "")
+    report.write([JUDGE], tmp_path, benchmarks=JUDGE)
+    committed = ROOT / JUDGE / "report"
+    text = (committed / "report.md").read_text()
+    assert (tmp_path / "report.md").read_text() == text
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures == [f"{n}.png" for n in ("training", "robustness", *POINTWISE)]
+    for picture in pictures:
+        assert (committed / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_everything_was_measured_on_the_same_images(run):
+    found = evaluation(run)
+    assert found.keys() >= {*PERTURBATIONS, *POINTWISE}
+    assert found["settings"] == evaluation(next(iter(RUNS)))["settings"] | {
+        "classifier_sha256": found["settings"]["classifier_sha256"]
+    }
+    assert {name: found["settings"][name] for name in PLAN} == PLAN
+    assert found["settings"]["images"] == 2000
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_nearest_image_is_nearer_than_any_direction(run):
+    found = evaluation(run)
+    nearest, spheres = (
+        np.array(found[name], float) for name in ("minimal_distance", "boundary_distance")
+    )
+    both = np.isfinite(nearest) & np.isfinite(spheres)
+    assert both.sum() > 1700 and (nearest < spheres)[both].all()
+    # The margin says which images are right; the distances leave out the others.
+    wrong = np.flatnonzero(np.array(found["margin"]) < 0).tolist()
+    assert found["distance"]["misclassified"] == found["boundary"]["misclassified"] == wrong
+    assert found["clean_accuracy"] == pytest.approx(1 - len(wrong) / 2000)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_sigma_of_the_points_is_that_of_the_run(run):
+    """On the first 2,000 test images in pixels, and on all 10,000 in the network's own input."""
+    metrics = json.loads((ROOT / JUDGE / run / "metrics.json").read_text())
+    std = 0.353  # Of Fashion-MNIST's pixels.
+    mean = np.mean(evaluation(run)["sigma"])
+    assert mean * std == pytest.approx(metrics["test_spectral_norm"], rel=0.03)
+
+
+def test_a_run_trained_again_is_judged_as_the_committed_one():
+    """The run without penalty, of version 0.1.0 and of today: every number that both have."""
+    name = "none-lr0.01-b32-seed0"
+    before = json.loads((ROOT / JUDGE.parent / "chosen" / name / "evaluation.json").read_text())
+    now = evaluation(name)
+    for perturbation in ("noise", "pgd", "tpgd", "square"):
+        assert now[perturbation]["accuracy"] == before[perturbation]["accuracy"]
+    assert now["boundary_distance"] == before["boundary_distance"]
+
+
+NAMES = {
+    "none": "none",
+    "Spectral-Bound": "spectral_bound",
+    "weight decay": "weight_decay",
+    "Frobenius": "frobenius",
+    "spectral": "spectral",
+}
+
+
+def run_named(text):
+    """The run folder of "spectral .1", as the page writes it."""
+    method, _, factor = text.partition(" .")
+    return f"{NAMES[method]}{factor and f'-0.{factor}'}-lr0.01-b32-seed0"
+
+
+def test_the_tables_of_the_page_are_those_of_the_files():
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    section = text.split("## The five methods on Fashion-MNIST")[1].split("### Large cells")[0]
+    accuracies, points = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+        for table in re.findall(r"^\|.*?\n(?=\n)", section, re.M | re.DOTALL)
+    )
+    named = [run_named(row[0]) for row in accuracies]
+    assert sorted(named) == sorted(RUNS) and [run_named(row[0]) for row in points] == named
+    found = [evaluation(run) for run in named]
+    for row, result in zip(accuracies, found, strict=True):
+        values = [
+            result["clean_accuracy"],
+            result["noise"]["accuracy"][3],
+            result["pgd"]["accuracy"][2],
+            result["pgd"]["accuracy"][5],
+            result["pgd"]["faded"][5],
+            *(result["pgd_margin"]["accuracy"][i] for i in (2, 3, 5)),
+            result["square"]["accuracy"][5],
+        ]
+        assert row[1:] == [f"{100 * value:.1f}" for value in values]
+    right = np.all([np.array(result["margin"]) > 0 for result in found], axis=0)
+    for row, result in zip(points, found, strict=True):
+        sigma, margin, nearest, spheres = (
+            np.array(result[name], float)
+            for name in ("sigma", "margin", "minimal_distance", "boundary_distance")
+        )
+        spheres[np.isnan(spheres)] = np.inf
+        with np.errstate(invalid="ignore"):
+            around, linear = spheres / nearest, nearest / (margin / (np.sqrt(2) * sigma))
+        values = (np.median(a[right]) for a in (nearest, spheres, around, linear))
+        shown = [f"{v:.{d}f}" for v, d in zip(values, (2, 2, 1, 2), strict=True)]
+        below = f"{100 * (linear[right] < 1).mean():.1f}"
+        assert row[1:] == [f"{sigma.mean():.2f}", *shown, below]
+
+
+def test_what_the_page_says_of_the_ranking():
+    """With a margin all measures of an attacker give one order; the cross entropy does not."""
+    networks = [evaluation(run) for run in RUNS]
+
+    def ranked(value):
+        return sorted(range(len(RUNS)), key=lambda i: value(networks[i]))
+
+    order = ranked(lambda r: -np.mean(r["sigma"]))
+    assert ranked(lambda r: np.nanmedian(np.array(r["minimal_distance"], float))) == order
+    for step in (2, 3):
+        assert ranked(lambda r, step=step: r["pgd_margin"]["accuracy"][step]) == order
+    weakest = order[0]
+    assert networks[weakest]["pgd_margin"]["accuracy"][4] == 0
+    last = [network["pgd"]["accuracy"][5] for network in networks]
+    assert last[weakest] > np.median(last)

@@ -1,0 +1,178 @@
+"""What evaluate.py can measure on one classifier, with which settings, and how it is written down.
+
+A measure is a function of the classifier, the images, the labels and a seed. What it returns goes
+into `evaluation.json`, where the measure's own name says that it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from tqdm import tqdm
+
+from tfjacreg import attacks, norms, robustness
+from tfjacreg.classifiers import (
+    Progress,
+    batches,
+    check_classifier,
+    concrete_function,
+    finite,
+    logit_margin,
+    pad_rows,
+    predict,
+)
+from tfjacreg.experiments import curves
+
+# How well a classifier stands up to each at rising strength, and what is measured at each image.
+PERTURBATIONS = tuple(curves.TITLES)
+POINTWISE = ("boundary", "distance", "sigma")
+
+STEPS = [1, 2, 4, 8, 16, 32]
+_GRADIENT: dict[str, Any] = {
+    "iterations": STEPS,
+    "eps": attacks.EPS,
+    "step_size": attacks.STEP_SIZE,
+}
+PLAN: dict[str, dict[str, Any]] = {
+    "noise": {"variance": [0.01, 0.02, 0.05, 0.1, 0.2], "draws": 5},
+    "pgd": _GRADIENT,
+    "pgd_margin": _GRADIENT,
+    "tpgd": _GRADIENT,
+    "square": {"iterations": [1, 10, 30, 100, 300, 1000], "eps": attacks.EPS},
+    "boundary": {"samples": 100, "spheres": 64, "resolution": 0.01},
+    "distance": {"starts": 3, "iterations": 50},
+    "sigma": {"method": "exact"},
+}
+# Images whose Jacobians are measured at once.
+_BATCH = 256
+# Significant digits of what is measured at a point: float32 has seven.
+_DIGITS = 6
+
+
+def measure(
+    name: str, classifier: keras.Model, x: np.ndarray, y: np.ndarray, seed: int, title: str
+) -> dict[str, Any]:
+    """Measures one thing, with a progress bar.
+
+    Args:
+        name: One of `PERTURBATIONS` or `POINTWISE`.
+        classifier: From pixels in [0, 1] to logits.
+        x: Test images in [0, 1], `[N, *in]`.
+        y: Their labels `[N]`.
+        seed: Seed of everything random.
+        title: What the progress bar is called.
+
+    Returns:
+        Entries of `evaluation.json`, one of them under `name`.
+
+    Raises:
+        TypeError: If the classifier cannot be judged.
+        ValueError: Likewise.
+    """
+    if name in POINTWISE:
+        found: Callable[..., dict[str, Any]] = {
+            "boundary": _boundary,
+            "distance": _distance,
+            "sigma": _sigma,
+        }[name]
+        with tqdm(total=len(x), desc=title, unit="image") as bar:
+            return found(classifier, x, y, seed, bar.update, **PLAN[name])
+    return {name: _curve(name, classifier, x, y, seed, title)}
+
+
+def _curve(
+    name: str, classifier: keras.Model, x: np.ndarray, y: np.ndarray, seed: int, title: str
+) -> dict[str, Any]:
+    plan = dict(PLAN[name])
+    strength = curves.strength(name)
+    values = plan.pop(strength)
+    if name == "noise":
+        total = len(x) * len(values) * plan["draws"]
+        with tqdm(total=total, desc=title, unit="image", unit_scale=True) as bar:
+            accuracy = robustness.noise_accuracy(
+                classifier, x, y, values, seed, progress=bar.update, **plan
+            )
+        return {strength: values, "accuracy": accuracy.tolist()}
+    if name == "pgd_margin":
+        plan["loss"] = "margin"
+    attack = {"tpgd": attacks.tpgd, "square": attacks.square}.get(name, attacks.pgd)
+    with tqdm(total=len(x) * values[-1], desc=title, unit="step", unit_scale=True) as bar:
+        result = attack(classifier, x, y, iterations=values, seed=seed, progress=bar.update, **plan)
+    entry = {strength: values, "accuracy": result.accuracy.tolist()}
+    if name != "square":  # It follows no gradient.
+        entry["faded"] = result.faded.mean(axis=1).tolist()
+    return entry
+
+
+def _boundary(
+    classifier: keras.Model,
+    x: np.ndarray,
+    y: np.ndarray,
+    seed: int,
+    progress: Progress,
+    **plan: Any,
+) -> dict[str, Any]:
+    distance = robustness.boundary_distance(classifier, x, y, seed=seed, progress=progress, **plan)
+    return {
+        "boundary_distance": [round(d, 6) if np.isfinite(d) else None for d in distance],
+        "boundary": _without(distance, "beyond_max_radius"),
+    }
+
+
+def _distance(
+    classifier: keras.Model,
+    x: np.ndarray,
+    y: np.ndarray,
+    seed: int,
+    progress: Progress,
+    **plan: Any,
+) -> dict[str, Any]:
+    distance, _ = robustness.minimal_distance(
+        classifier, x, y, seed=seed, progress=progress, **plan
+    )
+    return {
+        "minimal_distance": [_number(d) if np.isfinite(d) else None for d in distance],
+        "distance": _without(distance, "not_found"),
+    }
+
+
+def _without(distance: npt.NDArray[np.float64], infinite: str) -> dict[str, list[int]]:
+    """The images that have no distance: NaN if misclassified, else infinite."""
+    return {
+        "misclassified": np.flatnonzero(np.isnan(distance)).tolist(),
+        infinite: np.flatnonzero(np.isinf(distance)).tolist(),
+    }
+
+
+def _sigma(
+    classifier: keras.Model,
+    x: np.ndarray,
+    y: np.ndarray,
+    seed: int,
+    progress: Progress,
+    *,
+    method: str,
+) -> dict[str, Any]:
+    """The spectral norm of the Jacobian at each image, and the margin that it is held against."""
+    checked = check_classifier(classifier, x, y)
+    margin = logit_margin(tf.constant(checked.y), tf.constant(predict(checked))).numpy()
+
+    def spectral_norm(images: tf.Tensor) -> tf.Tensor:
+        return norms.spectral_norm(classifier, images, method=method, seed=seed).sigma
+
+    measured = concrete_function(spectral_norm, checked.x)
+    sigma = np.empty(len(checked.x))
+    for s in batches(len(sigma), _BATCH):
+        images = pad_rows(checked.x[s])
+        sigma[s] = finite(measured(images).numpy()[: s.stop - s.start], "spectral norms")
+        progress(s.stop - s.start)
+    return {"sigma": [_number(s) for s in sigma], "margin": [_number(m) for m in margin]}
+
+
+def _number(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
