@@ -194,7 +194,7 @@ def synthetic(names=("untrained", "none", "spectral_bound", "power_1", "lanczos_
 
 def drawing(monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     return drawn
 
 

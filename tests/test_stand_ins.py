@@ -101,3 +101,19 @@ def test_the_values_of_moments_are_tensorflows():
                 assert got.dtype == dtype
     assert tf.nn.moments is own
     np.testing.assert_array_equal(tf.nn.moments(x, [0, 2])[1], expected[1])
+
+
+@pytest.mark.parametrize("name", ["layer", "group"])
+def test_the_gradient_of_the_loss_is_the_plain_one_to_the_last_bit(name):
+    network = keras.Sequential(
+        [keras.Input((5,)), layers.Dense(8), NORMALIZATIONS[name](), layers.Dense(3, "tanh")]
+    )
+    x = tf.random.normal((6, 5), seed=1)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(network(x, training=True))
+    expected = tape.gradient(loss, network.trainable_weights)
+    with tf.GradientTape() as tape:
+        op = JacobianOperator(network, x, training=True, tangent=x)
+        loss = tf.reduce_sum(op.primal)
+    for a, b in zip(expected, tape.gradient(loss, network.trainable_weights), strict=True):
+        np.testing.assert_array_equal(b, a)

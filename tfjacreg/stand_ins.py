@@ -16,15 +16,27 @@ import tensorflow as tf
 from tfjacreg import max_pool
 
 
-def moments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[tf.Tensor, tf.Tensor]:
+def moments(
+    original: Callable[..., Any],
+    x: Any,
+    axes: Any,
+    shift: Any = None,
+    keepdims: bool = False,
+    name: str | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Stands in for `tf.nn.moments`, of LayerNormalization and its kin, with the same values.
 
     TensorFlow takes the mean inside of the variance for a constant. That leaves the variance's
     first derivative as it is, but takes `-2 dm dm` off the second. The square here is 0, and so is
     its first derivative; its second one is what was lost.
     """
-    mean, variance = original(*args, **kwargs)
-    return mean, variance - tf.square(mean - tf.stop_gradient(mean))
+    x = tf.convert_to_tensor(x)
+    mean, variance = original(x, axes, shift=shift, keepdims=keepdims, name=name)
+    wide = tf.cast(x, tf.float32) if x.dtype.size == 2 else x
+    # Not `mean`: the tape would add up the loss's gradient in another order.
+    centre = tf.reduce_mean(wide, axes, keepdims=keepdims)
+    lost = tf.square(centre - tf.stop_gradient(centre))
+    return mean, variance - tf.cast(lost, variance.dtype)
 
 
 # Each takes the original first.
@@ -68,6 +80,16 @@ def standing_in() -> Iterator[None]:
             if _threads == 0:
                 for name, function in _originals.items():
                     setattr(tf.nn, name, function)
+
+
+@contextlib.contextmanager
+def stepping_aside() -> Iterator[None]:
+    """In this thread, inside of the context, these functions are TensorFlow's own."""
+    passes, _users.passes = _users.passes, 0
+    try:
+        yield
+    finally:
+        _users.passes = passes
 
 
 def _call(name: str, /, *args: Any, **kwargs: Any) -> Any:
