@@ -115,6 +115,41 @@ class TestLayer:
         sigma = spectral_norm(network, x, method="exact").sigma
         np.testing.assert_allclose(sigma, singular_values(jacobians)[:, 0], rtol=1e-8)
 
+    def test_the_weight_gradient_against_finite_differences(self, float64, name):
+        """Of `<u, J v>` along a random direction: the oracle takes first derivatives alone."""
+        network = build(name)
+        weights = network.trainable_weights
+        if not weights:
+            return
+        x = tf.constant(seeded_input(network.input_shape[1:], 2))
+        rng = np.random.default_rng(0)
+        v, u = (tf.constant(rng.normal(size=t.shape)) for t in (x, network(x)))
+        start = [weight.numpy() for weight in weights]
+        # So small that hardly any ReLU or maximum changes sides on the way.
+        along = [1e-6 * rng.normal(size=weight.shape) for weight in start]
+
+        def product(sign):
+            for weight, value, step in zip(weights, start, along, strict=True):
+                weight.assign(value + sign * step)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = network(x)
+            return float(tf.reduce_sum(tape.gradient(y, x, u) * v))
+
+        expected = (product(1) - product(-1)) / 2
+        product(0)
+        for forward_mode in forward_modes(name):
+            with tf.GradientTape() as tape:
+                op = operator(network, x, forward_mode, v)
+                values = [tf.reduce_sum(op.matvec(v) * u), tf.reduce_sum(op.rmatvec(u) * v)]
+                total = tf.reduce_sum(values)
+            sources = [weight.value for weight in weights]
+            zero = tf.UnconnectedGradients.ZERO
+            gradients = tape.gradient(total, sources, unconnected_gradients=zero)
+            found = sum(np.sum(g * step) for g, step in zip(gradients, along, strict=True)) / 2
+            scale = max(np.max(np.abs(g)) for g in gradients)
+            assert abs(found - expected) < 1e-6 * np.sqrt(sum(np.sum(a**2) for a in along)) * scale
+
     def test_eager_graph_and_xla(self, name):
         network = build(name)
         x = tf.constant(seeded_input(network.input_shape[1:], 2))
