@@ -14,31 +14,25 @@ inference mode, of the network in float64 and of the same weights in float32.
 timings: training steps of `RegularizedModel` on one batch, without and with `SpectralNorm`.
 """
 
-import argparse
-import json
+import functools
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _memory
+import _rows
 import _setup  # noqa: F401
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import temporary
 from tfjacreg.checks import check_network
-from tfjacreg.experiments import files
-from tfjacreg.experiments.environment import environment
 from tfjacreg.jacobian import FORWARD_MODES
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import spectral_norm
 from tfjacreg.regularizers import SpectralNorm
 
-ROOT = Path(__file__).parents[1]
 # The smallest model of every family, and the smallest image that it takes; how many seeds.
 MODELS = {
     "MobileNet": (32, 10),
@@ -146,15 +140,21 @@ def timings(name: str, repeats: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def variant(name: str, kind: str, repeats: int) -> dict[str, float]:
-    """The same of one variant, in this process."""
+def compiled(made: keras.Model, kind: str) -> RegularizedModel:
+    """A network to be trained: `"plain"`, or with the penalty in one forward mode."""
     penalty = None if kind == "plain" else SpectralNorm(0.01, seed=0, forward_mode=kind)
-    model = RegularizedModel(network(name), penalty)
+    model = RegularizedModel(made, penalty)
     model.compile(
         keras.optimizers.SGD(1e-6),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
+    return model
+
+
+def variant(name: str, kind: str, repeats: int) -> dict[str, float]:
+    """The same of one variant, in this process."""
+    model = compiled(network(name), kind)
     x = tf.constant(images(name, BATCH_SIZE).astype("float32"))
     y = tf.constant(np.random.default_rng(0).integers(0, 10, BATCH_SIZE))
     # Not fit: its check would be timed too.
@@ -164,13 +164,11 @@ def variant(name: str, kind: str, repeats: int) -> dict[str, float]:
         start = time.perf_counter()
         logs = {key: float(value) for key, value in step((x, y)).items()}
         seconds.append(time.perf_counter() - start)
-    status = Path("/proc/self/status").read_text()
     return {
         "first": seconds[0],
         "step": statistics.median(seconds[1:]),
-        "peak_gib": int(status.split("VmHWM:")[1].split()[0]) / 2**20,
-        "loss": logs["loss"],
-        **({"penalty": logs["penalty"]} if penalty else {}),
+        "peak_gib": _memory.gib(),
+        **{key: logs[key] for key in ("loss", "penalty") if key in logs},
     }
 
 
@@ -181,12 +179,12 @@ IN_A_PROCESS: dict[str, Callable[..., Any]] = {
 }
 
 
-def in_a_process(*command: str) -> Any:
-    """What one of `IN_A_PROCESS` returns, run in a fresh process on as few threads as this one."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--run", *command], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+in_a_process = functools.partial(_rows.in_a_process, __file__)
+
+
+def measured(name: str, part: str, repeats: int) -> Any:
+    """One part of the results of a model."""
+    return timings(name, repeats) if part == "timings" else in_a_process(part, name)
 
 
 def table(content: dict[str, Any]) -> str:
@@ -215,45 +213,23 @@ def table(content: dict[str, Any]) -> str:
 
 def with_table(page: str, content: dict[str, Any]) -> str:
     """The page with the table between its marks."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(content)}\n{END}{after}"
+    return _rows.between(page, BEGIN, END, table(content))
 
 
 def main() -> None:
     """Fills in the results, row by row, and writes the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--redo", action="store_true", help="also what is there already")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "applications.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "layers.md")
-    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.run:
-        part, *rest = arguments.run
-        print(json.dumps(IN_A_PROCESS[part](*rest)))
-        return
-    content = files.read_json(arguments.json) if arguments.json.exists() else {"models": {}}
-    for name in arguments.models:
-        for part in arguments.parts:
-            row = content["models"].setdefault(name, {})
-            if part in row and not arguments.redo:
-                continue
-            if part == "timings":
-                row[part] = timings(name, arguments.repeats)
-                content["environment"] = environment()
-            else:
-                row[part] = in_a_process(part, name)
-            print(name, part, json.dumps(row[part]), flush=True)
-            content["models"] = {n: content["models"][n] for n in MODELS if n in content["models"]}
-            files.write_json(arguments.json, content)
-    page = arguments.page.read_text(encoding="utf-8")
-    with temporary.replacing(arguments.page) as file:
-        file.write_text(with_table(page, content), encoding="utf-8")
+    _rows.Rows(
+        key="models",
+        names=tuple(MODELS),
+        parts=PARTS,
+        timed=("timings",),
+        repeats=5,
+        json=_rows.ROOT / "results" / "applications.json",
+        page=_rows.ROOT / "docs" / "layers.md",
+        in_a_process=IN_A_PROCESS,
+        measured=measured,
+        with_table=with_table,
+    ).main(__doc__)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ Linux only: other systems do not let a process forget its peak.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import Any
 
+import _memory
 import _setup  # noqa: F401
 
 from tfjacreg import datasets
@@ -35,7 +35,7 @@ def main() -> None:
     x, y = test.x[: args.limit], test.y[: args.limit]
     model = evaluation.load(target.classifier)
 
-    before = gib("VmRSS")
+    before = _memory.gib("VmRSS")
     print(f"memory before: {before:.2f} GiB")
     print(f"{'measure':12} {'images':>7} {'seconds':>8} {'images/s':>9} {'peak memory':>12}")
     rows: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def main() -> None:
         started = time.perf_counter()
         measures.measure(name, model, x, y, SEED, name)
         seconds = time.perf_counter() - started
-        peak = gib("VmHWM")
+        peak = _memory.gib()
         rows.append({"measure": name, "images": len(x), "seconds": seconds, "peak_gib": peak})
         print(f"{name:12} {len(x):7} {seconds:8.1f} {len(x) / seconds:9.1f} {peak:8.2f} GiB")
     machine = environment()
@@ -55,14 +55,6 @@ def main() -> None:
 def forget_peak() -> None:
     """Lets the peak of the process start from what it takes now."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def gib(entry: str) -> float:
-    """What the kernel says of the process's memory."""
-    found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise RuntimeError(f"/proc/self/status must have {entry}. Received: none.")
-    return int(found[1]) / 2**20
 
 
 if __name__ == "__main__":

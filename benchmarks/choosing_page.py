@@ -9,20 +9,19 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import _rows
 import _setup  # noqa: F401
 
 from tfjacreg import temporary
 from tfjacreg.experiments import files
 from tfjacreg.experiments.folder import RunFolder
-
-ROOT = Path(__file__).parents[1]
+from tfjacreg.experiments.selection import Statistic
+from tfjacreg.experiments.tables import number, table
 
 
 def spread(values: list[float], digits: int, scale: float = 1) -> str:
     """Mean and sample standard deviation."""
-    scaled = [scale * value for value in values]
-    deviation = statistics.stdev(scaled) if len(scaled) > 1 else 0.0
-    return f"{statistics.mean(scaled):.{digits}f} ± {deviation:.{digits}f}"
+    return number(Statistic.of([scale * value for value in values]), digits)
 
 
 def estimator_name(variant: dict[str, Any]) -> str:
@@ -31,12 +30,6 @@ def estimator_name(variant: dict[str, Any]) -> str:
     name = {"power": f"N = {iterations}", "lanczos": f"Lanczos, {iterations} steps"}
     part = variant.get("fraction", 1)
     return name.get(method, method) + (f", fraction {part:g}" if part < 1 else "")
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def factors_table(content: dict[str, Any]) -> str:
@@ -58,7 +51,7 @@ def factors_table(content: dict[str, Any]) -> str:
                 spread(row["sigma_mean"], 2),
             ]
         )
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def fashion_table(grid: Path) -> str:
@@ -86,7 +79,7 @@ def fashion_table(grid: Path) -> str:
                 f"{metrics['test_spectral_norm']:.2f}",
             ]
         )
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def thresholds_table(content: dict[str, Any]) -> str:
@@ -105,7 +98,7 @@ def thresholds_table(content: dict[str, Any]) -> str:
         ]
         for row in content["thresholds"]
     ]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def estimators_table(content: dict[str, Any], errors: dict[str, Any], steps: dict[str, Any]) -> str:
@@ -143,7 +136,7 @@ def estimators_table(content: dict[str, Any], errors: dict[str, Any], steps: dic
                 spread(row["sigma_mean"], 2),
             ]
         )
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def denoiser_table(content: dict[str, Any]) -> str:
@@ -165,7 +158,7 @@ def denoiser_table(content: dict[str, Any]) -> str:
                 spread(row["sigma_max"], 2),
             ]
         )
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def monitor_table(content: dict[str, Any]) -> str:
@@ -189,7 +182,7 @@ def monitor_table(content: dict[str, Any]) -> str:
         ]
         for row in content["monitor"]
     ]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def tables(results: Path) -> dict[str, str]:
@@ -211,17 +204,16 @@ def tables(results: Path) -> dict[str, str]:
 
 def with_tables(page: str, found: dict[str, str]) -> str:
     """The page with each table between its marks."""
-    for name, table in found.items():
-        before, rest = page.split(f"<!-- choosing.py, {name}: begin -->")
-        _, after = rest.split(f"<!-- {name}: end -->")
-        page = f"{before}<!-- choosing.py, {name}: begin -->\n{table}\n<!-- {name}: end -->{after}"
+    for name, text in found.items():
+        begin, end = f"<!-- choosing.py, {name}: begin -->", f"<!-- {name}: end -->"
+        page = _rows.between(page, begin, end, text)
     return page
 
 
 def main() -> None:
     """Writes them."""
-    path = ROOT / "docs" / "choosing.md"
-    page = with_tables(path.read_text(encoding="utf-8"), tables(ROOT / "results"))
+    path = _rows.ROOT / "docs" / "choosing.md"
+    page = with_tables(path.read_text(encoding="utf-8"), tables(_rows.ROOT / "results"))
     with temporary.replacing(path) as file:
         file.write_text(page, encoding="utf-8")
 

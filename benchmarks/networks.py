@@ -11,17 +11,14 @@ starts: seconds until the first step of `fit` is done, of them those of the self
 memory of three steps. Every variant runs in a process of its own.
 """
 
-import argparse
 import functools
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _memory
+import _rows
 import _setup  # noqa: F401
 import applications
 import keras
@@ -31,13 +28,8 @@ import tensorflow as tf
 from keras import layers
 
 import tfjacreg
-from tfjacreg import temporary
-from tfjacreg.experiments import files
-from tfjacreg.experiments.environment import environment
 from tfjacreg.jacobian import FORWARD_MODES
-from tfjacreg.regularizers import SpectralNorm
 
-ROOT = Path(__file__).parents[1]
 VARIANTS = ("plain", *FORWARD_MODES)
 PARTS = ("steps", "starts")
 BATCH_SIZE = 8
@@ -95,14 +87,7 @@ def network(name: str) -> keras.Model:
 
 def model(name: str, variant: str) -> tfjacreg.RegularizedModel:
     """The same, ready to be trained without a penalty or with that in one forward mode."""
-    penalty = None if variant == "plain" else SpectralNorm(0.01, seed=0, forward_mode=variant)
-    made = tfjacreg.RegularizedModel(network(name), penalty)
-    made.compile(
-        keras.optimizers.SGD(1e-6),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=False,
-    )
-    return made
+    return applications.compiled(network(name), variant)
 
 
 def batch(name: str, size: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -162,7 +147,7 @@ def start(name: str, variant: str) -> dict[str, float]:
     made.fit(x, y, batch_size=BATCH_SIZE, verbose=0)
     first = time.perf_counter() - begin
     made.fit(x, y, batch_size=BATCH_SIZE, epochs=2, verbose=0)
-    return {"first": first, "check": seconds[0], "peak_gib": step_time.peak_gib()}
+    return {"first": first, "check": seconds[0], "peak_gib": _memory.gib()}
 
 
 IN_A_PROCESS: dict[str, Callable[..., Any]] = {
@@ -171,12 +156,7 @@ IN_A_PROCESS: dict[str, Callable[..., Any]] = {
 }
 
 
-def in_a_process(*command: str) -> Any:
-    """What one of `IN_A_PROCESS` returns, run in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--run", *command], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+in_a_process = functools.partial(_rows.in_a_process, __file__)
 
 
 def measured(name: str, part: str, repeats: int) -> dict[str, Any]:
@@ -207,43 +187,23 @@ def table(content: dict[str, Any]) -> str:
 
 def with_table(page: str, content: dict[str, Any]) -> str:
     """The page with the table between its marks."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(content)}\n{END}{after}"
+    return _rows.between(page, BEGIN, END, table(content))
 
 
 def main() -> None:
     """Fills in the results, row by row, and writes the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--repeats", type=int, default=30, help="steps that are timed")
-    parser.add_argument("--redo", action="store_true", help="also what is there already")
-    parser.add_argument("--json", type=Path, default=ROOT / "results" / "networks.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "cost.md")
-    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.run:
-        part, *rest = arguments.run
-        print(json.dumps(IN_A_PROCESS[part](*rest)))
-        return
-    content = files.read_json(arguments.json) if arguments.json.exists() else {"networks": {}}
-    for name in arguments.networks:
-        for part in arguments.parts:
-            row = content["networks"].setdefault(name, {})
-            if part in row and not arguments.redo:
-                continue
-            row[part] = measured(name, part, arguments.repeats)
-            content["environment"] = environment()
-            print(name, part, json.dumps(row[part]), flush=True)
-            known = content["networks"]
-            content["networks"] = {name: known[name] for name in NETWORKS if name in known}
-            files.write_json(arguments.json, content)
-    page = arguments.page.read_text(encoding="utf-8")
-    with temporary.replacing(arguments.page) as file:
-        file.write_text(with_table(page, content), encoding="utf-8")
+    _rows.Rows(
+        key="networks",
+        names=NETWORKS,
+        parts=PARTS,
+        timed=PARTS,
+        repeats=30,
+        json=_rows.ROOT / "results" / "networks.json",
+        page=_rows.ROOT / "docs" / "cost.md",
+        in_a_process=IN_A_PROCESS,
+        measured=measured,
+        with_table=with_table,
+    ).main(__doc__)
 
 
 if __name__ == "__main__":

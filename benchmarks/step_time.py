@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import _memory
 import _setup  # noqa: F401
 import keras
 import numpy as np
@@ -115,13 +116,6 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     return times
 
 
-def peak_gib() -> float:
-    """GiB that this process has used at most."""
-    # Not getrusage: that high-water mark is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
 def peak_memory(name: str, arguments: argparse.Namespace, batch_size: int) -> float:
     """GiB that a process of its own has used at most after some steps of one variant."""
     command = [sys.executable, __file__, "--network", arguments.network, "--memory-of", name]
@@ -151,7 +145,7 @@ def main() -> None:
         run = step(arguments.memory_of, arguments, arguments.batch_sizes[0])
         for _ in range(5):
             run()
-        print(peak_gib())
+        print(_memory.gib())
         return
     results: dict[str, Any] = {}
     for batch_size in arguments.batch_sizes:

@@ -35,6 +35,24 @@ def dense_jacobian(network, x, training=False):
     return np.stack(rows, axis=1)
 
 
+def product_by_first_derivatives(network, x, u, v, training=False):
+    """`<u, J v>` summed over the batch, in reverse mode."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = network(x, training=training)
+    return float(tf.reduce_sum(tape.gradient(y, x, u) * v))
+
+
+def slope(value, weights, direction, step=1e-6):
+    """The derivative of `value()` along a direction of the weights, by a central difference."""
+    start, values = [weight.numpy() for weight in weights], []
+    for sign in (1, -1, 0):
+        for weight, before, along in zip(weights, start, direction, strict=True):
+            weight.assign(before + sign * step * along)
+        values.append(value())
+    return (values[0] - values[1]) / (2 * step)
+
+
 def operator(network, x, forward_mode, tangent, **options):
     """The operator whose product with `tangent` is computed as `forward_mode` says."""
     if forward_mode == "accumulator":

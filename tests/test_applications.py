@@ -1,10 +1,10 @@
 """The table of keras.applications: that it is fresh, and two of its rows anew."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import applications
 import numpy as np
 import pytest
 
@@ -12,30 +12,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def applications():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        path = ROOT / "benchmarks" / "applications.py"
-        spec = importlib.util.spec_from_file_location("applications", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
 def content():
     return json.loads((ROOT / "results" / "applications.json").read_text())
 
 
-def test_the_page_has_the_table_of_the_results(applications, content):
+def test_the_page_has_the_table_of_the_results(content):
     page = (ROOT / "docs" / "layers.md").read_text()
     assert applications.with_table(page, content) == page
     assert applications.table(content).count("\n") == 1 + len(content["models"])
 
 
-def test_a_changed_result_shows_in_the_table(applications, content):
+def test_a_changed_result_shows_in_the_table(content):
     changed = json.loads(json.dumps(content))
     changed["models"]["VGG16"]["errors"]["float64"] = 0.5
     assert "5e-01" in applications.table(changed)
@@ -54,7 +41,7 @@ QUICK = ("MobileNet", "ResNet50")  # Depthwise convolutions; the first that was 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
-def test_a_row_anew(applications, name):
+def test_a_row_anew(name):
     checked = applications.checks(name, seeds=1)
     assert checked == {"seeds": 1, "refused": {}}
     wrong = applications.errors(name)
@@ -66,7 +53,7 @@ def test_a_row_anew(applications, name):
         assert kind == "plain" or (np.isfinite(row["penalty"]) and row["penalty"] > 0)
 
 
-def test_what_is_there_is_not_done_again(applications, tmp_path, monkeypatch, capsys):
+def test_what_is_there_is_not_done_again(tmp_path, monkeypatch, capsys):
     """Row by row: the parts that are missing, or all of those that are asked for anew."""
     done = []
 

@@ -1,14 +1,18 @@
 """The benchmarks' numbers against NumPy's SVD, their figures, and one whole quick run of each."""
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import choosing
+import choosing_page
+import estimator_error
 import keras
+import margin_reference
 import numpy as np
 import pytest
+import step_time
 import tensorflow as tf
 from keras import layers
 from reference import dense_jacobian, singular_values
@@ -17,25 +21,8 @@ from sklearn.datasets import load_digits
 from tfjacreg import datasets, regularizers, vectors
 from tfjacreg.experiments import figures
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(FOLDER))  # As Python does for a script in it.
 BATCH, N_IN, N_OUT = 4, 9, 5
 ESTIMATORS = ["power", "lanczos", "complete_lanczos"]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Where dataclasses look their annotations up.
-    spec.loader.exec_module(module)
-    return module
-
-
-estimator_error = script("estimator_error")
-step_time = script("step_time")
-choosing = script("choosing")
-choosing_page = script("choosing_page")
-margin_reference = script("margin_reference")
 
 
 @pytest.fixture
@@ -366,7 +353,7 @@ def test_the_monitors_cost_is_measured():
 
 
 def test_the_tables_of_choosing_are_those_of_the_results():
-    root = FOLDER.parent
+    root = Path(__file__).parents[1]
     page = (root / "docs" / "choosing.md").read_text()
     found = choosing_page.tables(root / "results")
     assert choosing_page.with_tables(page, found) == page

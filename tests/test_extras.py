@@ -1,12 +1,12 @@
 """A base install, without any extra: what works, and what is said about the rest."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import base_install
 import pytest
 
 from tfjacreg import extras
@@ -132,11 +132,6 @@ def test_the_readme_names_the_oldest_versions():
     readme = (ROOT / "README.md").read_text()
     for name, package in (("TensorFlow", "tensorflow"), ("Keras", "keras")):
         assert f"{name} {oldest[package]} or newer" in readme
-    spec = importlib.util.spec_from_file_location(
-        "base_install", ROOT / "benchmarks" / "base_install.py"
-    )
-    base_install = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(base_install)
     assert base_install.oldest() == [
         f"{package}=={oldest[package]}.*" for package in ("tensorflow", "keras")
     ]

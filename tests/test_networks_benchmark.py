@@ -1,11 +1,10 @@
 """The table of what the penalty costs on other networks: that it is fresh, and its marks."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import keras
+import networks as benchmark
 import numpy as np
 import pytest
 from keras import layers
@@ -14,24 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        path = ROOT / "benchmarks" / "networks.py"
-        spec = importlib.util.spec_from_file_location("networks_benchmark", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
 def content():
     return json.loads((ROOT / "results" / "networks.json").read_text())
 
 
-def test_the_page_has_the_table_of_the_results(benchmark, content):
+def test_the_page_has_the_table_of_the_results(content):
     page = (ROOT / "docs" / "cost.md").read_text()
     assert benchmark.with_table(page, content) == page
     changed = json.loads(json.dumps(content))
@@ -39,7 +25,7 @@ def test_the_page_has_the_table_of_the_results(benchmark, content):
     assert benchmark.with_table(page, changed) != page
 
 
-def test_the_penalty_costs_what_the_page_promises(benchmark, content):
+def test_the_penalty_costs_what_the_page_promises(content):
     """A loop in a graph is the exception that the page explains."""
     assert tuple(content["networks"]) == benchmark.NETWORKS
     for name, row in content["networks"].items():
@@ -48,7 +34,7 @@ def test_the_penalty_costs_what_the_page_promises(benchmark, content):
             assert ratio < 3.5 or name == "LSTM", (name, variant)
 
 
-def test_double_backward_is_the_gradient_of_a_backward_product(benchmark, monkeypatch):
+def test_double_backward_is_the_gradient_of_a_backward_product(monkeypatch):
     """Against a finite difference of the loss along the gradient that it applies."""
     dense = layers.Dense(5, "tanh"), layers.Dense(10)
     tiny = keras.Sequential([keras.Input(benchmark.IMAGE), layers.Flatten(), *dense])

@@ -27,7 +27,7 @@ TEXTS = [
 
 def as_rendered(text):
     """The text that a table's cell shows, and the kinds of tokens in it."""
-    markdown = f"# title\n\n{tables._table(['head'], [[tables.plain(text)]])}\n"
+    markdown = f"# title\n\n{tables.table(['head'], [[tables.plain(text)]])}\n"
     tokens = MarkdownIt("commonmark", {"html": False}).enable("table").parse(markdown)
     cells = [token for before, token in itertools.pairwise(tokens) if before.type == "td_open"]
     assert len(cells) == 1

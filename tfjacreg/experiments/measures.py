@@ -81,7 +81,7 @@ def measure(
             "sigma": _sigma,
         }[name]
         with tqdm(total=len(x), desc=title, unit="image") as bar:
-            return found(classifier, x, y, seed, bar.update, **PLAN[name])
+            return found(classifier, x, y, seed=seed, progress=bar.update, **PLAN[name])
     return {name: _curve(name, classifier, x, y, seed, title)}
 
 
@@ -109,32 +109,16 @@ def _curve(
     return entry
 
 
-def _boundary(
-    classifier: keras.Model,
-    x: np.ndarray,
-    y: np.ndarray,
-    seed: int,
-    progress: Progress,
-    **plan: Any,
-) -> dict[str, Any]:
-    distance = robustness.boundary_distance(classifier, x, y, seed=seed, progress=progress, **plan)
+def _boundary(classifier: keras.Model, x: np.ndarray, y: np.ndarray, **plan: Any) -> dict[str, Any]:
+    distance = robustness.boundary_distance(classifier, x, y, **plan)
     return {
         "boundary_distance": [round(d, 6) if np.isfinite(d) else None for d in distance],
         "boundary": _without(distance, "beyond_max_radius"),
     }
 
 
-def _distance(
-    classifier: keras.Model,
-    x: np.ndarray,
-    y: np.ndarray,
-    seed: int,
-    progress: Progress,
-    **plan: Any,
-) -> dict[str, Any]:
-    distance, _ = robustness.minimal_distance(
-        classifier, x, y, seed=seed, progress=progress, **plan
-    )
+def _distance(classifier: keras.Model, x: np.ndarray, y: np.ndarray, **plan: Any) -> dict[str, Any]:
+    distance, _ = robustness.minimal_distance(classifier, x, y, **plan)
     return {
         "minimal_distance": [_number(d) if np.isfinite(d) else None for d in distance],
         "distance": _without(distance, "not_found"),
@@ -153,9 +137,9 @@ def _sigma(
     classifier: keras.Model,
     x: np.ndarray,
     y: np.ndarray,
+    *,
     seed: int,
     progress: Progress,
-    *,
     method: str,
 ) -> dict[str, Any]:
     """The spectral norm of the Jacobian at each image, and the margin that it is held against."""

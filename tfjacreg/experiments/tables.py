@@ -101,12 +101,12 @@ def table_1(results: SweepResults) -> str:
             accuracy = by_test.statistic("lowest_test_loss", "test_accuracy")
             row[4] = _percent(accuracy) + _dagger(by_test)
         if published:
-            row[3:3] = [_number(published[method], 2), _from_paper(cell, published[method])]
+            row[3:3] = [number(published[method], 2), _from_paper(cell, published[method])]
         rows.append(row)
     head = ["Method", "Last epoch", "Repeats", "Lowest validation loss", "Chosen on the test split"]
     if published:
         head[3:3] = ["Paper", "Less the paper's"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def differences(results: SweepResults) -> str:
@@ -128,7 +128,7 @@ def differences(results: SweepResults) -> str:
         [name, str(less.repeats), _signed(less), _p(p), _p(min(len(found) * p, 1.0))]
         for name, less, p in found
     ]
-    return _table(["Difference", "Seeds", "Mean", "p", "All"], rows) if rows else ""
+    return table(["Difference", "Seeds", "Mean", "p", "All"], rows) if rows else ""
 
 
 def _from_paper(cell: CellResults | None, paper: Statistic) -> str:
@@ -173,14 +173,14 @@ def chosen_cells(results: SweepResults) -> str:
                 _name(cell.cell),
                 f"{complete} of {len(cells)}",
                 _validation_loss(results, cell),
-                _number(cell.statistic("test_spectral_norm"), 3),
+                number(cell.statistic("test_spectral_norm"), 3),
                 _milliseconds(cell),
                 "the same" if by_test is cell else _name(by_test.cell),
             ]
         )
     head = ["Method", "Cell", "Complete cells", "Validation loss", "Mean exact sigma"]
     head += ["Milliseconds per step", "On the test split"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def missing(results: SweepResults) -> list[str]:
@@ -230,13 +230,13 @@ def all_cells(results: SweepResults) -> str:
                 row += [
                     _validation_loss(results, cell),
                     _percent(cell.statistic("test_accuracy")),
-                    _number(cell.statistic("test_spectral_norm"), 3),
+                    number(cell.statistic("test_spectral_norm"), 3),
                     _milliseconds(cell),
                 ]
             if cell is results.chosen.get(method):
                 row[0] += " \\*"
             rows.append(row + [""] * (len(head) - len(row)))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def machines(results: SweepResults) -> str:
@@ -258,9 +258,7 @@ def machines(results: SweepResults) -> str:
         )
     if len(timed) < len(results.finished):
         sentence += f"; {len(results.finished) - len(timed)} of them did not record their hours"
-    return (
-        f"{sentence}.\n\n{_table(['runs', *map(plain, names)], rows)}" if rows else f"{sentence}."
-    )
+    return f"{sentence}.\n\n{table(['runs', *map(plain, names)], rows)}" if rows else f"{sentence}."
 
 
 def fence(text: str) -> str:
@@ -300,7 +298,8 @@ def _dagger(cell: CellResults) -> str:
     return "" if cell.complete else " †"
 
 
-def _number(statistic: Statistic, digits: int) -> str:
+def number(statistic: Statistic, digits: int) -> str:
+    """The mean, and the standard deviation where there are several values."""
     mean = f"{statistic.mean:.{digits}f}"
     return mean if statistic.repeats == 1 else f"{mean} ± {statistic.std:.{digits}f}"
 
@@ -314,17 +313,18 @@ def _p(value: float) -> str:
 
 
 def _percent(statistic: Statistic) -> str:
-    return _number(Statistic(100 * statistic.mean, 100 * statistic.std, statistic.repeats), 2)
+    return number(Statistic(100 * statistic.mean, 100 * statistic.std, statistic.repeats), 2)
 
 
 def _validation_loss(results: SweepResults, cell: CellResults) -> str:
-    return _number(cell.statistic("val_loss"), 4) if results.validated else ""
+    return number(cell.statistic("val_loss"), 4) if results.validated else ""
 
 
 def _milliseconds(cell: CellResults) -> str:
     return f"{1e3 * cell.statistic('step_seconds').mean:.2f}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
     cells = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
