@@ -62,6 +62,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
     add("--network", choices=networks.NAMES, help=f"({default.network})")
     add("--width", type=float, help="of vgg16 and resnet20; 1 is published")
+    add(
+        "--initialization",
+        choices=networks.INITIALIZATIONS,
+        help=f"whose initial weights lenet has ({default.initialization})",
+    )
     methods = ("none", *regularizers.BY_NAME)
     add("--regularizer", choices=methods, help=f"({default.regularizer})")
     add("--factor", type=float, help=f"weight of the penalty ({default.factor})")

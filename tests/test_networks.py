@@ -3,6 +3,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from scipy.signal import correlate
 
 from tfjacreg import networks
@@ -40,6 +41,57 @@ def test_resnet20_size(width):
     assert network.count_params() == expected
     convolutions = [x for x in network.layers if isinstance(x, keras.layers.Conv2D)]
     assert len(convolutions) + 1 - 2 == 20  # With the dense layer, without two shortcuts.
+
+
+def test_initial_weights():
+    """PyTorch's default: kernels and biases uniform within 1 / sqrt(fan_in). Keras': biases 0."""
+    keras.utils.set_random_seed(0)
+    weights = networks.lenet(initialization="pytorch").get_weights()
+    fans = [25, 25, 150, 150, 400, 400, 120, 120, 84, 84]
+    for array, fan_in in zip(weights, fans, strict=True):
+        bound = fan_in**-0.5
+        assert np.abs(array).max() <= bound
+        assert np.abs(array).max() > bound * (1 - 8 / array.size)
+        # A uniform number has the deviation bound / sqrt(3); that of n of them is off by 1/sqrt(n).
+        tolerance = 3 / np.sqrt(array.size)
+        assert array.std(ddof=1) == pytest.approx(bound / np.sqrt(3), rel=tolerance)
+        assert abs(array.mean()) < 3 * bound / np.sqrt(3 * array.size)
+    # Equal numbers would show in a bias that repeats its kernel's.
+    assert not np.isin(weights[1], weights[0]).any()
+    weights = networks.lenet().get_weights()
+    for kernel, bias in zip(weights[::2], weights[1::2], strict=True):
+        receptive = np.prod(kernel.shape[:-2], dtype=int)
+        bound = np.sqrt(6 / (receptive * sum(kernel.shape[-2:])))
+        assert bound * 0.9 < np.abs(kernel).max() <= bound and not bias.any()
+
+
+def test_relu_and_max_pooling_commute(float64):
+    """Their order, which the paper's table does not say, changes no logit and no derivative."""
+    network = networks.lenet()
+    inputs = x = keras.Input((28, 28, 1))
+    for layer in network.layers[1:]:
+        if layer.name.startswith("conv"):
+            linear = type(layer).from_config({**layer.get_config(), "activation": None})
+            linear.build(x.shape)
+            linear.set_weights(layer.get_weights())
+            x = linear(x)
+        else:
+            x = layer(x)
+            if layer.name.startswith("pool"):
+                x = keras.layers.ReLU()(x)
+    other = keras.Model(inputs, x)
+    images = tf.constant(RNG.normal(size=(3, 28, 28, 1)))
+    gradients = []
+    for model in (network, other):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            logits = model(images)
+            loss = tf.reduce_sum(logits**2)
+        sources = [images, *(w.value for w in model.trainable_weights)]
+        gradients.append([logits, *tape.gradient(loss, sources)])
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * np.abs(a).max())
+        assert np.any(a)
 
 
 def pooled(x):
@@ -110,6 +162,14 @@ BAD = {
     "vgg_small": (lambda: networks.vgg16((28, 28, 1)), "at least 32x32"),
     "classes": (lambda: networks.lenet(num_classes=0), "`num_classes` must be"),
     "width": (lambda: networks.resnet20(width=0.0), "`width` must be a positive number"),
+    "initialization": (
+        lambda: networks.lenet(initialization="torch"),
+        "`initialization` must be one of .*keras.*pytorch.*Received: initialization='torch'",
+    ),
+    "option": (
+        lambda: networks.get("vgg16", (32, 32, 3), 10, initialization="pytorch"),
+        r"`initialization` is no option of vgg16, which has \['width'\]. Received",
+    ),
     "name": (lambda: networks.get("alexnet", (32, 32, 3), 10), "lenet.*vgg16.*Received"),
 }
 

@@ -20,7 +20,15 @@ _VGG16: tuple[int | str, ...] = (
 )
 
 
-def lenet(input_shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10) -> keras.Model:
+INITIALIZATIONS = ("keras", "pytorch")
+
+
+def lenet(
+    input_shape: tuple[int, int, int] = (28, 28, 1),
+    num_classes: int = 10,
+    *,
+    initialization: str = "keras",
+) -> keras.Model:
     """The paper's variant of LeNet (appendix A.1): 61,706 parameters for 28x28x1 and 10 classes.
 
     Two 5x5 convolutions (6 channels with padding 2, 16 without), each followed by ReLU and a 2x2
@@ -29,6 +37,9 @@ def lenet(input_shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10
     Args:
         input_shape: `(H, W, C)`, at least 12x12.
         num_classes: The number of logits.
+        initialization: How weights start: `"keras"` as Keras' layers do, Glorot-uniform kernels and
+            zero biases; `"pytorch"` as PyTorch's do, kernels and biases uniform within
+            `1 / sqrt(fan_in)`, in which the paper's networks probably started.
 
     Returns:
         A model from standardized images `[B, H, W, C]` to logits `[B, num_classes]`.
@@ -37,15 +48,31 @@ def lenet(input_shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10
         ValueError: If an argument is out of range.
     """
     input_shape, num_classes = _validate(input_shape, num_classes, smallest=12)
+    arguments.one_of("initialization", initialization, INITIALIZATIONS)
+
+    def start(fan_in: int) -> dict[str, Any]:
+        if initialization == "keras":
+            return {}
+        bound = fan_in**-0.5
+        # Two of them: one without a seed gives the same numbers each time.
+        return {
+            f"{name}_initializer": keras.initializers.RandomUniform(-bound, bound)
+            for name in ("kernel", "bias")
+        }
+
+    def conv(x: Any, filters: int, padding: str, name: str) -> Any:
+        how = {"padding": padding, "activation": "relu", "name": name}
+        return layers.Conv2D(filters, 5, **how, **start(25 * x.shape[-1]))(x)
+
+    def dense(x: Any, units: int, activation: str | None, name: str) -> Any:
+        return layers.Dense(units, activation, name=name, **start(x.shape[-1]))(x)
+
     inputs = _input(input_shape)
-    x = layers.Conv2D(6, 5, padding="same", activation="relu", name="conv1")(inputs)
-    x = layers.MaxPooling2D(2, name="pool1")(x)
-    x = layers.Conv2D(16, 5, activation="relu", name="conv2")(x)
-    x = layers.MaxPooling2D(2, name="pool2")(x)
+    x = layers.MaxPooling2D(2, name="pool1")(conv(inputs, 6, "same", "conv1"))
+    x = layers.MaxPooling2D(2, name="pool2")(conv(x, 16, "valid", "conv2"))
     x = layers.Flatten(name="flatten")(x)
-    x = layers.Dense(120, activation="relu", name="dense1")(x)
-    x = layers.Dense(84, activation="relu", name="dense2")(x)
-    return keras.Model(inputs, layers.Dense(num_classes, name="logits")(x), name="lenet")
+    x = dense(dense(x, 120, "relu", "dense1"), 84, "relu", "dense2")
+    return keras.Model(inputs, dense(x, num_classes, None, "logits"), name="lenet")
 
 
 def vgg16(
@@ -173,7 +200,7 @@ NAMES = tuple(_BY_NAME)
 
 
 def get(
-    name: str, input_shape: tuple[int, int, int], num_classes: int, **sizes: Any
+    name: str, input_shape: tuple[int, int, int], num_classes: int, **options: Any
 ) -> keras.Model:
     """Makes a network by name.
 
@@ -181,7 +208,7 @@ def get(
         name: A name in `NAMES`.
         input_shape: `(H, W, C)`.
         num_classes: The number of logits.
-        **sizes: `width`, for vgg16 and resnet20.
+        **options: `width`, for vgg16 and resnet20; `initialization`, for lenet.
 
     Raises:
         ValueError: If nothing is known by that name, or an argument is out of range.
@@ -189,9 +216,9 @@ def get(
     if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"A network's name must be one of {NAMES}. Received: {name!r}")
     known = inspect.signature(_BY_NAME[name]).parameters.keys() - {"input_shape", "num_classes"}
-    for size in sizes.keys() - known:
+    for option in options.keys() - known:
         raise ValueError(
-            f"`{size}` is no size of {name}, which has {sorted(known) or 'none'}. "
-            f"Received: {size}={sizes[size]!r}"
+            f"`{option}` is no option of {name}, which has {sorted(known)}. "
+            f"Received: {option}={options[option]!r}"
         )
-    return _BY_NAME[name](input_shape, num_classes, **sizes)
+    return _BY_NAME[name](input_shape, num_classes, **options)

@@ -15,6 +15,11 @@ BAD_SETTINGS = {
     "schedule": ({"schedule": "step"}, "constant.*cosine.*Received"),
     "seed": ({"seed": -1}, "`seed`.*Received"),
     "width": ({"width": 0.5}, "`width` is for vgg16"),
+    "initialization": ({"initialization": "he"}, "`initialization` must be one of.*'he'"),
+    "initialization_of": (
+        {"network": "vgg16", "initialization": "pytorch"},
+        "`initialization` is for lenet; vgg16 .*Received: initialization='pytorch'",
+    ),
     "width_sign": ({"network": "vgg16", "width": -1.0}, "`width` must be a positive number.*-1"),
 }
 
@@ -35,3 +40,19 @@ def test_defaults_follow_the_network():
     assert RunConfig.of(epochs=3).epochs == 3
     with pytest.raises(TypeError, match="epochs"):
         RunConfig(network="lenet")
+
+
+def test_initial_weights_are_the_networks():
+    networks = {}
+    for initialization in ("keras", "pytorch"):
+        config = RunConfig.of(initialization=initialization)
+        networks[initialization] = config.make_network((28, 28, 1), 10)
+    assert not networks["keras"].get_layer("conv1").bias.numpy().any()
+    assert networks["pytorch"].get_layer("conv1").bias.numpy().all()
+    names = {RunConfig.of(initialization=i).default_folder().name for i in ("keras", "pytorch")}
+    assert names == {
+        "digits-lenet-spectral-0.01-seed0",
+        "digits-lenet-spectral-0.01-pytorch-seed0",
+    }
+    narrow = RunConfig.of(network="vgg16", dataset="cifar10", width=0.25)
+    assert narrow.make_network((32, 32, 3), 10).layers[1].filters == 16

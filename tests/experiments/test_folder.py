@@ -71,10 +71,11 @@ def test_another_configuration_is_refused(folder):
 
 def test_a_folder_from_before_a_setting_existed_is_the_same_runs(folder):
     settings = json.loads(folder.config_file.read_text())
-    del settings["whole_training_set"]
+    del settings["whole_training_set"], settings["initialization"]
     folder.config_file.write_text(json.dumps(settings))
     folder.claim(CONFIG)
     assert folder.read_config()["whole_training_set"] is False
+    assert folder.read_config()["initialization"] == "keras"
     with pytest.raises(RunError, match="whole_training_set is False there, True here"):
         folder.claim(WHOLE)
 

@@ -375,7 +375,9 @@ def test_on_the_whole_training_set_nothing_is_chosen_by_validation(tmp_path, not
     folder = tmp_path / "whole"
     folder.mkdir()
     text = TOML.format(dataset="fashion_mnist", epochs=EPOCHS)
-    (folder / "sweep.toml").write_text("whole_training_set = true\n" + text)
+    (folder / "sweep.toml").write_text(
+        'whole_training_set = true\ninitialization = "pytorch"\n' + text
+    )
     sweep = Sweep.load(folder / "sweep.toml")
     for (cell, _), config in sweep.configs().items():
         run = folder / sweep.folder(config)
@@ -389,6 +391,7 @@ def test_on_the_whole_training_set_nothing_is_chosen_by_validation(tmp_path, not
         )
     text = write(folder, nothing)
     assert "constant learning rate, the whole training set, 6 cells" in text
+    assert f"lenet, pytorch initial weights, {EPOCHS} epochs" in text
     assert "no validation loss to choose by" in text
     rows = {row["Method"]: row for row in rows_below(text, "### fashion_mnist")}
     assert {m for m, row in rows.items() if row["Last epoch"].startswith("no val")} == {

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Self
 
+import keras
+
 from tfjacreg import arguments, datasets, networks, regularizers
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -17,7 +19,7 @@ SCHEDULES = ("constant", "cosine")
 # Crops and flips are for natural images: digits and clothes know left from right.
 AUGMENTED_DATASETS = ("cifar10",)
 # What a config.json means that was written before the setting existed.
-EARLIER: dict[str, Any] = {"whole_training_set": False}
+EARLIER: dict[str, Any] = {"whole_training_set": False, "initialization": "keras"}
 
 
 class RunError(ValueError):
@@ -32,6 +34,7 @@ class RunConfig:
         dataset: A name in `datasets.NAMES`.
         network: A name in `networks.NAMES`.
         width: Width of vgg16 and resnet20 relative to the published network.
+        initialization: How the weights of lenet start, a name in `networks.INITIALIZATIONS`.
         regularizer: `"none"` or a name in `regularizers.BY_NAME`.
         factor: The weight lambda of the penalty.
         epochs: Passes over the training split.
@@ -51,6 +54,7 @@ class RunConfig:
     dataset: str = "digits"
     network: str = "lenet"
     width: float = 1.0
+    initialization: str = "keras"
     regularizer: str = "spectral"
     factor: float = regularizers.DEFAULT_FACTOR
     epochs: int
@@ -87,6 +91,7 @@ class RunConfig:
         for name, valid in (
             ("dataset", datasets.NAMES),
             ("network", networks.NAMES),
+            ("initialization", networks.INITIALIZATIONS),
             ("regularizer", ("none", *regularizers.BY_NAME)),
             ("schedule", SCHEDULES),
         ):
@@ -109,6 +114,11 @@ class RunConfig:
             raise ValueError(
                 f"`width` is for vgg16 and resnet20; lenet has one. Received: width={self.width}"
             )
+        if self.network != "lenet" and self.initialization != "keras":
+            raise ValueError(
+                f"`initialization` is for lenet; {self.network} starts as published. "
+                f"Received: initialization={self.initialization!r}"
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # As Python's own numbers, for JSON.
 
@@ -120,6 +130,18 @@ class RunConfig:
         # Weight decay draws nothing at random.
         seed = {} if penalty is regularizers.WeightDecay else {"seed": self.seed}
         return penalty(factor=self.factor, **seed)
+
+    def make_network(self, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
+        """The network that the settings mean, with new weights.
+
+        Args:
+            input_shape: `(H, W, C)`.
+            num_classes: How many logits it gives.
+        """
+        options: dict[str, Any] = {"width": self.width}
+        if self.network == "lenet":
+            options = {"initialization": self.initialization}
+        return networks.get(self.network, input_shape, num_classes, **options)
 
     def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The settings that differ from those of a `config.json`: its value and this one's.
@@ -142,4 +164,6 @@ class RunConfig:
             method += f"-{self.factor:g}"
         if self.whole_training_set:
             method += "-whole"
+        if self.initialization != "keras":
+            method += f"-{self.initialization}"
         return Path("runs") / f"{self.dataset}-{self.network}-{method}-seed{self.seed}"

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import networks, norms
+from tfjacreg import norms
 from tfjacreg.experiments import pipeline
 from tfjacreg.experiments.callbacks import EVALUATION_BATCH, EpochClock, Recorder, StopAtNaN
 from tfjacreg.experiments.config import RunConfig
@@ -113,8 +113,7 @@ def compiled_model(
         num_classes: How many logits the network gives.
         num_examples: The size of the training split, for the length of a cosine schedule.
     """
-    sizes = {} if config.network == "lenet" else {"width": config.width}
-    network = networks.get(config.network, input_shape, num_classes, **sizes)
+    network = config.make_network(input_shape, num_classes)
     rate: Any = config.learning_rate
     if config.schedule == "cosine":
         steps = config.epochs * -(-num_examples // config.batch_size)

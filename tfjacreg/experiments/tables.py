@@ -148,10 +148,14 @@ def _from_paper(cell: CellResults | None, paper: Statistic) -> str:
 def setting(results: SweepResults) -> str:
     """What the sweep trains, how much of it is done, and what the paper trained."""
     config = results.sweep.any_config
-    width = "" if config.network == "lenet" else f", width {config.width:g}"
+    network = config.network
+    if network != "lenet":
+        network += f", width {config.width:g}"
+    if config.initialization != "keras":
+        network += f", {config.initialization} initial weights"
     split = ", the whole training set" if config.whole_training_set else ""
     sentence = (
-        f"{config.network}{width}, {config.epochs} epochs, {config.schedule} learning rate{split}, "
+        f"{network}, {config.epochs} epochs, {config.schedule} learning rate{split}, "
         f"{len(results.sweep.cells)} cells, planned repeats of each: {results.sweep.repeats}; "
         f"{len(results.finished)} of {len(results.runs)} runs have finished. The plan is in "
         f"{code(str(results.folder / SWEEP_FILE))}."
