@@ -149,6 +149,20 @@ def test_no_method_has_a_finer_grid_than_another():
             assert all(2.99 < ratio <= 10.01 for ratio in ratios)
 
 
+DIGITS = "digits"
+
+
+def test_on_the_digits_every_method_has_as_many_factors():
+    digits = Sweep.load(SWEEPS / f"{DIGITS}.toml")
+    assert digits.repeats == 5 and {c.epochs for c in digits.configs().values()} == {50}
+    assert {(cell.learning_rate, cell.batch_size) for cell in digits.cells} == {(0.01, 32)}
+    for method in METHODS:
+        factors = [cell.factor for cell in digits.cells if cell.method == method]
+        assert len(set(factors)) == len(factors) == (1 if method == "none" else 4)
+    # The default, and the neighbours that show whether it serves.
+    assert regularizers.DEFAULT_FACTOR in {c.factor for c in digits.cells if c.method == "spectral"}
+
+
 JUDGE = "fashion_mnist_judge"
 
 
@@ -173,7 +187,7 @@ def test_judged_factors_are_those_of_lowest_validation_loss():
 
 
 def test_every_file_is_tested():
-    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN, GRID, JUDGE}
+    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN, DIGITS, GRID, JUDGE}
 
 
 @pytest.mark.parametrize(
