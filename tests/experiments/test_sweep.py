@@ -149,6 +149,28 @@ def test_no_method_has_a_finer_grid_than_another():
             assert all(2.99 < ratio <= 10.01 for ratio in ratios)
 
 
+FINAL = "fashion_mnist_final"
+
+
+def test_final_cells_are_those_of_lowest_validation_loss():
+    """Among the committed cells of the grid; each trained anew on the whole training set."""
+    results = SWEEPS.parent / "results" / "fashion_mnist" / "grid"
+    grid = Sweep.load(results / "sweep.toml")
+    assert grid.content == (SWEEPS / f"{GRID}.toml").read_bytes()
+    losses = {
+        cell: json.loads(path.read_text())["val_loss"]
+        for (cell, _), config in grid.configs().items()
+        if (path := results / grid.folder(config) / "metrics.json").exists()
+    }
+    final = Sweep.load(SWEEPS / f"{FINAL}.toml")
+    assert {cell.method: cell for cell in final.cells} == {
+        method: min((c for c in losses if c.method == method), key=losses.get) for method in METHODS
+    }
+    assert len(final.cells) == len(METHODS) and final.repeats == 5
+    for config in final.configs().values():
+        assert (config.whole_training_set, config.epochs) == (True, 50)
+
+
 DIGITS = "digits"
 
 
@@ -187,7 +209,14 @@ def test_judged_factors_are_those_of_lowest_validation_loss():
 
 
 def test_every_file_is_tested():
-    assert {path.stem for path in SWEEPS.glob("*.toml")} == {*FILES, CHOSEN, DIGITS, GRID, JUDGE}
+    assert {path.stem for path in SWEEPS.glob("*.toml")} == {
+        *FILES,
+        CHOSEN,
+        DIGITS,
+        FINAL,
+        GRID,
+        JUDGE,
+    }
 
 
 @pytest.mark.parametrize(
