@@ -146,3 +146,30 @@ def test_what_the_page_says_of_the_ranking():
     assert networks[weakest]["pgd_margin"]["accuracy"][4] == 0
     last = [network["pgd"]["accuracy"][5] for network in networks]
     assert last[weakest] > np.median(last)
+
+
+def test_the_table_of_the_grid_is_that_of_the_files():
+    """Of each method and quarter the lowest validation loss so far, in bold the choice."""
+    text = (ROOT / JUDGE.parent / "README.md").read_text()
+    section = text.split("## The grid so far")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("|")]
+    grid = Sweep.load(ROOT / JUDGE.parent / "grid" / "sweep.toml")
+    found = {}
+    for (cell, _), config in grid.configs().items():
+        file = ROOT / JUDGE.parent / "grid" / grid.folder(config) / "metrics.json"
+        if file.exists():
+            found[cell] = json.loads(file.read_text())
+    assert f"**{len(found)} of {len(grid.cells)} so far**" in text
+    quarters = [(0.01, 16), (0.01, 32), (0.001, 16), (0.001, 32)]
+    assert sorted(row[0].strip() for row in rows[2:]) == sorted(NAMES)
+    for name, *shown in rows[2:]:
+        own = {c: m for c, m in found.items() if c.method == NAMES[name.strip()]}
+        best = min(own, key=lambda cell: own[cell]["val_loss"])
+        for quarter, text in zip(quarters, shown, strict=True):
+            inside = [c for c in own if (c.learning_rate, c.batch_size) == quarter]
+            cell = min(inside, key=lambda cell: own[cell]["val_loss"])
+            loss, accuracy = own[cell]["val_loss"], own[cell]["test_accuracy"]
+            expected = f"{loss:.3f} ({100 * accuracy:.2f})".removeprefix("0")
+            if cell.factor is not None:
+                expected = f"{cell.factor:g}: {expected}".removeprefix("0")
+            assert text.strip() == (f"**{expected}**" if cell == best else expected)
