@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tfjacreg.experiments import report
 from tfjacreg.experiments.measures import PERTURBATIONS, PLAN, POINTWISE
@@ -21,17 +22,26 @@ def evaluation(run):
     return json.loads((ROOT / JUDGE / run / "evaluation.json").read_text())
 
 
-def test_the_report_is_that_of_the_files(tmp_path, monkeypatch):
+REPORTS = {
+    "judge": ([JUDGE], ("training", "robustness", *POINTWISE)),
+    "final": ([JUDGE.parent / "grid", JUDGE.parent / "final"], ("training",)),
+    "digits": ([Path("results", "digits")], ("training",)),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_report_is_that_of_the_files(tmp_path, monkeypatch, name):
+    folders, figures = REPORTS[name]
     monkeypatch.chdir(ROOT)
     for module in (report.figures, report.distributions):
         monkeypatch.setattr(module, "save", lambda figure, path: None)
     monkeypatch.setattr(report.html, "render", lambda text, out: "")
-    report.write([JUDGE], tmp_path, benchmarks=JUDGE)
-    committed = ROOT / JUDGE / "report"
+    report.write(folders, tmp_path, benchmarks=folders[-1])
+    committed = ROOT / folders[-1] / "report"
     text = (committed / "report.md").read_text()
     assert (tmp_path / "report.md").read_text() == text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert pictures == [f"{n}.png" for n in ("training", "robustness", *POINTWISE)]
+    assert pictures == [f"{n}.png" for n in figures]
     for picture in pictures:
         assert (committed / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -173,3 +183,49 @@ def test_the_table_of_the_grid_is_that_of_the_files():
             if cell.factor is not None:
                 expected = f"{cell.factor:g}: {expected}".removeprefix("0")
             assert text.strip() == (f"**{expected}**" if cell == best else expected)
+
+
+def test_the_tables_of_the_digits_are_those_of_the_files():
+    text = (ROOT / "results" / "README.md").read_text()
+    section = text.split("## Digits")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    rows = [row for row in rows if len(row) > 4 and re.search(r"\d", row[1])]
+
+    def measured(label):
+        method, _, factor = label.removesuffix(", the default").partition(", ")
+        if method.startswith("0."):
+            method, factor = "spectral", method
+        cell = f"{NAMES[method]}{factor and f'-{factor}'}-lr0.01-b32"
+        return [
+            json.loads((ROOT / "results" / "digits" / f"{cell}-seed{i}/metrics.json").read_text())
+            for i in range(5)
+        ]
+
+    def shown(runs, name, digits, scale=1):
+        values = [scale * run[name] for run in runs]
+        pair = (
+            f"{v:.{digits}f}".removeprefix("0") for v in (np.mean(values), np.std(values, ddof=1))
+        )
+        return " ± ".join(pair)
+
+    accuracy = {row[0]: [run["test_accuracy"] for run in measured(row[0])] for row in rows}
+    assert len(rows) == 9
+    for row in rows:
+        runs = measured(row[0])
+        if row[0] in NAMES or ", " in row[0]:
+            difference = row.pop(3)
+            if row[0] != "none":
+                pairs = np.subtract(accuracy[row[0]], accuracy["none"])
+                p = stats.ttest_1samp(pairs, 0).pvalue
+                expected = f"{100 * pairs.mean():+.2f}".replace("+0.", "+.")
+                assert difference == f"{expected} (p {p:.3f})".replace("p 0.", "p .")
+        assert row[1:] == [
+            shown(runs, "val_loss", 4),
+            shown(runs, "test_accuracy", 2, 100),
+            shown(runs, "test_loss", 4),
+            shown(runs, "test_spectral_norm", 2),
+        ]
+    low, high = (measured(label) for label in ("0.01", "0.03"))
+    for name, p in (("test_loss", ".005"), ("test_accuracy", ".070")):
+        found = stats.ttest_rel([r[name] for r in low], [r[name] for r in high]).pvalue
+        assert f"{found:.3f}".removeprefix("0") == p and f"(p {p})" in section
