@@ -207,14 +207,19 @@ TABLE = {
             "data_dir": NOT_PATHS,
         },
     ),
-    "networks.lenet": ({}, SIZED),
+    "networks.lenet": ({}, SIZED | {"initialization": NOT_CHOICES}),
     "networks.vgg16": ({}, SIZED | {"width": WIDTHS}),
     "networks.resnet20": ({}, SIZED | {"width": WIDTHS}),
     "networks.get": (
         dict(name="lenet", input_shape=(28, 28, 1), num_classes=10),
         SIZED
         | {"name": [None, "", "alexnet", 3, ["lenet"], b"lenet", {}]}
-        | {"sizes": [dict(width=2), dict(depth=3), dict(name="vgg16", width=-1)]},
+        | {
+            "options": [
+                *(dict(width=2), dict(depth=3), dict(name="vgg16", width=-1)),
+                *(dict(initialization="torch"), dict(name="resnet20", initialization="pytorch")),
+            ]
+        },
     ),
     "regularizers.Regularizer": (dict(factor=1), {"factor": NOT_FACTORS}),
     "regularizers.WeightRegularizer": (dict(factor=1), {"factor": NOT_FACTORS}),
@@ -247,7 +252,7 @@ TABLE = {
 CALLED = {
     ("regularizers.get", "identifier"): "regularizer|class_name|config|factor",
     ("RegularizedModel", "regularizer"): "regularizer|class_name|config",
-    ("networks.get", "sizes"): "width|depth",
+    ("networks.get", "options"): "width|depth|initialization",
     ("datasets.prepare", "name"): "Data sets",
     ("norms.spectral_bound", "network"): "network|norm",
 }
@@ -365,7 +370,7 @@ def test_bad_arguments_are_refused_by_name(name, tmp_path, monkeypatch):
     faults = []
     for _, argument, number in (case for case in CASES if case[0] == name):
         value = TABLE[name][1][argument][number]
-        change = value if argument in ("sizes", "kwargs") else {argument: value}
+        change = value if argument in ("options", "kwargs") else {argument: value}
         known_as = CALLED.get((name, argument), argument)
         told = f"{argument}={value!r:.60}: "
         try:
