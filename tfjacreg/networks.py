@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
@@ -13,14 +14,13 @@ from keras import layers
 
 from tfjacreg import arguments
 
+INITIALIZATIONS = ("keras", "pytorch")
+
 # Channels of the 13 convolutions; "pool" halves both sides of the image (appendix A.1).
 _VGG16: tuple[int | str, ...] = (
     *(64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"),
     *(512, 512, 512, "pool", 512, 512, 512, "pool"),
 )
-
-
-INITIALIZATIONS = ("keras", "pytorch")
 
 
 def lenet(
@@ -49,30 +49,19 @@ def lenet(
     """
     input_shape, num_classes = _validate(input_shape, num_classes, smallest=12)
     arguments.one_of("initialization", initialization, INITIALIZATIONS)
-
-    def start(fan_in: int) -> dict[str, Any]:
-        if initialization == "keras":
-            return {}
-        bound = fan_in**-0.5
-        # Two of them: one without a seed gives the same numbers each time.
-        return {
-            f"{name}_initializer": keras.initializers.RandomUniform(-bound, bound)
-            for name in ("kernel", "bias")
-        }
-
-    def conv(x: Any, filters: int, padding: str, name: str) -> Any:
-        how = {"padding": padding, "activation": "relu", "name": name}
-        return layers.Conv2D(filters, 5, **how, **start(25 * x.shape[-1]))(x)
-
-    def dense(x: Any, units: int, activation: str | None, name: str) -> Any:
-        return layers.Dense(units, activation, name=name, **start(x.shape[-1]))(x)
-
+    start = functools.partial(_initializers, initialization)
     inputs = _input(input_shape)
-    x = layers.MaxPooling2D(2, name="pool1")(conv(inputs, 6, "same", "conv1"))
-    x = layers.MaxPooling2D(2, name="pool2")(conv(x, 16, "valid", "conv2"))
+    x = layers.Conv2D(
+        6, 5, padding="same", activation="relu", name="conv1", **start(25 * input_shape[2])
+    )(inputs)
+    x = layers.MaxPooling2D(2, name="pool1")(x)
+    x = layers.Conv2D(16, 5, activation="relu", name="conv2", **start(25 * 6))(x)
+    x = layers.MaxPooling2D(2, name="pool2")(x)
     x = layers.Flatten(name="flatten")(x)
-    x = dense(dense(x, 120, "relu", "dense1"), 84, "relu", "dense2")
-    return keras.Model(inputs, dense(x, num_classes, None, "logits"), name="lenet")
+    x = layers.Dense(120, activation="relu", name="dense1", **start(x.shape[-1]))(x)
+    x = layers.Dense(84, activation="relu", name="dense2", **start(120))(x)
+    logits = layers.Dense(num_classes, name="logits", **start(84))(x)
+    return keras.Model(inputs, logits, name="lenet")
 
 
 def vgg16(
@@ -148,6 +137,18 @@ def resnet20(
             x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(num_classes, name="logits")(x), name="resnet20")
+
+
+def _initializers(initialization: str, fan_in: int) -> dict[str, Any]:
+    """The initializers of a layer, for one of `INITIALIZATIONS`."""
+    if initialization == "keras":
+        return {}
+    bound = fan_in**-0.5
+    # Two of them: one without a seed gives the same numbers each time.
+    return {
+        f"{name}_initializer": keras.initializers.RandomUniform(-bound, bound)
+        for name in ("kernel", "bias")
+    }
 
 
 def _input(input_shape: tuple[int, int, int]) -> Any:
