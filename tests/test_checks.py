@@ -234,6 +234,18 @@ def test_the_first_batch_tells_the_shape(make, shape, feed):
                 model.train_on_batch(x, y)
 
 
+def test_ctrl_c_is_not_blamed_on_the_network(monkeypatch):
+    """In the middle of C++ it comes as a SystemError."""
+    network = images(layers.Activation("relu", name="culprit"))
+
+    def interrupted(self, x):
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    monkeypatch.setattr(layers.Activation, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_network(network, seeded_input((4, 4, 2), 3))
+
+
 @pytest.mark.parametrize("name", [None, "weight_decay", "spectral_bound"])
 def test_a_penalty_without_jacobian_takes_any_network(name):
     model = RegularizedModel(inside(Centred(False)), name)
@@ -261,8 +273,8 @@ def test_multi_worker_strategy_is_refused(monkeypatch):
 
 
 def test_rounding_is_measured_before_it_is_refused(monkeypatch):
-    """With a tolerance far below it: what is lost is lost by its whole size, rounding is not."""
-    monkeypatch.setattr("tfjacreg.checks.contradiction_tolerance", lambda *_: 1e-12)
+    """With a tolerance below any error: what is lost is lost by its whole size, rounding is not."""
+    monkeypatch.setattr("tfjacreg.checks.contradiction_tolerance", lambda *_: -1e-12)
     measured, rounding = [], checks._rounding
     monkeypatch.setattr(
         "tfjacreg.checks._rounding", lambda *a: measured.append(rounding(*a)) or measured[-1]

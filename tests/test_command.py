@@ -56,6 +56,19 @@ def test_a_signal_stops_and_handlers_are_as_before(capsys, number):
     assert command.run("name", lambda: 7, "Stopped.") == 7
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemError])
+def test_what_a_signal_has_become_is_no_error(capsys, error):
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise error("the network cannot be differentiated") from None
+
+    assert command.run("name", main, "Stopped.") == 130
+    assert capsys.readouterr() == ("\nStopped.\n", "")
+
+
 # What keeps Python from its handlers: C that does not come back; and what swallows the exception.
 DEAF = {
     "in C": """

@@ -172,7 +172,7 @@ class TestLayer:
     ("name", "shape", "options"),
     [
         ("vgg16", (32, 32, 3), {"width": 0.0625}),
-        ("resnet20", (16, 16, 3), {"width": 0.25}),
+        ("resnet20", (16, 16, 3), {"width": 0.5}),
     ],
 )
 def test_networks_of_the_paper_and_beyond(float64, name, shape, options):
@@ -190,7 +190,9 @@ def test_networks_of_the_paper_and_beyond(float64, name, shape, options):
 def test_networks_eager_graph_and_xla(name, forward_mode):
     """In training mode: with the statistics of the batch."""
     size = (28, 28, 1) if name == "lenet" else (32, 32, 3)
-    network = networks.get(name, size, 10, **({} if name == "lenet" else {"width": 0.125}))
+    # Of fewer than 8 channels, oneDNN's strided 1x1 convolution ruins memory (docs/layers.md).
+    options = {"lenet": {}, "vgg16": {"width": 0.125}, "resnet20": {"width": 0.5}}[name]
+    network = networks.get(name, size, 10, **options)
     x = tf.constant(seeded_input(size, 4))
     rng = np.random.default_rng(0)
     v = tf.constant(rng.normal(size=x.shape).astype("float32"))

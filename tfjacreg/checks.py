@@ -248,6 +248,8 @@ def _fault(
     except NotConnected as error:
         return _Fault(_NOT_CONNECTED, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
+        if _is_interrupt(error):
+            raise KeyboardInterrupt from error
         reason = _reason(error)
         if "variant" in reason:
             return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
@@ -270,6 +272,13 @@ def _fault(
         # Deep networks in half precision round more: what is lost is lost by its whole size.
         tolerance += 4 * _rounding(network, taken, training, output)
     return next((_Fault(text) for text, error in errors.items() if error > tolerance), None)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether it is what C++, and Keras after it, have made of a Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _traced(

@@ -34,15 +34,19 @@ def run(name: str, main: Callable[[], int], stopped: str) -> int:
         The exit status: that of `main`; 2 after one message on stderr where something was wrong
         with what the command was given, or could not be written; 130 where it was stopped.
     """
+    told = threading.Event()
     try:
-        with _interruptible(stopped):
+        with _interruptible(stopped, told):
             status = main()
             sys.stdout.flush()
             return status
-    except KeyboardInterrupt:
-        _say(stopped)
-        return STOPPED
-    except (ValueError, OSError, extras.MissingExtraError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        # What is stopped in TensorFlow's C++ may come back as another error, and be explained.
+        if told.is_set() or isinstance(error, KeyboardInterrupt):
+            _say(stopped)
+            return STOPPED
+        if not isinstance(error, (ValueError, OSError, extras.MissingExtraError)):
+            raise
         _give_up_stdout()
         with contextlib.suppress(OSError):
             print(f"{name}: error: {error}", file=sys.stderr)
@@ -71,8 +75,8 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(stopped: str) -> Iterator[None]:
-    """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed."""
+def _interruptible(stopped: str, told: threading.Event) -> Iterator[None]:
+    """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed, and notes it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Signals are another thread's.
         return
@@ -84,6 +88,7 @@ def _interruptible(stopped: str) -> Iterator[None]:
             os._exit(STOPPED)
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        told.set()
         raise KeyboardInterrupt
 
     # Python's own handlers wait for TensorFlow to come back from C++; this pipe does not.

@@ -127,7 +127,8 @@ def shrink(set_attribute=setattr):
     rest, test = few[np.arange(180) % 18 < 14], few[np.arange(180) % 18 >= 14]
     splits = [datasets.Split(x[rows], labels[rows].astype("int32")) for rows in (rest, test)]
 
-    def dense(input_shape, num_classes):
+    def dense(input_shape, num_classes, *, initialization):
+        assert initialization == "keras"
         inputs = keras.Input(input_shape)
         pooled = layers.Flatten()(layers.AveragePooling2D(7)(inputs))
         return keras.Model(inputs, layers.Dense(num_classes)(pooled))

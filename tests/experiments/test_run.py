@@ -331,7 +331,9 @@ def test_networks_with_batch_norm_train_end_to_end(tmp_path, monkeypatch, networ
     import train
 
     datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
-    arguments = ["--dataset", "cifar10", "--network", network, "--width", "0.25", "--epochs", "2"]
+    # Of fewer than 8 channels, oneDNN's strided 1x1 convolution ruins memory (docs/layers.md).
+    width = {"vgg16": "0.25", "resnet20": "0.5"}[network]
+    arguments = ["--dataset", "cifar10", "--network", network, "--width", width, "--epochs", "2"]
     arguments += ["--batch-size", "16", "--regularizer", penalty, "--data-dir"]
     arguments += [str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 0
@@ -342,7 +344,7 @@ def test_networks_with_batch_norm_train_end_to_end(tmp_path, monkeypatch, networ
     x = datasets.load("cifar10", tmp_path / "data").test.x[:8]
     served = tf.saved_model.load(tmp_path / "run" / "saved_model")
     classifier = keras.models.load_model(tmp_path / "run" / "classifier.keras")
-    np.testing.assert_allclose(served.serve(x), classifier(x), atol=1e-4)
+    np.testing.assert_allclose(served.serve(x), classifier(x), rtol=1e-6, atol=1e-4)
     moved = [
         layer.moving_mean.numpy()
         for layer in classifier.layers[-1].layers
