@@ -1,6 +1,7 @@
 """What results/ holds: the report comes from its files, the page's tables too, and claims hold."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import re
@@ -186,6 +187,12 @@ def test_the_table_of_the_grid_is_that_of_the_files():
             if cell.factor is not None:
                 expected = f"{cell.factor:g}: {expected}".removeprefix("0")
             assert text.strip() == (f"**{expected}**" if cell == best else expected)
+        # Both neighbours of the choice are there, and worse.
+        factors = sorted({c.factor for c in grid.cells if c.method == best.method} - {None})
+        at = factors.index(best.factor) if factors else 0
+        for factor in (*factors[max(at - 1, 0) : at], *factors[at + 1 : at + 2]):
+            beside = dataclasses.replace(best, factor=factor)
+            assert own[beside]["val_loss"] > own[best]["val_loss"]
 
 
 def table(text, heading):
