@@ -34,19 +34,15 @@ def run(name: str, main: Callable[[], int], stopped: str) -> int:
         The exit status: that of `main`; 2 after one message on stderr where something was wrong
         with what the command was given, or could not be written; 130 where it was stopped.
     """
-    told = threading.Event()
     try:
-        with _interruptible(stopped, told):
+        with _interruptible(stopped):
             status = main()
             sys.stdout.flush()
             return status
-    except (Exception, KeyboardInterrupt) as error:
-        # What is stopped in TensorFlow's C++ may come back as another error, and be explained.
-        if told.is_set() or isinstance(error, KeyboardInterrupt):
-            _say(stopped)
-            return STOPPED
-        if not isinstance(error, (ValueError, OSError, extras.MissingExtraError)):
-            raise
+    except KeyboardInterrupt:
+        _say(stopped)
+        return STOPPED
+    except (ValueError, OSError, extras.MissingExtraError) as error:
         _give_up_stdout()
         with contextlib.suppress(OSError):
             print(f"{name}: error: {error}", file=sys.stderr)
@@ -75,12 +71,12 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(stopped: str, told: threading.Event) -> Iterator[None]:
-    """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed, and notes it."""
+def _interruptible(stopped: str) -> Iterator[None]:
+    """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Signals are another thread's.
         return
-    ended = threading.Event()
+    told, ended = threading.Event(), threading.Event()
 
     def end() -> None:
         if not ended.wait(_GRACE):
@@ -109,6 +105,11 @@ def _interruptible(stopped: str, told: threading.Event) -> Iterator[None]:
     watcher.start()
     try:
         yield
+    except Exception as error:
+        # What is stopped in TensorFlow's C++ may come back as another error, and be explained.
+        if told.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
         ended.set()
         for number, handler in before.items():
