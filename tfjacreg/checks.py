@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tfjacreg import _keras, arguments, frozen, graphs, signature
 from tfjacreg.calls import calls_of_layers
+from tfjacreg.errors import came_from
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.vectors import inner, length, random_unit, unit
 
@@ -248,7 +249,7 @@ def _fault(
     except NotConnected as error:
         return _Fault(_NOT_CONNECTED, error)
     except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
-        if _is_interrupt(error):
+        if came_from(error, KeyboardInterrupt):  # Ctrl-C, in the middle of C++.
             raise KeyboardInterrupt from error
         reason = _reason(error)
         if "variant" in reason:
@@ -272,13 +273,6 @@ def _fault(
         # Deep networks in half precision round more: what is lost is lost by its whole size.
         tolerance += 4 * _rounding(network, taken, training, output)
     return next((_Fault(text) for text, error in errors.items() if error > tolerance), None)
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether it is what C++, and Keras after it, have made of a Ctrl-C."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _traced(

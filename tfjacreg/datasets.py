@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import arguments, extras, originals, temporary
+from tfjacreg import arguments, errors, extras, originals, temporary
 from tfjacreg.originals import CIFAR_ARCHIVE as _CIFAR_ARCHIVE
 from tfjacreg.originals import IDX_FILES as _IDX_FILES
 from tfjacreg.originals import NUM_CLASSES
@@ -179,7 +179,7 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
                 os.replace(file, scratch / file.name)
             temporary.remove(scratch / "made")
     except Exception as error:
-        if not _is_of_files(error):
+        if not errors.came_from(error, OSError, tf.errors.OpError):
             raise
         raise OSError(
             f"Cannot write {target}: {error}. Choose a writable --data-dir with room for the data "
@@ -234,15 +234,6 @@ def _stored(name: str, builder: Any) -> tuple[Split, Split]:
     except Exception as error:  # TensorFlow has kinds of its own.
         raise _damaged(name, Path(builder.data_dir), error) from error
     return splits[0], splits[1]
-
-
-def _is_of_files(error: BaseException | None) -> bool:
-    """Whether a file caused an error: tensorflow-datasets wraps those of its writers."""
-    while error is not None:
-        if isinstance(error, (OSError, tf.errors.OpError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _damaged(name: str, folder: Path, error: Exception) -> ValueError:

@@ -1,0 +1,16 @@
+"""What an error came from."""
+
+
+def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
+    """Whether the error, or one that it was made of, is of these kinds.
+
+    TensorFlow, Keras and tensorflow-datasets wrap what was raised inside of them.
+
+    Args:
+        error: What was caught.
+        kinds: Classes of exceptions.
+    """
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, kinds):
+        link = link.__cause__ or link.__context__
+    return link is not None
