@@ -328,8 +328,10 @@ def test_all_cells_with_their_repeats(folder, nothing):
         ("None \\*", "rate 0.01", "1 of 3"),
     ]
     assert rows[2]["Validation loss"] == ""
-    incomplete = numbers(folder, "weight_decay-0.01-lr0.01-b32", *LAST)
-    assert rows[4]["Test accuracy in %"] == spread(incomplete)
+    incomplete = "weight_decay-0.01-lr0.01-b32"
+    assert rows[4]["Test accuracy in %"] == spread(numbers(folder, incomplete, *LAST))
+    best = numbers(folder, incomplete, *LOWEST)
+    assert rows[4]["At lowest validation loss"] == spread(best)
 
 
 def test_what_is_missing_is_said(folder, nothing):
@@ -407,7 +409,8 @@ def test_on_the_whole_training_set_nothing_is_chosen_by_validation(tmp_path, not
     assert rows["Frobenius"]["Last epoch"] == spread(np.array(found))
     assert not (folder / "report" / "training.png").exists()
     cells = rows_below(text.split("## All cells")[1], "### fashion_mnist")
-    assert [row["Validation loss"] for row in cells] == [""] * 6
+    for name in ("Validation loss", "At lowest validation loss"):
+        assert [row[name] for row in cells] == [""] * 6
     assert all(row["Test accuracy in %"] for row in cells)
 
 
