@@ -149,25 +149,35 @@ def test_no_method_has_a_finer_grid_than_another():
             assert all(2.99 < ratio <= 10.01 for ratio in ratios)
 
 
-FINAL = "fashion_mnist_final"
+FINAL, BY_TEST = "fashion_mnist_final", "fashion_mnist_by_test"
 
 
-def test_final_cells_are_those_of_lowest_validation_loss():
-    """Among the committed cells of the grid; each trained anew on the whole training set."""
+@pytest.mark.parametrize(
+    ("name", "keys", "repeats"),
+    [(FINAL, ("val_loss",), 5), (BY_TEST, ("lowest_test_loss", "test_loss"), 3)],
+)
+def test_final_cells_are_those_of_lowest_loss(name, keys, repeats):
+    """Among all cells of the grid; each trained anew on the whole training set."""
     results = SWEEPS.parent / "results" / "fashion_mnist" / "grid"
     grid = Sweep.load(results / "sweep.toml")
     assert grid.content == (SWEEPS / f"{GRID}.toml").read_bytes()
-    losses = {
-        cell: json.loads(path.read_text())["val_loss"]
-        for (cell, _), config in grid.configs().items()
-        if (path := results / grid.folder(config) / "metrics.json").exists()
-    }
-    final = Sweep.load(SWEEPS / f"{FINAL}.toml")
-    assert {cell.method: cell for cell in final.cells} == {
+    losses = {}
+    for (cell, _), config in grid.configs().items():
+        value = json.loads((results / grid.folder(config) / "metrics.json").read_text())
+        for key in keys:
+            value = value[key]
+        losses[cell] = value
+    assert losses.keys() == set(grid.cells)
+    sweep = Sweep.load(SWEEPS / f"{name}.toml")
+    best = {
         method: min((c for c in losses if c.method == method), key=losses.get) for method in METHODS
     }
-    assert len(final.cells) == len(METHODS) and final.repeats == 5
-    for config in final.configs().values():
+    if name == BY_TEST:
+        # Trained already: both choices are the same cell.
+        assert best.pop("spectral_bound") in Sweep.load(SWEEPS / f"{FINAL}.toml").cells
+    assert {cell.method: cell for cell in sweep.cells} == best
+    assert len(sweep.cells) == len(best) and sweep.repeats == repeats
+    for config in sweep.configs().values():
         assert (config.whole_training_set, config.epochs) == (True, 50)
 
 
@@ -211,6 +221,7 @@ def test_judged_factors_are_those_of_lowest_validation_loss():
 def test_every_file_is_tested():
     assert {path.stem for path in SWEEPS.glob("*.toml")} == {
         *FILES,
+        BY_TEST,
         CHOSEN,
         DIGITS,
         FINAL,
