@@ -149,25 +149,30 @@ def test_no_method_has_a_finer_grid_than_another():
             assert all(2.99 < ratio <= 10.01 for ratio in ratios)
 
 
+def grid_metrics():
+    """Of every cell of the committed grid."""
+    results = SWEEPS.parent / "results" / "fashion_mnist" / "grid"
+    grid = Sweep.load(results / "sweep.toml")
+    assert grid.content == (SWEEPS / f"{GRID}.toml").read_bytes()
+    return {
+        cell: json.loads((results / grid.folder(config) / "metrics.json").read_text())
+        for (cell, _), config in grid.configs().items()
+    }
+
+
 FINAL, BY_TEST = "fashion_mnist_final", "fashion_mnist_by_test"
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "repeats"),
-    [(FINAL, ("val_loss",), 5), (BY_TEST, ("lowest_test_loss", "test_loss"), 3)],
+    ("name", "loss", "repeats"),
+    [
+        (FINAL, lambda metrics: metrics["val_loss"], 5),
+        (BY_TEST, lambda metrics: metrics["lowest_test_loss"]["test_loss"], 3),
+    ],
 )
-def test_final_cells_are_those_of_lowest_loss(name, keys, repeats):
+def test_final_cells_are_those_of_lowest_loss(name, loss, repeats):
     """Among all cells of the grid; each trained anew on the whole training set."""
-    results = SWEEPS.parent / "results" / "fashion_mnist" / "grid"
-    grid = Sweep.load(results / "sweep.toml")
-    assert grid.content == (SWEEPS / f"{GRID}.toml").read_bytes()
-    losses = {}
-    for (cell, _), config in grid.configs().items():
-        value = json.loads((results / grid.folder(config) / "metrics.json").read_text())
-        for key in keys:
-            value = value[key]
-        losses[cell] = value
-    assert losses.keys() == set(grid.cells)
+    losses = {cell: loss(metrics) for cell, metrics in grid_metrics().items()}
     sweep = Sweep.load(SWEEPS / f"{name}.toml")
     best = {
         method: min((c for c in losses if c.method == method), key=losses.get) for method in METHODS
@@ -200,16 +205,13 @@ JUDGE = "fashion_mnist_judge"
 
 def test_judged_factors_are_those_of_lowest_validation_loss():
     """In the quarter of the grid that they come from; and the next of two methods."""
-    results = SWEEPS.parent / "results" / "fashion_mnist" / "grid"
     judge = Sweep.load(SWEEPS / f"{JUDGE}.toml")
-    grid = Sweep.load(results / "sweep.toml")
+    grid = grid_metrics()
     (quarter,) = {(cell.learning_rate, cell.batch_size) for cell in judge.cells}
     for method in METHODS:
         losses = {
-            cell.factor: json.loads((results / grid.folder(config) / "metrics.json").read_text())[
-                "val_loss"
-            ]
-            for (cell, _), config in grid.configs().items()
+            cell.factor: metrics["val_loss"]
+            for cell, metrics in grid.items()
             if cell.method == method and (cell.learning_rate, cell.batch_size) == quarter
         }
         own = {cell.factor for cell in judge.cells if cell.method == method}
