@@ -6,10 +6,10 @@ Mostad 2022).
 
 from tfjacreg import attacks, callbacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.checks import check_network
-from tfjacreg.frozen import hold_constant
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
+from tfjacreg.recording import hold_constant
 
 __version__ = "0.2.0"
 

@@ -13,9 +13,9 @@ from typing import Any
 import keras
 
 
-def layers_of(network: keras.Layer) -> list[keras.Layer]:
+def layers_of(network: keras.Operation) -> list[keras.Layer]:
     """The network and all layers in it, at any depth, also those inside of layers."""
-    return network._flatten_layers()
+    return network._flatten_layers() if isinstance(network, keras.Layer) else []
 
 
 def own_metrics(network: keras.Layer) -> list[keras.Metric]:
@@ -25,7 +25,7 @@ def own_metrics(network: keras.Layer) -> list[keras.Metric]:
 
 
 @contextlib.contextmanager
-def losses_kept(network: keras.Layer) -> Iterator[None]:
+def losses_kept(network: keras.Operation) -> Iterator[None]:
     """Keeps the losses that layers have added so far: Keras clears them in each call."""
     kept = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers_of(network)]
     try:

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, frozen, graphs, signature
-from tfjacreg.calls import calls_of_layers
+from tfjacreg import _keras, arguments, graph_search, recording, second_derivatives, signature
 from tfjacreg.errors import came_from
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
+from tfjacreg.layer_calls import LayerCall, calls_of_layers
 from tfjacreg.vectors import inner, length, random_unit, unit
 
 _ANSI_ESCAPES = re.compile(r"\x1b\[\d*m")
@@ -41,6 +41,21 @@ _NOT_CONNECTED = (
 )
 
 
+_NOT_FINITE = (
+    "has a product J v or J^T u that is not finite where its output is finite: a derivative is NaN "
+    "or infinite there, and so would be the penalty"
+)
+_NO_FINITE_GRADIENT = (
+    "has a product <u, J v> whose gradient, which training takes, is not finite where its values "
+    "are: TensorFlow's second derivative is NaN or infinite. Write it with other operations"
+)
+_WRONG_GRADIENT = (
+    "has a second derivative that TensorFlow has wrong: the gradient of <u, J v>, which training "
+    "takes, differs by {:.2g} % from that of a difference of its values. Write it with other "
+    "operations"
+)
+
+
 class _Fault(NamedTuple):
     """What is wrong with a network's products.
 
@@ -53,29 +68,53 @@ class _Fault(NamedTuple):
     cause: Exception | None = None
 
 
+class _Settings(NamedTuple):
+    """How a network is to be trained.
+
+    Attributes:
+        training: Whether it runs in training mode.
+        forward_mode: How the first J v is computed.
+        is_compiled: Whether XLA compiles the step.
+    """
+
+    training: bool
+    forward_mode: str
+    is_compiled: bool
+
+
 def check_network(
     network: keras.Layer,
     x: Any,
     *,
     training: bool = True,
     forward_mode: str = "accumulator",
+    jit_compile: bool = False,
     input: signature.Name = None,
     output: signature.Name = None,
 ) -> None:
-    """Checks that `<u, J v> = <J^T u, v>` (eqs. 6 and 7) and that examples do not mix.
+    """Checks that the products and the gradient that training takes of them are right.
 
-    With random `u`, and `v` half along `J^T u` and half random, so that a tangent lost in either
-    direction shows. The first example must not depend on any other, nor any other on it. With
-    `forward_mode="accumulator"` the J v of a `tf.autodiff.ForwardAccumulator` must be that of the
-    transposed product too. Nothing of the network changes: no weight, statistic or seed. Where a
-    product is not finite there is no verdict, and a gradient that is wrong in the same way both
-    times (`tf.custom_gradient`) passes.
+    Of the whole network: `<u, J v> = <J^T u, v>` (eqs. 6 and 7) with random `u`, and `v` half along
+    `J^T u` and half random, so that a tangent lost in either direction shows; the first example
+    must not depend on any other, nor any other on it; with `forward_mode="accumulator"` the J v of
+    a `tf.autodiff.ForwardAccumulator` must be that of the transposed product; products must be
+    finite where the output is; and no operation of its graph may be one whose derivative TensorFlow
+    lacks or has wrong.
+
+    Of every layer: the gradient of `<u, J v>` in its weights and its input must be that of
+    `<u, f(x + e v) - f(x - e v)> / 2e`, which needs first derivatives only
+    (`second_derivatives.py`). Layers of Keras' own that are alike are checked once.
+
+    Nothing of the network changes: no weight, statistic or seed. A gradient of one's own
+    (`tf.custom_gradient`) that is not that of the values, but consistent with itself, passes the
+    first part and is refused by the second only where its own derivative shows it.
 
     Args:
         network: A `keras.Layer`.
         x: What it takes, with two examples or more.
         training: Whether the network runs in training mode.
         forward_mode: `"accumulator"` or `"transpose"`; see `regularizers.SpectralNorm`.
+        jit_compile: Whether XLA is to compile the training step, as in `compile`.
         input: Which floating input the Jacobian is taken in; see `JacobianOperator`.
         output: Which output it is of, likewise.
 
@@ -84,10 +123,13 @@ def check_network(
         ValueError: If `x` has fewer than two examples, or a layer fails; the message names it.
     """
     arguments.network(network)
-    arguments.boolean("training", training)
-    arguments.one_of("forward_mode", forward_mode, FORWARD_MODES)
-    taken = signature.taken(network, x, input)
-    shape = tuple(taken.x.shape)
+    settings = _Settings(
+        arguments.boolean("training", training),
+        arguments.one_of("forward_mode", forward_mode, FORWARD_MODES),
+        arguments.boolean("jit_compile", jit_compile),
+    )
+    given = signature.resolve_input(network, x, input)
+    shape = tuple(given.x.shape)
     if shape[0] < 2:
         raise ValueError(
             "`x` must hold at least two examples, to see whether the network mixes them. "
@@ -96,31 +138,18 @@ def check_network(
     if not network.built:
         network(
             keras.tree.map_structure(
-                lambda t: keras.KerasTensor(t.shape, dtype=t.dtype.name), taken.packed()
+                lambda t: keras.KerasTensor(t.shape, dtype=t.dtype.name), given.packed()
             )
         )
     with _restored(network) as variables:
-        fault = _fault(network, taken, training, forward_mode, output, variables)
-        if fault is None:
-            return
-        name = f"the network {network.name!r} ({type(network).__name__}) as a whole"
-        text, cause = fault.text, fault.cause
-        for layer, function, value in calls_of_layers(network, taken, training):
-            one = signature.Taken(value, [value], 0)
-            found = _fault(function, one, training, forward_mode, None, variables)
-            # A layer may well take a tensor that says nothing of its output.
-            is_idle = found is not None and found.text == _NOT_CONNECTED != fault.text
-            if found is not None and not is_idle:
-                name, text, cause = _named(layer), found.text, found.cause
-                break
-        other = forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES
-        if other and _fault(network, taken, training, "transpose", output, variables) is None:
-            text += ". With forward_mode='transpose' it can be had"
-    raise ValueError(
-        f"The Jacobian of network {network.name!r} cannot be had with "
-        f"forward_mode={forward_mode!r}: {name} {text}. "
-        f"Received: x of shape {shape}, training={training}"
-    ) from cause
+        found = _Check(network, given, settings, output, variables).run()
+    if found is not None:
+        name, fault = found
+        raise ValueError(
+            f"The Jacobian of network {network.name!r} cannot be had with "
+            f"forward_mode={forward_mode!r}: {name} {fault.text}. "
+            f"Received: x of shape {shape}, training={training}"
+        ) from fault.cause
 
 
 def contradiction_tolerance(network: keras.Layer, dtype: str) -> float:
@@ -133,10 +162,19 @@ def contradiction_tolerance(network: keras.Layer, dtype: str) -> float:
         network: The network.
         dtype: That of the products.
     """
-    dtypes = {dtype, *(layer.compute_dtype for layer in _keras.layers_of(network))}
+    dtypes = {dtype, *_floating_dtypes(network)}
+    return float(np.sqrt(max(float(ml_dtypes.finfo(name).eps) for name in dtypes)))
+
+
+def _floating_dtypes(network: keras.Layer) -> set[str]:
     # Layers that look up tokens, or make them, compute in integers or strings: those round nothing.
-    floating = (name for name in dtypes if tf.as_dtype(name).is_floating)
-    return float(np.sqrt(max(float(ml_dtypes.finfo(name).eps) for name in floating)))
+    dtypes = {layer.compute_dtype for layer in _keras.layers_of(network)}
+    return {name for name in dtypes if tf.as_dtype(name).is_floating}
+
+
+def _is_precise(network: keras.Layer) -> bool:
+    """Whether nothing in a network is in half precision, whose products may well overflow."""
+    return all(tf.as_dtype(name).size >= 4 for name in _floating_dtypes(network))
 
 
 def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
@@ -150,7 +188,9 @@ def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
     """
     network = jacobian.network
     try:
-        fault = jacobian.of_graph("hides", lambda op: _hidden(op.x, op.primal))
+        fault = jacobian.traced(
+            "hides", lambda op: graph_search.fault(op.x, op.primal, graph_search.Needs(order=1))
+        )
     except Exception:  # It runs eagerly only: then nothing is to be seen.
         return
     if fault is not None:
@@ -178,101 +218,238 @@ def explained(error: Exception, network: keras.Layer, forward_mode: str) -> Valu
     )
 
 
-def _fault(
-    network: keras.Layer,
-    taken: signature.Taken,
-    training: bool,
-    forward_mode: str,
-    output: signature.Name,
-    variables: dict[int, tuple[tf.Variable, tf.Tensor]],
-) -> _Fault | None:
-    """What is wrong with a network's products, if anything is.
+class _Check:
+    """The check of one network, and of its layers.
 
-    Adds to `variables` the values of those that the network keeps besides Keras'.
+    `variables` collects the values of the variables that the network keeps besides Keras'.
     """
-    passes: list[tuple[tf.Tensor, tf.Tensor]] = []
 
-    def operator(leaves: list[tf.Tensor], tangent: tf.Tensor | None = None) -> JacobianOperator:
-        given = taken._replace(leaves=leaves)
+    def __init__(
+        self,
+        network: keras.Layer,
+        given: signature.NetworkInput,
+        settings: _Settings,
+        output: signature.Name,
+        variables: dict[int, tuple[tf.Variable, tf.Tensor]],
+    ) -> None:
+        self.network = network
+        self.given = given
+        self.settings = settings
+        self.output = output
+        self.variables = variables
+        self.runs_functions = False
+
+    def run(self) -> tuple[str, _Fault] | None:
+        """Who is wrong, and what it does: the network, or the first of its layers that is."""
+        fault = self.fault()
+        calls = calls_of_layers(self.network, self.given, self.settings.training)
+        if fault is None:
+            return self._wrong_second_derivative(calls)
+        name = f"the network {self.network.name!r} ({type(self.network).__name__}) as a whole"
+        for call, position in _varied(calls):
+            found = self._of(call, position).fault()
+            # A layer may well take a tensor that says nothing of its output.
+            is_idle = found is not None and found.text == _NOT_CONNECTED != fault.text
+            if found is not None and not is_idle:
+                name, fault = _named(call.layer), found
+                break
+        if self.settings.forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES:
+            transposed = self.settings._replace(forward_mode="transpose")
+            other = _Check(self.network, self.given, transposed, self.output, self.variables)
+            if other.fault() is None:
+                text = f"{fault.text}. With forward_mode='transpose' it can be had"
+                fault = fault._replace(text=text)
+        return name, fault
+
+    def fault(self) -> _Fault | None:
+        """What is wrong with the products of the network itself, if anything is."""
+        settings, given = self.settings, self.given
+        try:
+            graph, x, primal = self._graph()
+            # Those of this graph are of no use in the next one.
+            _reset_dropout_masks(self.network)
+            self.runs_functions = graph_search.calls_functions(graph)
+            products = self._products(graph)
+        except signature.NotOne:  # What is asked for is wrong, not the network.
+            raise
+        except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
+            return _fault_of(error)
+        finally:
+            _reset_dropout_masks(self.network)
+        lost = graph_search.fault(x, primal, graph_search.Needs(2, settings.is_compiled))
+        if lost is not None:
+            return _Fault(lost)
+        tolerance = contradiction_tolerance(self.network, given.x.dtype.name)
+        text = products.contradiction(tolerance, is_precise=_is_precise(self.network))
+        if text in (_LOSES_A_DERIVATIVE, _OTHER_TANGENT):
+            # Deep networks in half precision round more: what is lost is lost by its whole size.
+            tolerance += 4 * _rounding(self.network, given, settings.training, self.output)
+            text = products.contradiction(tolerance, is_precise=True)
+        return None if text is None else _Fault(text)
+
+    def _of(self, call: LayerCall, position: int) -> _Check:
+        value = call.value(position)
+        one = signature.NetworkInput(value, [value], 0)
+        return _Check(call.function(position), one, self.settings, None, self.variables)
+
+    def _wrong_second_derivative(self, calls: list[LayerCall]) -> tuple[str, _Fault] | None:
+        """The first layer whose gradient of `<u, J v>` is another one than that of differences."""
+        seen = set()
+        for call, position in _varied(calls):
+            kind = call.kind(position)
+            # A functional model is nothing but its layers and operations.
+            if kind in seen or _keras.graph_of(call.layer) is not None:
+                continue
+            seen.add(kind)
+            in_graph = self.runs_functions and self._of(call, position).calls_functions()
+            found = second_derivatives.compare(
+                call, position, self.settings.training, in_graph=in_graph
+            )
+            _reset_dropout_masks(self.network)
+            if found is not None and found.is_wrong:
+                wrong = _WRONG_GRADIENT.format(100 * found.error)
+                text = wrong if np.isfinite(found.error) else _NO_FINITE_GRADIENT
+                return _named(call.layer), _Fault(text)
+        return None
+
+    def calls_functions(self) -> bool:
+        """Whether something in it is another operation in a graph than eagerly."""
+        try:
+            return graph_search.calls_functions(self._graph()[0])
+        finally:
+            _reset_dropout_masks(self.network)
+
+    def _operator(
+        self, leaves: list[tf.Tensor], tangent: tf.Tensor | None = None
+    ) -> JacobianOperator:
+        given = self.given._replace(leaves=leaves)
         return JacobianOperator(
-            network,
+            self.network,
             given.packed(),
-            training=training,
+            training=self.settings.training,
             tangent=tangent,
             input=given.position,
-            output=output,
+            output=self.output,
         )
 
-    def forward(leaves: list[tf.Tensor]) -> tf.Tensor:
-        with frozen.without_trace(network):
-            op = operator(leaves)
-        passes.append((op.x, op.primal))
-        return op.primal
+    def _graph(self) -> tuple[Any, tf.Tensor, tf.Tensor]:
+        """A pass as a graph, which nothing runs; its input and its output in it."""
+        found: list[tf.Tensor] = []
 
-    def products(leaves: list[tf.Tensor]) -> tuple[tf.Tensor, ...]:
-        with frozen.without_trace(network):
-            x = leaves[taken.position]
-            along = random_unit(x, (0, 2)) if forward_mode == "accumulator" else None
-            op = operator(leaves, along)
-            # Of the first example alone: what the others have of it shows how examples mix.
-            u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
-            back = op.rmatvec(u)
-            v = _first_alone(unit(unit(back) + random_unit(op.x, (0, 1))))
-            forth = op.matvec(v)
-            dots = inner(u, forth)[0], inner(back, v)[0], length(forth)[0]
-            if along is None:
-                return back[1:], forth[1:], *dots
-            return back[1:], forth[1:], *dots, op.tangent_out, op.matvec(tf.identity(along))
+        def forward(leaves: list[tf.Tensor]) -> tf.Tensor:
+            with recording.without_trace(self.network):
+                op = self._operator(leaves)
+            found.extend((op.x, op.primal))
+            return op.primal
 
-    try:
-        graph = _traced(forward, taken.leaves, variables).graph
-        _reset_dropout_masks(network)  # Those of this graph are of no use in the next one.
+        graph = _traced(forward, self.given.leaves, self.variables).graph
+        return graph, found[0], found[1]
+
+    def _products(self, graph: Any) -> _Products:
+        """The products, computed as training computes them."""
+        leaves, has_tangent = self.given.leaves, self.settings.forward_mode == "accumulator"
+
+        def products(leaves: list[tf.Tensor]) -> _Products:
+            with recording.without_trace(self.network):
+                x = leaves[self.given.position]
+                along = random_unit(x, (0, 2)) if has_tangent else None
+                op = self._operator(leaves, along)
+                # Of the first example alone: what the others have of it shows how examples mix.
+                u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
+                back = op.rmatvec(u)
+                v = _first_alone(unit(unit(back) + random_unit(op.x, (0, 1))))
+                forth = op.matvec(v)
+                both = () if along is None else (op.tangent_out, op.matvec(tf.identity(along)))
+                return _Products(
+                    op.primal,
+                    back,
+                    forth,
+                    inner(u, forth)[0],
+                    inner(back, v)[0],
+                    length(forth)[0],
+                    both,
+                )
+
         # A loop in a graph is another operation than an eager one, and eagerly an accumulator
         # takes the gradient that a `tf.custom_gradient` defines. Training runs in a graph.
-        if graphs.calls_functions(graph) or (
-            forward_mode == "accumulator" and graphs.defines_gradients(graph)
-        ):
-            found = _traced(products, taken.leaves, variables)(taken.leaves)
+        if self.runs_functions or (has_tangent and graph_search.defines_gradients(graph)):
+            found = _traced(products, leaves, self.variables)(leaves)
         else:
             # The same operations one by one take a tenth of the seconds of their graph.
-            found = products(taken.leaves)
-        others, other_outputs, forward_dot, backward_dot, scale, *both = (
-            part.numpy() for part in found
-        )
-    except signature.NotOne:  # What is asked for is wrong, not the network.
-        raise
-    except LostDerivative as error:
-        reason = _LOSES_A_DERIVATIVE
-        if error.__cause__ is not None:
-            reason = f"cannot be differentiated as often as needed ({_reason(error.__cause__)})"
-        return _Fault(reason, error)
-    except NotConnected as error:
-        return _Fault(_NOT_CONNECTED, error)
-    except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
-        if came_from(error, KeyboardInterrupt):  # Ctrl-C, in the middle of C++.
-            raise KeyboardInterrupt from error
-        reason = _reason(error)
-        if "variant" in reason:
-            return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
+            found = products(leaves)
+        return _Products(*tf.nest.map_structure(lambda part: part.numpy(), tuple(found)))
+
+
+class _Products(NamedTuple):
+    """The products of a network at one u and one v, both of the first example alone.
+
+    Attributes:
+        primal: The output, `[B, *out]`.
+        back: J^T u, `[B, *in]`.
+        forth: J v, `[B, *out]`.
+        forward_dot: `<u, J v>` of the first example.
+        backward_dot: `<J^T u, v>` of the first example.
+        scale: `||J v||` of the first example.
+        both: With an accumulator, its J v for another v, and the transposed one.
+    """
+
+    primal: Any
+    back: Any
+    forth: Any
+    forward_dot: Any
+    backward_dot: Any
+    scale: Any
+    both: tuple[Any, ...]
+
+    def contradiction(self, tolerance: float, *, is_precise: bool) -> str | None:
+        """What they contradict, in words that follow a name.
+
+        Args:
+            tolerance: How far two products may differ, relatively.
+            is_precise: Whether a product that is not finite counts: half precision overflows.
+        """
+        products = (self.back, self.forth, *self.both)
+        if (
+            is_precise
+            and np.all(np.isfinite(self.primal))
+            and not all(np.all(np.isfinite(product)) for product in products)
+        ):
+            return _NOT_FINITE
+        if any(np.any(np.isfinite(a[1:]) & (a[1:] != 0)) for a in (self.back, self.forth)):
+            return _MIXES_EXAMPLES
+        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where J = 0 is no fault.
+            if np.abs(self.forward_dot - self.backward_dot) / self.scale > tolerance:
+                return _LOSES_A_DERIVATIVE
+            if self.both:
+                along, across = (a.reshape(len(a), -1).astype("float64") for a in self.both)
+                off = np.linalg.norm(along - across, axis=1) / np.linalg.norm(across, axis=1)
+                if np.max(off, initial=0, where=~np.isnan(off)) > tolerance:
+                    return _OTHER_TANGENT
+        return None
+
+
+def _varied(calls: list[LayerCall]) -> Iterator[tuple[LayerCall, int]]:
+    """Every call, once for each tensor that it is a function of."""
+    for call in calls:
+        for position in call.positions:
+            yield call, position
+
+
+def _fault_of(error: Exception) -> _Fault:
+    """What the error of a product says of the network."""
+    if isinstance(error, LostDerivative):
+        if error.__cause__ is None:
+            return _Fault(_LOSES_A_DERIVATIVE, error)
+        reason = _reason(error.__cause__)
         return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
-    finally:
-        _reset_dropout_masks(network)
-    lost = _hidden(*passes[0])
-    if lost is not None:
-        return _Fault(lost)
-    if any(np.any(np.isfinite(part) & (part != 0)) for part in (others, other_outputs)):
-        return _Fault(_MIXES_EXAMPLES)
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 where J = 0 is no fault.
-        errors = {_LOSES_A_DERIVATIVE: np.abs(forward_dot - backward_dot) / scale}
-        if both:
-            along, across = (part.reshape(len(part), -1).astype("float64") for part in both)
-            off = np.linalg.norm(along - across, axis=1) / np.linalg.norm(across, axis=1)
-            errors[_OTHER_TANGENT] = np.max(off, initial=0, where=~np.isnan(off))
-    tolerance = contradiction_tolerance(network, taken.x.dtype.name)
-    if any(error > tolerance for error in errors.values()):
-        # Deep networks in half precision round more: what is lost is lost by its whole size.
-        tolerance += 4 * _rounding(network, taken, training, output)
-    return next((_Fault(text) for text, error in errors.items() if error > tolerance), None)
+    if isinstance(error, NotConnected):
+        return _Fault(_NOT_CONNECTED, error)
+    if came_from(error, KeyboardInterrupt):  # Ctrl-C, in the middle of C++.
+        raise KeyboardInterrupt from error
+    reason = _reason(error)
+    if "variant" in reason:
+        return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
+    return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
 
 
 def _traced(
@@ -288,15 +465,15 @@ def _traced(
 
 
 def _rounding(
-    network: keras.Layer, taken: signature.Taken, training: bool, output: signature.Name
+    network: keras.Layer, given: signature.NetworkInput, training: bool, output: signature.Name
 ) -> float:
     """How far, relatively, the products of a pass are from linear: by rounding alone."""
 
     def deviations(leaves: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        given = taken._replace(leaves=leaves)
-        with frozen.without_trace(network):
+        inputs = given._replace(leaves=leaves)
+        with recording.without_trace(network):
             op = JacobianOperator(
-                network, given.packed(), training=training, input=given.position, output=output
+                network, inputs.packed(), training=training, input=inputs.position, output=output
             )
             found = []
             for product, like in (
@@ -310,7 +487,7 @@ def _rounding(
             return found[0], found[1]
 
     traced = tf.function(deviations, autograph=False)
-    return max(float(tf.reduce_max(part)) for part in traced(taken.leaves))
+    return max(float(tf.reduce_max(part)) for part in traced(given.leaves))
 
 
 @contextlib.contextmanager
@@ -334,14 +511,6 @@ def _reset_dropout_masks(network: keras.Layer) -> None:
     for layer in _keras.layers_of(network):
         for name in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
             getattr(layer, name, lambda: None)()
-
-
-def _hidden(x: tf.Tensor, primal: tf.Tensor) -> str | None:
-    """What an operation between x and the output does whose part of the Jacobian is lost."""
-    found = graphs.without_derivative(x, primal)
-    if found is None:
-        return None
-    return f"has an operation without a derivative, {found}: its part of the Jacobian would be lost"
 
 
 def _named(layer: keras.Operation) -> str:

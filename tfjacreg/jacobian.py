@@ -16,12 +16,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import arguments, frozen, graphs, signature
+from tfjacreg import arguments, graph_search, recording, signature
 
 FORWARD_MODES = ("accumulator", "transpose")
 
 
-# What is known of the graphs of networks; see `JacobianOperator.of_graph`.
+# What is known of the graphs of networks; see `JacobianOperator.traced`.
 _found: weakref.WeakKeyDictionary[keras.Layer, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -52,6 +52,8 @@ class JacobianOperator:
         primal: The output `f(x)` that the Jacobian is of, `[B, *out]`, in the network's own dtype.
         tangent: The tangent of the pass, `[B, *in]`, or None.
         tangent_out: `J v` for that tangent, `[B, *out]`, in the dtype of `x`; or None.
+        holds_constants: Whether something in the pass was held constant for the Jacobian, as the
+            batch's statistics are in BatchNorm.
 
     Args:
         network: A `keras.Layer` (any model is one).
@@ -84,9 +86,11 @@ class JacobianOperator:
         self.network = arguments.network(network)
         self.training = arguments.boolean("training", training)
         self._output = output
-        self._run(signature.taken(network, x, input), tangent)
+        self._run(signature.resolve_input(network, x, input), tangent)
 
-    def _run(self, taken: signature.Taken, tangent: Any, *, is_partial: bool = False) -> None:
+    def _run(
+        self, taken: signature.NetworkInput, tangent: Any, *, is_partial: bool = False
+    ) -> None:
         """The one forward pass, along which eq. (6) gives the product with the tangent."""
         self._taken, self.x, self.tangent, self.tangent_out = taken, taken.x, None, None
         accumulator = None
@@ -94,10 +98,15 @@ class JacobianOperator:
             self.tangent = arguments.vector("tangent", tangent, self.x, "the input x")
             accumulator = tf.autodiff.ForwardAccumulator(self.x, self.tangent)
         self._tape = tf.GradientTape(persistent=True)
-        with frozen.recording(self.network, self._tape, accumulator, is_partial=is_partial):
+
+        def forward() -> None:
             self._tape.watch(self.x)
             self.outputs = self.network(taken.packed(), training=self.training)
-            self.primal = signature.given(self.network, self.outputs, self._output)
+            self.primal = signature.select_output(self.network, self.outputs, self._output)
+
+        self.holds_constants = recording.record(
+            self.network, self._tape, accumulator, forward, is_partial=is_partial
+        )
         if accumulator is not None:
             product = accumulator.jvp(self.primal)
             if product is None and self._tape.gradient(self.primal, self.x) is not None:
@@ -131,24 +140,23 @@ class JacobianOperator:
         some = [tf.gather(tensor, indices) for tensor in tensors]
         taken = self._taken.with_tensors(some)
         before = len(_operations())
-        with frozen.without_trace(self.network) as scope:
+        with recording.without_trace(self.network) as scope:
             part._run(taken, tangent, is_partial=True)
-        own = {id(v) for v in self.network.variables if "seed_generator" not in v.path}
-        drawn = "such as those of Dropout" if set(scope.state_mapping) - own else None
+        drawn = "such as those of Dropout" if recording.has_drawn(self.network, scope) else None
         if tf.executing_eagerly():
-            drawn = drawn or self.of_graph(
-                "draws", lambda _: graphs.draws_or_assigns(_operations())
+            drawn = drawn or self.traced(
+                "draws", lambda _: graph_search.draws_or_assigns(_operations())
             )
         else:
-            drawn = drawn or graphs.draws_or_assigns(_operations()[before:])
+            drawn = drawn or graph_search.draws_or_assigns(_operations()[before:])
         if drawn:
             raise ValueError(
-                f"{frozen.NEEDS_THE_WHOLE_BATCH}Received: network {self.network.name!r}, which "
+                f"{recording.NEEDS_THE_WHOLE_BATCH}Received: network {self.network.name!r}, which "
                 f"draws random numbers or keeps a state, {drawn}"
             )
         return part
 
-    def of_graph(self, kind: str, find: Callable[[JacobianOperator], Any]) -> Any:
+    def traced(self, kind: str, find: Callable[[JacobianOperator], Any]) -> Any:
         """What `find` finds in the same pass as a graph, which nothing runs.
 
         Args:
@@ -159,7 +167,7 @@ class JacobianOperator:
 
         def forward(tensors: list[Any]) -> tf.Tensor:
             taken = self._taken.with_tensors(tensors)
-            with frozen.without_trace(self.network):
+            with recording.without_trace(self.network):
                 symbolic = JacobianOperator(
                     self.network,
                     taken.packed(),

@@ -172,7 +172,13 @@ class RegularizedModel(keras.Model):
             return  # The norms themselves refuse axes of unknown size.
         # FrobeniusNorm and penalties of one's own make no first product along the pass.
         forward_mode = getattr(regularizer, "forward_mode", "transpose")
-        check_network(self.network, example, forward_mode=forward_mode, **self._of)
+        check_network(
+            self.network,
+            example,
+            forward_mode=forward_mode,
+            jit_compile=bool(self.jit_compile and not self.run_eagerly),
+            **self._of,
+        )
         self._is_checked = True
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -207,7 +213,7 @@ class RegularizedModel(keras.Model):
         """The forward pass: what the penalty is of, and the network's outputs."""
         if not isinstance(self.regularizer, regularizers.JacobianRegularizer):
             return self.network, self(x, training=True)
-        start = signature.taken(self.network, x, self._of["input"]).x
+        start = signature.resolve_input(self.network, x, self._of["input"]).x
         tangent = self.regularizer.tangent_of_the_pass(start, self._penalty_state)
         jacobian = JacobianOperator(self.network, x, training=True, tangent=tangent, **self._of)
         return jacobian, jacobian.outputs

@@ -17,7 +17,7 @@ class NotOne(ValueError):
     """`input` or `output` names no floating tensor, or none is named where there are several."""
 
 
-class Taken(NamedTuple):
+class NetworkInput(NamedTuple):
     """What a network takes, as tensors, and the one that the Jacobian is taken in.
 
     Attributes:
@@ -39,7 +39,7 @@ class Taken(NamedTuple):
         """The leaves but for what is left out: an optional `Input` takes None."""
         return [leaf for leaf in self.leaves if leaf is not None]
 
-    def with_tensors(self, tensors: Sequence[Any]) -> Taken:
+    def with_tensors(self, tensors: Sequence[Any]) -> NetworkInput:
         """The same with others in the places of `tensors()`."""
         rest = iter(tensors)
         return self._replace(leaves=[None if leaf is None else next(rest) for leaf in self.leaves])
@@ -49,7 +49,7 @@ class Taken(NamedTuple):
         return keras.tree.pack_sequence_as(self.structure, self.leaves)
 
 
-def taken(network: keras.Layer, x: Any, name: Name = None) -> Taken:
+def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInput:
     """Casts what a network takes as Keras casts it, and finds the input of the Jacobian.
 
     A floating tensor keeps its dtype, but for half precision, which becomes float32: norms of
@@ -98,10 +98,10 @@ def taken(network: keras.Layer, x: Any, name: Name = None) -> Taken:
             "`x` must hold at least one example along its first axis. "
             f"Received: x of shape {tuple(batch.shape)}"
         )
-    return Taken(x, leaves, position)
+    return NetworkInput(x, leaves, position)
 
 
-def given(network: keras.Layer, outputs: Any, name: Name = None) -> tf.Tensor:
+def select_output(network: keras.Layer, outputs: Any, name: Name = None) -> tf.Tensor:
     """The output that the Jacobian is of.
 
     Args:

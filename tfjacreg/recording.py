@@ -1,14 +1,13 @@
-"""What a forward pass holds constant for the Jacobian (Section 3.2 and appendix B).
+"""Recording a forward pass, and what it holds constant (Section 3.2 and appendix B).
 
-`recording` surrounds the one pass of a `JacobianOperator`. Inside it, what BatchNorm takes from
-the batch and the places of max-pooling's maxima are constants of the Jacobian, and `hold_constant`
-lets a layer of one's own do the same. The gradient of the loss is not affected.
+`record` runs the one pass of a `JacobianOperator`. In it, what BatchNorm takes from the batch and
+the places of max-pooling's maxima are constants of the Jacobian, and `hold_constant` lets a layer
+of one's own do the same. The gradient of the loss is not affected.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, _tensorflow, image_maps, stand_ins  # noqa: F401 (a derivative)
-from tfjacreg.grouped_convolutions import grouped_convolution
+from tfjacreg import _keras, rewrites
 
+# In the names of the operations that are computed while a pass holds them constant.
+HELD = "tfjacreg_held"
 NEEDS_THE_WHOLE_BATCH = (
     "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
     "alone and without random numbers. Use fraction=1. "
@@ -38,10 +38,12 @@ class _Pass:
         self.accumulator = accumulator
         self.is_partial = is_partial
         self.graph = _graph()
+        self.has_held = False
         self._is_paused = False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        self.has_held = True
         if self._is_paused:
             yield
             return
@@ -101,7 +103,7 @@ def hold_constant() -> Iterator[None]:
             "inside of a tf.function, a branch or a loop of a graph. Take it outside of it. "
             "Received: hold_constant(), or BatchNormalization in training mode, in such a place"
         )
-    with _passes.stack[-1].paused():
+    with _passes.stack[-1].paused(), tf.name_scope(HELD):
         yield
 
 
@@ -110,88 +112,73 @@ def _graph() -> Any:
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
-@contextlib.contextmanager
-def recording(
+def record(
     network: keras.Layer,
     tape: tf.GradientTape,
-    accumulator: tf.autodiff.ForwardAccumulator | None = None,
+    accumulator: tf.autodiff.ForwardAccumulator | None,
+    function: Callable[[], None],
     *,
     is_partial: bool = False,
-) -> Iterator[None]:
-    """Records the forward pass inside: on the tape and, if there is one, along the accumulator.
+) -> bool:
+    """Records the forward pass of a function: on the tape and along the accumulator, if any.
 
     Args:
         network: Whose layers are to hold their statistics and places.
         tape: Not yet entered.
-        accumulator: Not yet entered.
+        accumulator: Not yet entered; or None.
+        function: Runs the network, without arguments.
         is_partial: Whether the pass is one of some examples of a batch, in which nothing may be
             taken from the whole of it.
+
+    Returns:
+        Whether something in it was held constant.
     """
-    _passes.stack.append(_Pass(tape, accumulator, is_partial))
-    try:
-        with (
-            _frozen_layers(network),
-            stand_ins.standing_in(),
-            tape,
-            accumulator or contextlib.nullcontext(),
-        ):
-            yield
-    finally:
-        _passes.stack.pop()
+    recorded = _Pass(tape, accumulator, is_partial)
+
+    def do() -> None:
+        _passes.stack.append(recorded)
+        with tape, accumulator or contextlib.nullcontext():
+            function()
+
+    def undo() -> None:
+        # Both leave what they are still in, and nothing otherwise.
+        if accumulator is not None:
+            accumulator.__exit__(None, None, None)
+        tape.__exit__(None, None, None)
+        if recorded in _passes.stack:
+            _passes.stack.remove(recorded)
+
+    rewrites.active(
+        network,
+        lambda: rewrites.undone(do, undo),
+        _held_statistics,
+        has_eager_tangents=accumulator is not None and tf.executing_eagerly(),
+    )
+    return recorded.has_held
 
 
 @contextlib.contextmanager
-def without_trace(network: keras.Layer) -> Iterator[keras.StatelessScope]:
+def without_trace(network: keras.Operation) -> Iterator[keras.StatelessScope]:
     """Undoes what the passes inside change of Keras' state: variables, seeds and added losses."""
     with keras.StatelessScope() as scope, _keras.losses_kept(network):
         yield scope
 
 
-@contextlib.contextmanager
-def _frozen_layers(network: keras.Layer) -> Iterator[None]:
-    """Makes BatchNorm hold its moments, and rewrites image layers and grouped convolutions."""
-    with contextlib.ExitStack() as stack:
-        for layer in _keras.layers_of(network):
-            if isinstance(layer, keras.layers.BatchNormalization):
-                held = functools.partial(_frozen_moments, layer._moments)
-                stack.enter_context(substituted(layer, "_moments", held))
-            elif image_maps.is_linear_image_map(layer):
-                # AugMix and RandAugment call the second method of the layers in them.
-                for name in ("call", "transform_images"):
-                    if hasattr(layer, name):
-                        linear = image_maps.linear_image_map(layer, getattr(layer, name))
-                        stack.enter_context(substituted(layer, name, linear))
-            elif (convolution := grouped_convolution(layer)) is not None:
-                stack.enter_context(substituted(layer, "convolution_op", convolution))
-        yield
+def has_drawn(network: keras.Operation, scope: keras.StatelessScope) -> bool:
+    """Whether Keras' random numbers were drawn in a scope of `without_trace`."""
+    variables = getattr(network, "variables", [])
+    own = {id(v) for v in variables if "seed_generator" not in v.path}
+    return bool(set(scope.state_mapping) - own)
 
 
-def _frozen_moments(moments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _held_statistics(layer: keras.Layer) -> list[rewrites.Place]:
+    """Makes BatchNorm hold the moments of its batch."""
+    if not isinstance(layer, keras.layers.BatchNormalization):
+        return []
+    return [rewrites.Place(layer, "_moments", _held_moments)]
+
+
+def _held_moments(moments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     # Constants of the Jacobian need no second derivative.
-    with hold_constant(), stand_ins.stepping_aside():
+    with hold_constant(), rewrites.stepping_aside():
         return moments(*args, **kwargs)
-
-
-class _Patched:
-    """Stands in for a layer's method while passes are being recorded."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.users = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def substituted(layer: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Puts `function` in the place of a method of one layer, for the time inside."""
-    # Through `__dict__`: Keras' `__setattr__` would track the function as part of the model.
-    # Replicas' threads interleave here (synchronized BatchNorm), so users are counted.
-    layer.__dict__.setdefault(name, _Patched(function)).users += 1
-    try:
-        yield
-    finally:
-        layer.__dict__[name].users -= 1
-        if not layer.__dict__[name].users:
-            del layer.__dict__[name]

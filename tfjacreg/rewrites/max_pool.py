@@ -4,23 +4,20 @@ TensorFlow's own derivative of max-pooling's gradient will not do. Under XLA it 
 bfloat16, so that `J v` picks the wrong input wherever two differ by less than 0.4 % (the dot test
 fails by per cents); elsewhere it looks for the maxima again in every product.
 
-Keras' layers and `keras.ops.max_pool` end in `tf.nn.max_pool`. So `pool` stands in for that
-function and its kin while a pass is recorded (`stand_ins.py`), whichever code calls it.
+`pool` stands in for the operations MaxPool and MaxPool3D while a pass is recorded (`functions.py`),
+whichever code calls them.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-
-# Of the functions of `tf.nn` that `pool` stands in for; None: as many as the input has.
-SPATIAL_AXES = {"max_pool": None, "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3}
 
 
 class _Window(NamedTuple):
@@ -40,29 +37,40 @@ class _Window(NamedTuple):
 
 
 def pool(
-    rank: int | None,
     original: Callable[..., Any],
     input: Any,
-    ksize: Any,
-    strides: Any,
-    padding: Any,
+    ksize: Sequence[int],
+    strides: Sequence[int],
+    padding: str,
+    explicit_paddings: Sequence[int] = (),
     data_format: str | None = None,
     name: str | None = None,
 ) -> Any:
-    """Stands in for `tf.nn.max_pool`: with the same values, and the maxima's places held."""
+    """Stands in for a max-pooling: with the same values, and the maxima's places held."""
+    settings: dict[str, Any] = {"data_format": data_format} if data_format else {}
+    if explicit_paddings:
+        settings["explicit_paddings"] = explicit_paddings
     own = functools.partial(
-        original, ksize=ksize, strides=strides, padding=padding, data_format=data_format, name=name
+        original, ksize=ksize, strides=strides, padding=padding, name=name, **settings
     )
     x = tf.convert_to_tensor(input)
-    # Explicit paddings and inputs of unknown rank, which no Keras layer makes, stay TensorFlow's.
-    if not x.dtype.is_floating or x.shape.rank is None or padding not in ("VALID", "SAME"):
-        return own(x)
-    number = x.shape.rank - 2 if rank is None else rank
     first = 2 if (data_format or "").startswith("NC") else 1
+    rest = [0, 1 if first == 2 else -1]  # The axes of examples and channels.
+    # Explicit paddings, inputs of unknown rank and windows over channels, which no Keras layer
+    # makes, stay TensorFlow's.
+    if (
+        not x.dtype.is_floating
+        or x.shape.rank is None
+        or x.shape.rank != len(ksize)
+        or padding not in ("VALID", "SAME")
+        or any(ksize[axis] != 1 or strides[axis] != 1 for axis in rest)
+    ):
+        return own(x)
+    number = x.shape.rank - 2
     window = _Window(
         tuple(range(first, first + number)),
-        _spatial(ksize, number, first),
-        _spatial(strides, number, first),
+        tuple(ksize[first : first + number]),
+        tuple(strides[first : first + number]),
         padding,
     )
     sizes = [x.shape[axis] for axis in window.axes]
@@ -73,14 +81,6 @@ def pool(
     if tiles and int(np.prod(window.size)).bit_count() == 1:
         return _select_from_tiles(own, x, window)
     return _select_from_windows(x, window)
-
-
-def _spatial(values: Any, number: int, first: int) -> tuple[int, ...]:
-    """The entries of the spatial axes of what `tf.nn.max_pool` takes as sizes."""
-    values = [int(value) for value in np.ravel(values)]
-    if len(values) == 1:
-        values *= number
-    return tuple(values if len(values) == number else values[first : first + number])
 
 
 def _select_from_tiles(

@@ -6,15 +6,15 @@ fills: `J v` is the same operation on `v`, and `J^T u` its transpose.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfjacreg import resampling
+from tfjacreg.rewrites import resampling
+from tfjacreg.rewrites.context import Place, is_replacing
 
 _PREPROCESSING = (
     keras.layers.CenterCrop,
@@ -30,40 +30,32 @@ _PREPROCESSING = (
 LAYERS: tuple[type[keras.Layer], ...] = (keras.layers.UpSampling2D, *_PREPROCESSING)
 
 
-def is_linear_image_map(layer: keras.Layer) -> bool:
-    """Whether `linear_image_map` knows `layer`.
+def linear_image_map(layer: keras.Layer) -> list[Place]:
+    """What stands in for the image operations of a layer: exact derivatives of every order.
 
-    A preprocessing layer runs its own code, with whatever a subclass overrides: only the image
-    operations in it are replaced. `UpSampling2D` is replaced as a whole, so it must be Keras' own.
+    The values agree to rounding, or to the last bit where pixels are only moved. The layer's random
+    numbers are drawn as usual: once in each call, from its own generator. A preprocessing layer
+    runs its own code, with whatever a subclass overrides: only the image operations in it are
+    replaced. `UpSampling2D` is replaced as a whole, so it must be Keras' own.
+
+    Args:
+        layer: Any layer.
+
+    Returns:
+        Nothing for a layer that is none of `LAYERS`, or has all its derivatives.
     """
     if isinstance(layer, keras.layers.UpSampling2D):
-        return all(
+        is_own = all(
             getattr(type(layer), name, None) is getattr(keras.layers.UpSampling2D, name, None)
             for name in ("call", "_resize_images")
         )
-    return isinstance(layer, _PREPROCESSING)
-
-
-def linear_image_map(layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function with the values of `call`, and exact derivatives of every order.
-
-    The values agree to rounding, or to the last bit where pixels are only moved. The layer's random
-    numbers are drawn as usual: once in each call, from its own generator.
-
-    Args:
-        layer: A layer of `LAYERS`, for which `is_linear_image_map` is true.
-        call: Its `call`.
-    """
-    if isinstance(layer, keras.layers.UpSampling2D):
         # Without interpolation it repeats pixels, which TensorFlow differentiates rightly.
-        is_nearest = layer.interpolation == "nearest"
-        return call if is_nearest else functools.partial(_upsample, layer, call)
-
-    def linear_map(*args: Any, **kwargs: Any) -> Any:
-        with _linear_operations(layer):
-            return call(*args, **kwargs)
-
-    return linear_map
+        if not is_own or layer.interpolation == "nearest":
+            return []
+        return [Place(layer, "call", functools.partial(_upsample, layer))]
+    if isinstance(layer, _PREPROCESSING):
+        return [Place(layer, "backend", view=lambda own: _Backend(own, layer))]
+    return []
 
 
 def _upsample(
@@ -80,34 +72,15 @@ def _upsample(
     return tf.cast(resized, inputs.dtype)
 
 
-@contextlib.contextmanager
-def _linear_operations(layer: keras.Layer) -> Iterator[None]:
-    """Gives `layer`, a preprocessing layer, image operations with derivatives of every order."""
-    backend = layer.backend
-    if not isinstance(backend, _Backend):
-        backend = _Backend(backend, layer)
-    # Set beside Keras' attribute tracking. Replicas run the same layer in turns, so the last user
-    # takes it away.
-    layer.__dict__["backend"] = backend
-    backend.users += 1
-    try:
-        yield
-    finally:
-        backend.users -= 1
-        if not backend.users:
-            layer.__dict__["backend"] = backend.own
-
-
 class _Backend:
     """The backend of a preprocessing layer, with linear maps among its image operations."""
 
     def __init__(self, own: Any, layer: keras.Layer) -> None:
-        self.own = own
-        self.image = _ImageOperations(own, layer)
-        self.users = 0
+        self._own = own
+        self._image = _ImageOperations(own, layer)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
+        return self._image if name == "image" and is_replacing() else getattr(self._own, name)
 
 
 class _ImageOperations:

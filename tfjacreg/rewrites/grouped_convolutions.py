@@ -6,24 +6,25 @@ those of the same map as a depthwise convolution, or as one convolution for each
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
 
+from tfjacreg.rewrites.context import Place
 
-def grouped_convolution(layer: keras.Layer) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None:
-    """What may stand for the `convolution_op` of a layer: its values agree to rounding.
+
+def grouped_convolution(layer: keras.Layer) -> list[Place]:
+    """What stands in for the `convolution_op` of a layer: its values agree to rounding.
 
     Args:
         layer: Any layer.
 
     Returns:
-        A function of input and kernel; None if the layer is no grouped convolution, has a
-        `convolution_op` of its own, or keeps the channels first, which TensorFlow on a CPU cannot
-        convolve but by XLA.
+        Nothing if the layer is no grouped convolution, has a `convolution_op` of its own, or keeps
+        the channels first, which TensorFlow on a CPU convolves through XLA only.
     """
     kind = next(
         (k for k in (keras.layers.Conv2D, keras.layers.Conv3D) if isinstance(layer, k)), None
@@ -34,8 +35,14 @@ def grouped_convolution(layer: keras.Layer) -> Callable[[tf.Tensor, tf.Tensor], 
         or layer.groups == 1
         or layer.data_format != "channels_last"
     ):
-        return None
-    return functools.partial(_convolution, layer)
+        return []
+
+    def convolution(
+        original: Callable[..., Any], inputs: tf.Tensor, kernel: tf.Tensor
+    ) -> tf.Tensor:
+        return _convolution(layer, inputs, kernel)
+
+    return [Place(layer, "convolution_op", convolution)]
 
 
 def _convolution(layer: keras.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,156 @@
+"""Every call of a layer in a forward pass, as a function that can be run again on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfjacreg import _keras, recording, rewrites, signature
+
+
+class LayerCall:
+    """A layer, and what it was called with.
+
+    Attributes:
+        layer: The layer, or the operation of a functional model.
+        size: The number of examples.
+        positions: Which of the tensors that it took are a batch of floats: what it is a function
+            of. Tensors of a loop's own graph are gone by now: the layer around the loop answers for
+            that.
+    """
+
+    def __init__(self, layer: keras.Operation, args: Any, kwargs: Any, size: int) -> None:
+        self.layer = layer
+        self.size = size
+        self._taken = args, kwargs
+        self._flat = tf.nest.flatten(self._taken)
+        self.positions = [n for n, a in enumerate(self._flat) if self._is_batch(a)]
+
+    def _is_batch(self, a: Any) -> bool:
+        return (
+            isinstance(a, tf.Tensor)
+            and hasattr(a, "numpy")
+            and a.dtype.is_floating
+            and a.shape.rank > 0
+            and a.shape[0] == self.size
+        )
+
+    def value(self, position: int) -> tf.Tensor:
+        """The tensor that it took, `[B, ...]`, in at least float32."""
+        value = self._flat[position]
+        return tf.cast(value, tf.float32) if value.dtype.size < 4 else value
+
+    def function(self, position: int, *, in_double: bool = False) -> keras.Layer:
+        """The layer as a function of one of its tensors, `[B, ...]` to `[B, n]`.
+
+        The function may be given a batch `k` times as large: the other tensors are then repeated.
+
+        Args:
+            position: One of `positions`.
+            in_double: Whether all other floating tensors are given as float64 too.
+        """
+
+        def run(a: tf.Tensor) -> tf.Tensor:
+            repeats = (a.shape[0] or self.size) // self.size
+            flat = [self._as_given(other, in_double, repeats) for other in self._flat]
+            flat[position] = a if in_double else tf.cast(a, self._flat[position].dtype)
+            args, kwargs = tf.nest.pack_sequence_as(self._taken, flat)
+            outputs = tf.nest.flatten(self.layer(*args, **kwargs))
+            parts = [tf.reshape(tf.cast(y, a.dtype), (repeats * self.size, -1)) for y in outputs]
+            return tf.concat(parts, axis=1)
+
+        # Not the layer's policy: a quantized one asks for methods that only the layer has.
+        dtype = "float64" if in_double else getattr(self.layer, "compute_dtype", None)
+        return _Function(self.layer, run, dtype)
+
+    def _as_given(self, a: Any, in_double: bool, repeats: int) -> Any:
+        if not isinstance(a, tf.Tensor):
+            return a
+        if in_double and a.dtype.is_floating:
+            a = tf.cast(a, tf.float64)
+        if repeats > 1 and a.shape.rank and a.shape[0] == self.size:
+            a = tf.concat([a] * repeats, axis=0)
+        return a
+
+    def kind(self, position: int) -> Any:
+        """What calls have in common that one check serves: equal keys of a dictionary.
+
+        That is the class, configuration and shapes of a layer of Keras' own. A layer of one's own
+        may do anything: each is of its own kind.
+        """
+        if not type(self.layer).__module__.startswith("keras.") or isinstance(
+            self.layer, keras.layers.Lambda
+        ):
+            return id(self.layer), position
+        try:
+            config = self.layer.get_config()
+        except Exception:  # An operation with arguments that Keras cannot write down.
+            return id(self.layer), position
+        config.pop("name", None)
+        shapes = [(a.shape, a.dtype) if isinstance(a, tf.Tensor) else a for a in self._flat]
+        # A function of one's own is known by its name only.
+        own = getattr(self.layer, "activation", None)
+        return type(self.layer), str(config), str(shapes), id(own), position
+
+
+class _Function(keras.Layer):
+    """A layer as a function of one of the tensors that it was called with."""
+
+    def __init__(
+        self,
+        layer: keras.Operation,
+        function: Callable[[tf.Tensor], tf.Tensor],
+        dtype: Any,
+    ) -> None:
+        super().__init__(name="one_call", dtype=dtype, autocast=False)
+        self.layer = layer
+        self.function = function
+        self.built = True
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Calls the layer as it was called, except for this tensor."""
+        return self.function(x)
+
+
+def calls_of_layers(
+    network: keras.Layer, given: signature.NetworkInput, training: bool
+) -> list[LayerCall]:
+    """Every call of a layer in one forward pass, inner ones first.
+
+    Args:
+        network: The network.
+        given: What it takes.
+        training: Whether it runs in training mode.
+    """
+    size = given.x.shape[0]
+    calls: list[LayerCall] = []
+
+    def noted(layer: keras.Operation) -> Callable[..., Any]:
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            outputs = original(*args, **kwargs)
+            calls.append(LayerCall(layer, args, kwargs, size))
+            return outputs
+
+        return call
+
+    operations = {id(layer): layer for layer in _keras.layers_of(network)}
+    for model in list(operations.values()):
+        # A functional model also holds what keras.ops did to its symbolic tensors.
+        operations.update({id(found): found for found in getattr(model, "operations", [])})
+    places = [
+        rewrites.Place(operation, name, noted(operation))
+        for operation in operations.values()
+        # A layer after `quantize("int8")` is called by its second name.
+        for name in ("call", "quantized_call")
+        if getattr(operation, name, None) is not None
+    ]
+
+    def forward() -> None:
+        with recording.without_trace(network):
+            network(given.packed(), training=training)
+
+    rewrites.while_replaced(places, forward)
+    return calls

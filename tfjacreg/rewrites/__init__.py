@@ -1,0 +1,73 @@
+"""What stands in for other code while a pass is recorded, whoever calls that code.
+
+TensorFlow's own has the right values, but a derivative that is wrong, missing or slow. In
+`context` is how something stands in for something else, and for how long; everything else here is
+what stands in: a table of functions and a table by layer class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import keras
+
+from tfjacreg import _keras
+from tfjacreg.rewrites import missing_gradients  # noqa: F401 (registers them)
+from tfjacreg.rewrites.context import (
+    Place,
+    is_replacing,
+    stepping_aside,
+    undone,
+    while_replaced,
+)
+from tfjacreg.rewrites.functions import FUNCTIONS, MOMENTS
+from tfjacreg.rewrites.grouped_convolutions import grouped_convolution
+from tfjacreg.rewrites.image_layers import linear_image_map
+from tfjacreg.rewrites.traced_functions import AS_WRITTEN, TRACED_ANEW
+
+__all__ = [
+    "MOMENTS",
+    "Place",
+    "active",
+    "is_replacing",
+    "stepping_aside",
+    "undone",
+    "while_replaced",
+]
+
+T = TypeVar("T")
+
+# Each returns the places of a layer, none for a layer that it does not know.
+_OF_LAYERS: tuple[Callable[[keras.Layer], Iterable[Place]], ...] = (
+    grouped_convolution,
+    linear_image_map,
+)
+
+
+def active(
+    network: keras.Operation,
+    function: Callable[[], T],
+    more: Callable[[keras.Layer], Iterable[Place]] = lambda _: (),
+    *,
+    has_eager_tangents: bool = False,
+) -> T:
+    """Calls a function with everything in place that this room has, in this thread.
+
+    It is a function of a function and no context manager, because Ctrl-C may come between those
+    and the `with` that uses them.
+
+    Args:
+        network: The network whose layers are rewritten, at any depth.
+        function: Called without arguments: runs the network.
+        more: Further places of a layer.
+        has_eager_tangents: Whether an accumulator runs along the network eagerly.
+
+    Returns:
+        What the function returns.
+    """
+    places = [*FUNCTIONS, AS_WRITTEN if has_eager_tangents else TRACED_ANEW]
+    for layer in _keras.layers_of(network):
+        for of_layer in (*_OF_LAYERS, more):
+            places += of_layer(layer)
+    return while_replaced(places, function)

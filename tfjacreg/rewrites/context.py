@@ -1,0 +1,190 @@
+"""Attributes that others stand in for, for a time and in one thread: one lock, one table.
+
+An attribute (a function of a module, a method of a layer) is replaced while somebody uses it. The
+replacement acts in the threads of its users alone: every other thread gets what was there before.
+The last user puts back exactly what was found, and so does an exception at any place, also that of
+a Ctrl-C: CPython looks for signals whenever a function is called or returns, within the code that
+tidies up as well, which is why `undone` tidies up twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+_MISSING: Any = object()
+
+
+class Place(NamedTuple):
+    """An attribute, and what stands in for it.
+
+    Attributes:
+        owner: A module, a class or an object.
+        name: Of its attribute.
+        replacement: Called instead of the attribute, with what it stands in for as first argument.
+        view: For an attribute that is not called: a function of what it stands in for that returns
+            an object to be there meanwhile. The object asks `is_replacing` whether it is to act.
+    """
+
+    owner: Any
+    name: str
+    replacement: Callable[..., Any] | None = None
+    view: Callable[[Any], Any] | None = None
+
+
+class _Use:
+    """Somebody who uses replacements: one recorded pass, say."""
+
+    def __init__(self) -> None:
+        self.is_aside = False
+
+
+class _Here(threading.local):
+    """The uses of this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.uses: list[_Use] = []
+
+
+class _Patch:
+    """A place that is taken: by whom, and what was there."""
+
+    def __init__(self, place: Place) -> None:
+        self.owner = place.owner
+        self.name = place.name
+        self.found = vars(place.owner).get(place.name, _MISSING)
+        self.original = getattr(place.owner, place.name)
+        self.users: dict[_Use, Callable[..., Any] | None] = {}
+        self.stand_in = self._dispatching() if place.view is None else place.view(self.original)
+
+    def _dispatching(self) -> Callable[..., Any]:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            for use in reversed(_here.uses):
+                replacement = self.users.get(use)
+                if replacement is not None and not use.is_aside:
+                    return replacement(self.original, *args, **kwargs)
+            return self.original(*args, **kwargs)
+
+        return stand_in
+
+    def put_in(self) -> None:
+        _set(self.owner, self.name, self.stand_in)
+
+    def put_back(self) -> None:
+        # What somebody else has put there since then is theirs.
+        if vars(self.owner).get(self.name, _MISSING) is self.stand_in:
+            _set(self.owner, self.name, self.found)
+
+
+_here = _Here()
+# Reentrant, so that only the thread that holds it can release it.
+_lock = threading.RLock()
+_patches: dict[tuple[int, str], _Patch] = {}
+
+
+def while_replaced(places: Iterable[Place], function: Callable[[], T]) -> T:
+    """Calls a function while others stand in for some attributes in this thread.
+
+    Args:
+        places: Which attributes, and what stands in.
+        function: Called without arguments.
+
+    Returns:
+        What the function returns.
+    """
+    use = _Use()
+    places = list(places)
+
+    def do() -> T:
+        _locked(lambda: _put_in(use, places))
+        _here.uses.append(use)
+        return function()
+
+    def undo() -> None:
+        if use in _here.uses:
+            _here.uses.remove(use)
+        _locked(lambda: _put_back(use))
+
+    return undone(do, undo)
+
+
+def is_replacing() -> bool:
+    """Whether replacements act in this thread now."""
+    return any(not use.is_aside for use in _here.uses)
+
+
+@contextlib.contextmanager
+def stepping_aside() -> Iterator[None]:
+    """In this thread, inside of the context, every attribute is what it was before."""
+    uses = [use for use in _here.uses if not use.is_aside]
+    try:
+        for use in uses:
+            use.is_aside = True
+        yield
+    finally:
+        for use in uses:
+            use.is_aside = False
+
+
+def undone(do: Callable[[], T], undo: Callable[[], object]) -> T:
+    """Returns `do()`, after `undo()` has run to its end once at least, whatever interrupts either.
+
+    Args:
+        do: What to do.
+        undo: Undoes what has been done of it so far; doing that twice must do no harm.
+    """
+    try:
+        try:
+            return do()
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+def _locked(work: Callable[[], object]) -> None:
+    def do() -> None:
+        _lock.acquire()
+        work()
+
+    undone(do, _release)
+
+
+def _release() -> None:
+    # A RuntimeError says that this thread does not hold it: it was interrupted before it did, or
+    # has released it already.
+    with contextlib.suppress(RuntimeError):
+        _lock.release()
+
+
+def _put_in(use: _Use, places: list[Place]) -> None:
+    for place in places:
+        key = id(place.owner), place.name
+        if key not in _patches:
+            _patches[key] = _Patch(place)
+        _patches[key].users[use] = place.replacement
+        _patches[key].put_in()
+
+
+def _put_back(use: _Use) -> None:
+    for key, patch in list(_patches.items()):
+        patch.users.pop(use, None)
+        if not patch.users:
+            patch.put_back()
+            _patches.pop(key, None)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute; of an object past its `__setattr__`, since Keras' tracks what it sets."""
+    if isinstance(owner, type):
+        if value is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    elif value is _MISSING:
+        vars(owner).pop(name, None)
+    else:
+        vars(owner)[name] = value

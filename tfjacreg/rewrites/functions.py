@@ -1,0 +1,136 @@
+"""Functions of TensorFlow that others stand in for while a pass is recorded.
+
+All have the right values. What is wrong with TensorFlow's own is the first derivative of
+`cumprod` at an exact 0, of `max_pool` its derivative's derivative under XLA, and of the others the
+second derivative: a part of it is left out, or it is NaN where it has a value.
+
+Whoever calls them: `keras.ops`, `tf.math`, `tf.nn`, `tf.compat.v1`, bound to a name or not. All of
+these end in the functions of an operation that TensorFlow generates, found here through
+`tf.raw_ops`. Of `tf.nn.moments`, which is no operation, the one that all others call is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfjacreg.rewrites import max_pool, scans
+from tfjacreg.rewrites.context import Place
+
+# In the names of the operations that stand in for `tf.nn.moments`.
+MOMENTS = "tfjacreg_moments"
+
+
+def moments(
+    original: Callable[..., Any],
+    x: Any,
+    axes: Any,
+    shift: Any = None,
+    name: str | None = None,
+    keep_dims: bool | None = None,
+    keepdims: bool | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Stands in for the moments of LayerNormalization and its kin, with the same values.
+
+    TensorFlow takes the mean inside of the variance for a constant. That leaves the variance's
+    first derivative as it is, but takes `-2 dm dm` off the second. The square here is 0, and so is
+    its first derivative; its second one is what was lost.
+    """
+    x = tf.convert_to_tensor(x)
+    keepdims = bool(keep_dims or keepdims)
+    with tf.name_scope(MOMENTS):
+        mean, variance = original(x, axes, shift=shift, name=name, keepdims=keepdims)
+        wide = tf.cast(x, tf.float32) if x.dtype.size == 2 else x
+        # A mean of its own: through `mean` the tape would add up the loss's gradient in another
+        # order, and so round it otherwise.
+        centre = tf.reduce_mean(wide, axes, keepdims=keepdims)
+        lost = tf.square(centre - tf.stop_gradient(centre))
+        return mean, variance - tf.cast(lost, variance.dtype)
+
+
+def euclidean_norm(
+    original: Callable[..., Any], input: Any, axis: Any, keep_dims: bool = False, name: Any = None
+) -> tf.Tensor:
+    """Stands in for `tf.math.reduce_euclidean_norm`; its derivative at 0 is 0."""
+    x = tf.convert_to_tensor(input)
+    if not x.dtype.is_floating:
+        return original(x, axis, keep_dims=keep_dims, name=name)
+    squares = tf.reduce_sum(tf.square(x), axis, keepdims=keep_dims)
+    is_zero = squares == 0
+    root = tf.sqrt(tf.where(is_zero, tf.ones_like(squares), squares))
+    return tf.where(is_zero, tf.zeros_like(squares), root)
+
+
+def power(original: Callable[..., Any], x: Any, y: Any, name: Any = None) -> tf.Tensor:
+    """Stands in for `tf.pow`, whose derivatives are `0 * inf` where x is 0 and y is 0 or 1."""
+    x = tf.convert_to_tensor(x)
+    y = tf.convert_to_tensor(y, x.dtype)
+    exponents = tf.get_static_value(y)
+    is_plain = exponents is not None and not np.any((exponents == 0) | (exponents == 1))
+    if is_plain or not x.dtype.is_floating:
+        return original(x, y, name=name)
+    is_bare = (x == 0) & ((y == 0) | (y == 1))
+    value = original(tf.where(is_bare, tf.ones_like(x), x), y, name=name)
+    return tf.where(is_bare, tf.where(y == 1, x, tf.ones_like(x)), value)
+
+
+class _CrossEntropy(NamedTuple):
+    """What the operation gives: the loss `[B]`, and its derivative in the logits `[B, K]`."""
+
+    loss: tf.Tensor
+    backprop: tf.Tensor
+
+
+def softmax_cross_entropy(
+    original: Callable[..., Any], features: Any, labels: Any, name: Any = None
+) -> _CrossEntropy:
+    """Stands in for the cross entropy of logits and probabilities, which may both depend on x."""
+    features, labels = tf.convert_to_tensor(features), tf.convert_to_tensor(labels)
+    loss = -tf.reduce_sum(labels * tf.nn.log_softmax(features), axis=-1)
+    return _CrossEntropy(loss, tf.nn.softmax(features) - labels)
+
+
+# What stands in for an operation takes the original function and the operation's own arguments.
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "MaxPool": max_pool.pool,
+    "MaxPool3D": max_pool.pool,
+    "Cumprod": scans.cumprod,
+    "CumulativeLogsumexp": scans.cumulative_logsumexp,
+    "Prod": scans.prod,
+    "SegmentProd": scans.segment_prod,
+    "UnsortedSegmentProd": scans.unsorted_segment_prod,
+    "EuclideanNorm": euclidean_norm,
+    "Pow": power,
+    "SoftmaxCrossEntropyWithLogits": softmax_cross_entropy,
+}
+# Modules that hand on the generated function itself.
+_HANDED_ON: tuple[ModuleType, ...] = (tf.math, tf.compat.v1.math, tf.compat.v1)
+
+
+def _places() -> list[Place]:
+    found = [Place(tf.compat.v1.nn, "moments", moments)]
+    module = sys.modules[inspect.unwrap(tf.nn.moments).__module__]
+    if vars(module).get("moments") is tf.compat.v1.nn.moments:
+        found.append(Place(module, "moments", moments))
+    for operation, function in _OPERATIONS.items():
+        raw = getattr(tf.raw_ops, operation)
+        found.append(Place(tf.raw_ops, operation, function))
+        generated = sys.modules[inspect.unwrap(raw).__module__]
+        name = raw.__name__
+        found.append(Place(generated, name, function))
+        handed_on = vars(generated)[name]
+        found += [
+            Place(module, name, function)
+            for module in _HANDED_ON
+            if vars(module).get(name) is handed_on
+        ]
+    return found
+
+
+FUNCTIONS: tuple[Place, ...] = tuple(_places())

@@ -1,0 +1,49 @@
+"""A `tf.function` that a layer calls, traced anew while a pass is recorded.
+
+Keras calls a layer when it builds a model, and so a `tf.function` of the layer is traced before any
+pass is recorded: with the functions in it that something stands in for in a pass. In a pass it is
+therefore another one of the same code, which has traces of its own. Eagerly an accumulator cannot
+pass through a `tf.function` that is differentiated twice, so the code runs as it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tfjacreg.rewrites.context import Place
+
+_KIND = type(tf.function(lambda: None))
+_ITS_OWN = "_tfjacreg_in_passes"
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether it belongs to TensorFlow or Keras, which differentiate through their own."""
+    module = getattr(function.python_function, "__module__", None) or ""
+    return module.split(".")[0] in ("tensorflow", "keras")
+
+
+def _as_written(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for a call of a `tf.function`, eagerly."""
+    if _is_foreign(function):
+        return original(function, *args, **kwargs)
+    return function.python_function(*args, **kwargs)
+
+
+def _anew(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for a call of a `tf.function`, with a trace of its own."""
+    if _is_foreign(function):
+        return original(function, *args, **kwargs)
+    # In the function's own attribute, so that both are freed together.
+    if _ITS_OWN not in vars(function):
+        # Private, and there from TensorFlow 2.18 to 2.21. Without it the trace from before is
+        # taken, and what is wrong in it is found in the graph of the pass.
+        clone = getattr(function, "_clone", None)
+        vars(function)[_ITS_OWN] = function if clone is None else clone(None)
+    return original(vars(function)[_ITS_OWN], *args, **kwargs)
+
+
+TRACED_ANEW = Place(_KIND, "__call__", _anew)
+AS_WRITTEN = Place(_KIND, "__call__", _as_written)

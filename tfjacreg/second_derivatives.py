@@ -1,0 +1,266 @@
+"""Whether the gradient of a penalty is right in one layer, by first derivatives alone.
+
+A penalty of the Jacobian is made of products `<u, J v>`, and training takes their gradient in the
+weights: a second derivative of the network. The same gradient is that of a difference,
+
+    <u, f(x + e v) - f(x - e v)> / 2e,
+
+which needs first derivatives only. Both are taken here of one call of a layer, in its weights and
+in the tensor that it takes, in double precision wherever the layer can run so: the difference then
+takes a step of a millionth of the input, hardly any kink lies within it, and rounding is far below.
+
+The difference is the oracle, so it has to agree with itself: only where two steps e give the same,
+and training another, is the layer refused. What a kink or rounding adds grows as the step shrinks;
+what a wrong derivative adds stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfjacreg import _keras, recording, rewrites
+from tfjacreg.errors import came_from
+from tfjacreg.jacobian import JacobianOperator
+from tfjacreg.layer_calls import LayerCall
+from tfjacreg.vectors import inner, length, random_unit, unit
+
+# Steps relative to the length of each example's input: in double precision, and where the layer
+# computes something in single precision all the same.
+_FINE_STEPS = (1e-6, 2.5e-7)
+_COARSE_STEPS = (1e-2, 4e-3)
+# The largest relative error of a right layer; `benchmarks/second_derivative_check.py` has how far
+# right layers stay below it, and how small an error is still seen.
+TOLERANCE = 1e-3
+_AGREES = 0.25  # How far, relative to the error, the oracle may differ from itself.
+# A gradient counts as one of this part of its natural size at least: below is only rounding.
+_SMALLEST = 1e-3
+
+
+class Comparison(NamedTuple):
+    """What the two gradients of one call of a layer say.
+
+    Attributes:
+        error: How far they differ, relative to the larger of them: the larger of that in all
+            weights together and that in the input. NaN if the gradient that training takes is not
+            finite where the difference's is.
+        is_certain: Whether the difference agrees with itself, so that the error counts.
+    """
+
+    error: float
+    is_certain: bool
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the layer has a wrong second derivative."""
+        return self.is_certain and not self.error <= TOLERANCE
+
+
+class _DoublePrecision(keras.DTypePolicy):
+    """Computes in float64 with variables of any dtype: Keras casts them when they are used."""
+
+    def __init__(self) -> None:
+        super().__init__("float64")
+
+    @property
+    def variable_dtype(self) -> str:
+        return "float32"
+
+
+def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -> Comparison | None:
+    """Compares the two gradients of one call of a layer.
+
+    Args:
+        call: The call.
+        position: Which of the tensors that it took is varied.
+        training: Whether the layer runs in training mode.
+        in_graph: Whether to differentiate it as a graph, since it has loops, branches or functions
+            that are other operations there.
+
+    Returns:
+        None where there is nothing to say: the layer mixes random draws with statistics of the
+        batch, or what it is given has no derivative.
+    """
+    for in_double in (True, False):
+        subject = _Subject(call, position, training, in_double, in_graph)
+        try:
+            return subject.compared()
+        except Exception as error:  # It computes with constants in single precision, say.
+            if came_from(error, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+    return None
+
+
+class _Subject:
+    """One call of a layer, and the gradients in its trainable weights and its input."""
+
+    def __init__(
+        self, call: LayerCall, position: int, training: bool, in_double: bool, in_graph: bool
+    ) -> None:
+        self.layer = call.layer
+        self.function = call.function(position, in_double=in_double)
+        self.training = training
+        self.in_double = in_double
+        self.in_graph = in_graph
+        value = call.value(position)
+        self.own = tf.cast(value, tf.float64) if in_double else value
+        self.weights = [v.value for v in getattr(call.layer, "trainable_variables", [])]
+        self.holds = self.draws = False
+
+    def compared(self) -> Comparison | None:
+        """The verdict, at a point beside the layer's own input: kinks and ties lie at zeros."""
+        for x in (_beside(self.own), self.own):  # A square root may have no value beside it.
+            found = self._compared_at(x)
+            if found is not None:
+                return found
+        return None
+
+    def _compared_at(self, x: tf.Tensor) -> Comparison | None:
+        u, v, product, *taken = self._run(self._of_the_product, x)
+        if self.holds and self.draws:
+            return None
+        scales = [
+            _SMALLEST * float(length(product[None])) / max(_norm(parts), 1e-30)
+            for parts in (self.weights, [x])
+        ]
+        found = None
+        for steps in (_FINE_STEPS, _COARSE_STEPS) if self.in_double else (_COARSE_STEPS,):
+            wanted = [self._run(self._of_the_difference, x, u, v, step) for step in steps]
+            found = _verdict(taken, wanted, scales)
+            if found is None or found.is_certain:
+                break
+        return found
+
+    def _of_the_product(self, x: tf.Tensor) -> list[Any]:
+        """`u`, `v`, `<J^T u, v>` and, last, its gradients: as training takes them."""
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            jacobian = JacobianOperator(self.function, x, training=self.training)
+            u = random_unit(tf.cast(jacobian.primal, x.dtype), (0, 0))
+            back = jacobian.rmatvec(u)
+            with tape.stop_recording():
+                v = unit(unit(back) + random_unit(x, (0, 1)))
+            product = inner(back, v)
+            total = tf.reduce_sum(product)
+        self.holds = jacobian.holds_constants
+        return [u, v, product, *_gradients(tape, total, self.weights, x)]
+
+    def _of_the_difference(
+        self, x: tf.Tensor, u: tf.Tensor, v: tf.Tensor, step: float
+    ) -> list[Any]:
+        """The gradients of `<u, f(x + e v) - f(x - e v)> / 2e`."""
+        sizes = length(x)
+        e = step * tf.where(sizes == 0, tf.ones_like(sizes), sizes)
+        e = tf.reshape(e, [-1, *[1] * (len(x.shape) - 1)])
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            forward, backward = self._values(x + e * v, x - e * v)
+            scaled = u / tf.reshape(2 * e, [-1, 1])
+            total = tf.reduce_sum(scaled * (forward - backward))
+        return _gradients(tape, total, self.weights, x)
+
+    def _values(self, forward: tf.Tensor, backward: tf.Tensor) -> list[tf.Tensor]:
+        """The layer's values at two points, with the same draws or the same statistics.
+
+        What a layer takes from the batch, as a mean over examples, is at both together what it is
+        at the point between them, up to the square of the step.
+        """
+
+        def values(x: tf.Tensor) -> tf.Tensor:
+            with recording.without_trace(self.layer):
+                return self.function(x, training=self.training)
+
+        if self.holds:
+            return tf.split(values(tf.concat([forward, backward], axis=0)), 2)
+        return [values(forward), values(backward)]
+
+    def _run(self, function: Callable[..., list[Any]], *args: Any) -> list[Any]:
+        """What the function returns, in the precision asked for and without a trace."""
+
+        def run() -> list[Any]:
+            with recording.without_trace(self.layer) as scope:
+                called = tf.function(function, autograph=False) if self.in_graph else function
+                result = called(*args)
+            self.draws = self.draws or recording.has_drawn(self.layer, scope)
+            return result
+
+        def rewritten() -> list[Any]:
+            return rewrites.active(self.layer, run)
+
+        if not self.in_double:
+            return rewritten()
+        return rewrites.while_replaced(_in_double_precision(self.layer), rewritten)
+
+
+def _in_double_precision(layer: keras.Operation) -> list[rewrites.Place]:
+    """Has every layer in it compute in double precision, if it computes with floats at all."""
+    return [
+        rewrites.Place(part, "_dtype_policy", view=lambda _: _DOUBLE_PRECISION)
+        for part in _keras.layers_of(layer)
+        if part.dtype_policy.quantization_mode is None
+        and tf.as_dtype(part.compute_dtype).is_floating
+    ]
+
+
+_DOUBLE_PRECISION = _DoublePrecision()
+
+
+def _beside(x: tf.Tensor) -> tf.Tensor:
+    """A point a hundredth away, on the same side of 0 where all of x is."""
+    noise = tf.random.stateless_normal(x.shape, (0, 5), dtype=x.dtype, alg="philox")
+    if tf.reduce_min(x) >= 0:
+        noise = tf.abs(noise)
+    return x + 0.01 * tf.sqrt(tf.reduce_mean(tf.square(x))) * noise
+
+
+def _gradients(
+    tape: tf.GradientTape, total: tf.Tensor, weights: list[tf.Variable], x: tf.Tensor
+) -> list[list[tf.Tensor]]:
+    """In all weights, and in the input; 0 where there is no path."""
+    zero = tf.UnconnectedGradients.ZERO
+    of_weights, of_x = tape.gradient(total, [weights, x], unconnected_gradients=zero)
+    return [[tf.convert_to_tensor(part) for part in of_weights], [of_x]]
+
+
+def _verdict(
+    taken: list[list[tf.Tensor]], wanted: list[list[list[tf.Tensor]]], scales: list[float]
+) -> Comparison | None:
+    """Of the gradients in the weights and those in the input, what differs more."""
+    found = []
+    for kind, scale in enumerate(scales):
+        got, (first, second) = taken[kind], (gradients[kind] for gradients in wanted)
+        if not got:
+            continue
+        if not np.isfinite(_norm(first) + _norm(second)):
+            return None
+        scale = max(_norm(first), scale)
+        if not np.isfinite(_norm(got)):
+            found.append(Comparison(np.nan, True))
+            continue
+        scale = max(_norm(got), scale)
+        if not scale:
+            continue
+        errors = [_norm(_minus(got, other)) / scale for other in (first, second)]
+        error = min(errors)
+        itself = _norm(_minus(first, second)) / scale
+        found.append(Comparison(error, error <= TOLERANCE or itself <= _AGREES * error))
+    wrong = [comparison for comparison in found if comparison.is_wrong]
+    if wrong:
+        return wrong[0]
+    # One part without a verdict is none for the whole.
+    worst = max((comparison.error for comparison in found), default=0.0)
+    return Comparison(worst, all(comparison.is_certain for comparison in found))
+
+
+def _minus(a: list[tf.Tensor], b: list[tf.Tensor]) -> list[tf.Tensor]:
+    return [p - q for p, q in zip(a, b, strict=True)]
+
+
+def _norm(parts: list[Any]) -> float:
+    """The Euclidean norm of all tensors together."""
+    squares = [np.sum(np.square(np.asarray(part, "float64"))) for part in parts]
+    return float(np.sqrt(np.sum(squares)))
