@@ -1,11 +1,30 @@
 """Independent oracles: dense Jacobians by finite differences or reverse mode, and NumPy's SVD."""
 
+import contextlib
+
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from tfjacreg import JacobianOperator
+from tfjacreg import JacobianOperator, _keras, rewrites
+from tfjacreg.rewrites import context
+
+
+@contextlib.contextmanager
+def rewritten(network):
+    """Everything in place that stands in for other code while a pass of `network` is recorded."""
+    use = context._Use()
+    places = [*rewrites.FUNCTIONS, rewrites.TRACED_ANEW]
+    for layer in _keras.layers_of(network):
+        places += [place for of_layer in rewrites._OF_LAYERS for place in of_layer(layer)]
+    context._put_in(use, places)
+    context._here.uses.append(use)
+    try:
+        yield
+    finally:
+        context._here.uses.remove(use)
+        context._put_back(use)
 
 
 def finite_difference_jacobian(function, x, step=1e-6):

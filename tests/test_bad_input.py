@@ -260,7 +260,7 @@ CALLED = {
 RECORDS = {"SingularTriplet", "attacks.AttackResult", "datasets.Split", "datasets.Dataset"}
 # What `RegularizedModel`, Keras or a penalty calls: a penalty of one's own overrides them.
 HOOKS = {
-    *("JacobianOperator.subset", "JacobianOperator.of_graph"),
+    *("JacobianOperator.subset", "JacobianOperator.traced"),
     *("regularizers.Regularizer.initial_state", "regularizers.Regularizer.from_config"),
     *(
         f"regularizers.JacobianRegularizer.{name}"

@@ -383,7 +383,7 @@ def test_no_nan_of_ours_is_found():
         from keras import layers
         sys.path.insert(0, sys.argv[1])
         from tfjacreg import RegularizedModel, frobenius_norm, regularizers, spectral_norm
-        from test_graphs import X, around
+        from test_graph_search import X, around
         tf.debugging.enable_check_numerics()
         network = around(layers.BatchNormalization(), layers.MaxPooling2D(2), layers.ReLU())
         for scale in (1.0, 0.0):

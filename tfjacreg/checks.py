@@ -356,7 +356,7 @@ class _Check:
                 op = self._operator(leaves, along)
                 # Of the first example alone: what the others have of it shows how examples mix.
                 u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
-                back = op.rmatvec(u)
+                back = op.rmatvec_to_transpose(u)
                 v = _first_alone(unit(unit(back) + random_unit(op.x, (0, 1))))
                 forth = op.matvec(v)
                 both = () if along is None else (op.tangent_out, op.matvec(tf.identity(along)))

@@ -8,7 +8,6 @@ computational graph; here the graph is TensorFlow's.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -93,6 +92,7 @@ class JacobianOperator:
     ) -> None:
         """The one forward pass, along which eq. (6) gives the product with the tangent."""
         self._taken, self.x, self.tangent, self.tangent_out = taken, taken.x, None, None
+        self._transposable: Any = None
         accumulator = None
         if tangent is not None:
             self.tangent = arguments.vector("tangent", tangent, self.x, "the input x")
@@ -206,7 +206,9 @@ class JacobianOperator:
             return self.tangent_out
         v = arguments.vector("v", v, self.x, "the input x")
         try:
-            tape, u, pulled_back = self._vjp_as_a_function
+            if self._transposable is None:
+                self.rmatvec_to_transpose(tf.zeros_like(self.primal))
+            tape, u, pulled_back = self._transposable
             product = tape.gradient(pulled_back, u, output_gradients=v)
         # Of an operation whose derivative has none that is registered; of `tf.recompute_grad`.
         except (LookupError, NotImplementedError) as error:
@@ -230,18 +232,21 @@ class JacobianOperator:
         """
         return self._vjp(arguments.vector("u", u, self.primal, "the network's output"))
 
-    def _vjp(self, u: tf.Tensor) -> tf.Tensor:
-        return self._connected(self._tape.gradient(self.primal, self.x, output_gradients=u))
+    def rmatvec_to_transpose(self, u: Any) -> tf.Tensor:
+        """The same as `rmatvec`, recorded as a function of u: what `matvec` transposes later.
 
-    @functools.cached_property
-    def _vjp_as_a_function(self) -> tuple[tf.GradientTape, tf.Tensor, tf.Tensor]:
-        """`u = 0` and `J^T u`, recorded as a function of u: J v is its transpose."""
-        u = tf.zeros_like(self.primal)
+        Without it `matvec` records one of its own, at u = 0.
+        """
+        u = arguments.vector("u", u, self.primal, "the network's output")
         tape = tf.GradientTape(persistent=True)
         with tape:
             tape.watch(u)
             pulled_back = self._vjp(u)
-        return tape, u, pulled_back
+        self._transposable = tape, u, pulled_back
+        return pulled_back
+
+    def _vjp(self, u: tf.Tensor) -> tf.Tensor:
+        return self._connected(self._tape.gradient(self.primal, self.x, output_gradients=u))
 
     def _lost(self) -> LostDerivative:
         return LostDerivative(

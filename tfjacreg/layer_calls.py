@@ -10,6 +10,12 @@ import tensorflow as tf
 
 from tfjacreg import _keras, recording, rewrites, signature
 
+# Of the configuration of Keras' layers: how large something is, and how its weights begin.
+_SIZES = (
+    *("filters", "units", "rate", "target_shape", "kernel_initializer", "bias_initializer"),
+    *("beta_initializer", "gamma_initializer", "pointwise_initializer", "depthwise_initializer"),
+)
+
 
 class LayerCall:
     """A layer, and what it was called with.
@@ -42,6 +48,10 @@ class LayerCall:
         """The tensor that it took, `[B, ...]`, in at least float32."""
         value = self._flat[position]
         return tf.cast(value, tf.float32) if value.dtype.size < 4 else value
+
+    def others(self, position: int) -> list[tf.Tensor]:
+        """The other batches of floats that it took, in its own dtype."""
+        return [self._flat[n] for n in self.positions if n != position]
 
     def function(self, position: int, *, in_double: bool = False) -> keras.Layer:
         """The layer as a function of one of its tensors, `[B, ...]` to `[B, n]`.
@@ -76,10 +86,11 @@ class LayerCall:
         return a
 
     def kind(self, position: int) -> Any:
-        """What calls have in common that one check serves: equal keys of a dictionary.
+        """What calls have in common for which one check is enough, as a key of a dictionary.
 
-        That is the class, configuration and shapes of a layer of Keras' own. A layer of one's own
-        may do anything: each is of its own kind.
+        Of a layer of Keras' own that is its class and configuration. Sizes count where its code
+        asks for them: which axes have size 1, and all of a pooling, whose windows may divide the
+        image or not. A layer of one's own may do anything: each is of its own kind.
         """
         if not type(self.layer).__module__.startswith("keras.") or isinstance(
             self.layer, keras.layers.Lambda
@@ -89,11 +100,18 @@ class LayerCall:
             config = self.layer.get_config()
         except Exception:  # An operation with arguments that Keras cannot write down.
             return id(self.layer), position
-        config.pop("name", None)
-        shapes = [(a.shape, a.dtype) if isinstance(a, tf.Tensor) else a for a in self._flat]
+        is_pooling = "pool_size" in config or "output_size" in config
+        for name in ("name", *([] if is_pooling else _SIZES)):
+            config.pop(name, None)
+        taken = [
+            (a.dtype, a.shape if is_pooling else [size == 1 for size in a.shape[1:]])
+            if isinstance(a, tf.Tensor)
+            else a
+            for a in self._flat
+        ]
         # A function of one's own is known by its name only.
         own = getattr(self.layer, "activation", None)
-        return type(self.layer), str(config), str(shapes), id(own), position
+        return type(self.layer), str(config), str(taken), id(own), position
 
 
 class _Function(keras.Layer):

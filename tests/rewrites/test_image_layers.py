@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from reference import dense_jacobian, singular_values
+from reference import dense_jacobian, rewritten, singular_values
 
-from tfjacreg import check_network, frozen, spectral_norm
-from tfjacreg.image_maps import LAYERS, is_linear_image_map
+from tfjacreg import check_network, spectral_norm
+from tfjacreg.rewrites.image_layers import LAYERS, linear_image_map
 
 SHAPE = (7, 6, 2)
 BATCH = 3
@@ -107,12 +107,14 @@ def double():
 @contextlib.contextmanager
 def linear_maps(network):
     """Puts the maps in place of the layers' calls, as for a recorded pass."""
-    mapped = [layer for layer in network._flatten_layers() if is_linear_image_map(layer)]
-    assert mapped
-    with frozen._frozen_layers(network):
-        assert all("call" in layer.__dict__ for layer in mapped)
+    before = {layer: dict(vars(layer)) for layer in network._flatten_layers()}
+    places = [place for layer in before for place in linear_image_map(layer)]
+    with rewritten(network):
+        for owner, name, *_ in places:
+            assert vars(owner)[name] is not before[owner].get(name)
         yield
-    assert not any("call" in layer.__dict__ for layer in mapped)
+    for owner, name, *_ in places:
+        assert vars(owner).get(name) is before[owner].get(name)
 
 
 def compiled(function, mode):
@@ -387,8 +389,8 @@ class AngleOfNinety(layers.RandomRotation):
 
 
 def test_subclasses():
-    assert not is_linear_image_map(OwnUpSampling(2))
-    assert not is_linear_image_map(layers.RandomFlip())
+    assert linear_image_map(OwnUpSampling(2)) == []
+    assert linear_image_map(layers.RandomFlip()) == []
     assert all(issubclass(kind, keras.Layer) for kind in LAYERS)
     layer, x = AngleOfNinety(0.5), normal((BATCH, 6, 6, 1)).astype("float32")
     with linear_maps(layer), tf.GradientTape() as tape:
