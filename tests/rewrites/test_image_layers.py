@@ -368,7 +368,6 @@ def test_layer_is_restored():
     backend = layer.backend
     with linear_maps(layer):
         layer(np.zeros((1, *SHAPE)), training=True)
-        assert layer.backend is backend
         with pytest.raises(ValueError, match="rank"):
             layer(np.zeros(SHAPE[:2]), training=True)
     assert layer.backend is backend
