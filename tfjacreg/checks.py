@@ -302,9 +302,12 @@ class _Check:
                 continue
             seen.add(kind)
             in_graph = self.runs_functions and self._of(call, position).calls_functions()
-            found = second_derivatives.compare(
-                call, position, self.settings.training, in_graph=in_graph
-            )
+            try:
+                found = second_derivatives.compare(
+                    call, position, self.settings.training, in_graph=in_graph
+                )
+            except LookupError as error:
+                return _named(call.layer), _fault_of(error)
             _reset_dropout_masks(self.network)
             if found is not None and found.is_wrong:
                 wrong = _WRONG_GRADIENT.format(100 * found.error)

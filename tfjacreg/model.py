@@ -71,7 +71,7 @@ class RegularizedModel(keras.Model):
         signature.check_name("output", output)
         self._of: dict[str, Any] = {"input": input, "output": output}
         self._is_checked = False
-        self._example: Any = None  # Of what the data holds: `tf.TensorSpec`s.
+        self._example = _Specs(None)
         self._penalty_state: list[keras.Variable] = []
         if self.regularizer is not None:
             self._penalty_tracker = keras.metrics.Mean(name="penalty")
@@ -97,8 +97,8 @@ class RegularizedModel(keras.Model):
             dtype = self.network.input_dtype
             self.network(
                 keras.tree.map_shape_structure(lambda s: keras.KerasTensor(s, dtype), input_shape)
-                if self._example is None
-                else _symbolic(self._example)
+                if self._example.specs is None
+                else _symbolic(self._example.specs)
             )
         if self.regularizer is not None:
             if not self.network.trainable_variables:
@@ -109,9 +109,9 @@ class RegularizedModel(keras.Model):
                 )
             # In a variable, so that a traced step sees a new factor. In double precision: the
             # product is rounded as that with Python's number.
-            factor = self.regularizer.factor
-            number = factor if isinstance(factor, float) else np.nan
-            self._factor_variable = tf.Variable(number, trainable=False, dtype=tf.float64)
+            self._factor_variable = tf.Variable(np.nan, trainable=False, dtype=tf.float64)
+            self.factor_changes(self.regularizer.factor)
+            self.regularizer.followed_by(self)
             self._penalty_state = [
                 self.add_weight(
                     shape=value.shape,
@@ -148,26 +148,41 @@ class RegularizedModel(keras.Model):
         x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
         if not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in keras.tree.flatten(x)):
             return  # The parts of a batch for several devices have no one shape.
-        self._example = keras.tree.map_structure(_spec, x)
-        if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example)):
-            self(_symbolic(self._example))
+        self._example = _Specs(keras.tree.map_structure(_spec, x))
+        if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
+            self(_symbolic(self._example.specs))
 
     def make_train_function(self, force: bool = False) -> Any:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
         self._check()
-        super().make_train_function(force)
-        function = vars(self)["train_function"]
-        if self.regularizer is not None and not isinstance(function, _WithFactor):
-            function = _WithFactor(self, function)
-            self.train_function = function
-        return function
+        return super().make_train_function(force)
+
+    def factor_changes(self, factor: regularizers.Factor) -> None:
+        """Has the training step use a new factor; the regularizer calls it.
+
+        Raises:
+            ValueError: If a traced step cannot: for a schedule instead of a number, or the other
+                way round.
+        """
+        is_number, was_number = (
+            not isinstance(given, keras.optimizers.schedules.LearningRateSchedule)
+            for given in (factor, self.regularizer.factor)  # type: ignore[union-attr]
+        )
+        if is_number != was_number and self.train_function is not None:
+            raise ValueError(
+                "A schedule of the factor, or a number in its place, counts only after "
+                "`model.compile(...)`: compile first, then set it. "
+                f"Received: factor={factor!r}"
+            )
+        if is_number:
+            self._factor_variable.assign(factor)
 
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
         regularizer = self.regularizer
         if self._is_checked or not isinstance(regularizer, regularizers.JacobianRegularizer):
             return
-        example = signature.example(self.network, self._example)
+        example = signature.example(self.network, self._example.specs)
         if example is None:
             return  # The norms themselves refuse axes of unknown size.
         # FrobeniusNorm and penalties of one's own make no first product along the pass.
@@ -230,7 +245,7 @@ class RegularizedModel(keras.Model):
         """What TensorFlow cannot differentiate often enough, in words."""
         try:
             yield
-        except (TypeError, LookupError, AttributeError) as error:
+        except (TypeError, LookupError, AttributeError, tf.errors.InternalError) as error:
             mode = getattr(self.regularizer, "forward_mode", "transpose")
             raise explained(error, self.network, mode) from error
 
@@ -282,28 +297,14 @@ def _refuse_own_training(network: keras.Layer) -> None:
             )
 
 
-class _WithFactor:
-    """A train function that sees a factor which was changed since its last call."""
+class _Specs:
+    """The shapes and dtypes of the data, as `tf.TensorSpec`s in its structure.
 
-    def __init__(self, model: RegularizedModel, function: Any) -> None:
-        self._model = model
-        self._function = function
-        self._traced: Any = None
+    An object of its own, because Keras makes a tracked copy of a list or dict that a model keeps.
+    """
 
-    def __call__(self, *args: Any) -> Any:
-        factor = self._model.regularizer.factor  # type: ignore[union-attr]
-        if factor is not self._traced:
-            if self._traced is not None and not (
-                isinstance(factor, float) and isinstance(self._traced, float)
-            ):
-                raise ValueError(
-                    "A schedule of the factor, or a number in its place, counts only after "
-                    f"`model.compile(...)`. Received: factor={factor!r}"
-                )
-            if isinstance(factor, float):
-                self._model._factor_variable.assign(factor)
-            self._traced = factor
-        return self._function(*args)
+    def __init__(self, specs: Any) -> None:
+        self.specs = specs
 
 
 def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:

@@ -8,6 +8,7 @@ random starts, iteration vectors) in variables, so that it is saved with the mod
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -33,14 +34,28 @@ class Regularizer:
     Args:
         factor: The weight lambda of the penalty in the loss, >= 0; or a
             `keras.optimizers.schedules.LearningRateSchedule`, which gives it at each step of the
-            optimizer. A new value counts from the next step of `fit` on.
+            optimizer. A new value counts from the next step of `fit` on; a schedule in the place of
+            a number, or the other way round, can be set after `compile` and before `fit`.
 
     Raises:
         ValueError: If `factor` is neither a finite number >= 0 nor a schedule.
     """
 
     def __init__(self, factor: Factor) -> None:
+        self._followers: list[weakref.ref[Any]] = []
         self.factor = factor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is followed by nobody."""
+        return {**vars(self), "_followers": []}
+
+    def followed_by(self, follower: Any) -> None:
+        """Has the follower's `factor_changes(factor)` called before each later change.
+
+        Args:
+            follower: A model whose training step reads the factor; only a weak reference is kept.
+        """
+        self._followers.append(weakref.ref(follower))
 
     @property
     def factor(self) -> Factor:
@@ -51,6 +66,9 @@ class Regularizer:
     def factor(self, factor: Factor) -> None:
         if not isinstance(factor, schedules.LearningRateSchedule):
             factor = arguments.non_negative("factor", factor)
+        for follower in self._followers:
+            if (model := follower()) is not None:
+                model.factor_changes(factor)
         self._factor: Factor = factor
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:

@@ -84,6 +84,9 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
     Returns:
         None where there is nothing to say: the layer mixes random draws with statistics of the
         batch, or what it is given has no derivative.
+
+    Raises:
+        LookupError: If TensorFlow has no derivative of the layer's derivative.
     """
     for in_double in (True, False):
         subject = _Subject(call, position, training, in_double, in_graph)
@@ -92,6 +95,8 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
         except Exception as error:  # It computes with constants in single precision, say.
             if came_from(error, KeyboardInterrupt):
                 raise KeyboardInterrupt from error
+            if came_from(error, LookupError) and not in_double:
+                raise
     return None
 
 
@@ -117,8 +122,17 @@ class _Subject:
         for x in (_beside(self.own), self.own):  # A square root may have no value beside it.
             found = self._compared_at(x)
             if found is not None:
-                return found
-        return None
+                break
+        if found is not None and not found.is_wrong and not self._is_finite_at_zeros():
+            return Comparison(np.nan, True)
+        return found
+
+    def _is_finite_at_zeros(self) -> bool:
+        """Whether the gradient that training takes is finite where the own input has zeros."""
+        if not tf.reduce_any(self.own == 0):
+            return True
+        *_, of_weights, of_inputs = self._run(self._of_the_product, self.own, is_recorded=True)
+        return bool(np.isfinite(_norm([*of_weights, *of_inputs])))
 
     def _compared_at(self, x: tf.Tensor) -> Comparison | None:
         u, v, product, *taken = self._run(self._of_the_product, x, is_recorded=True)

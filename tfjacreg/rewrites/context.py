@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -179,7 +180,7 @@ def _put_back(use: _Use) -> None:
 
 def _set(owner: Any, name: str, value: Any) -> None:
     """Sets an attribute; of an object past its `__setattr__`, since Keras' tracks what it sets."""
-    if isinstance(owner, type):
+    if isinstance(owner, (type, ModuleType)):
         if value is _MISSING:
             delattr(owner, name)
         else:

@@ -1,0 +1,264 @@
+"""What `check_network` finds of second derivatives: right networks, planted errors, its seconds.
+
+    python benchmarks/second_derivative_check.py                    # what is missing in the results
+    python benchmarks/second_derivative_check.py --networks ResNet50 --redo
+    python benchmarks/second_derivative_check.py --parts seconds --before CHECKOUT --redo
+    python benchmarks/second_derivative_check.py --parts            # the table of docs/layers.md
+
+The networks are the families of keras.applications (`applications.py`), those of `networks.py`,
+and the layers of `docs/layers.md`, each a network of its own (`_layers.py`). Every part of a
+network runs in a process of its own.
+
+right: `check_network` in training mode, with fresh weights and two images for each of ten seeds, in
+float32, mixed_float16 and mixed_bfloat16. What it refuses would be refused falsely. "error": the
+largest one of a layer that the comparison of the two gradients is certain of; "kinds": how many
+calls of a layer were compared; "uncertain": those for which it gave no verdict.
+planted: the same network with a layer behind it whose value and first derivative are right, and
+whose second derivative is wrong by a given part: the smallest part for which the layer is refused.
+seconds: of the check, of this checkout and another one in turns, the smallest of three each.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import _layers
+import _rows
+import _setup  # noqa: F401
+import applications
+import keras
+import networks
+import tensorflow as tf
+
+from tfjacreg import atomic_files, second_derivatives
+from tfjacreg.checks import check_network
+from tfjacreg.experiments import files
+from tfjacreg.experiments.environment import environment
+
+PARTS = ("right", "planted", "seconds")
+SEEDS = 10
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
+PLANTED = (0.00001, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
+LAYERS = "layers of the table"
+NAMES = (*applications.MODELS, *networks.OWN, LAYERS)
+TIMED = networks.NETWORKS
+REPETITIONS = 3
+JSON = _rows.ROOT / "results" / "second_derivative_check.json"
+PAGE = _rows.ROOT / "docs" / "layers.md"
+BEGIN = "<!-- second_derivative_check.py: begin -->"
+END = "<!-- second_derivative_check.py: end -->"
+
+
+@keras.saving.register_keras_serializable("benchmarks")
+class Planted(keras.layers.Layer):
+    """tanh with its right first derivative, whose own derivative is wrong by a given part."""
+
+    def __init__(self, part: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.part = part
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Computes tanh(x)."""
+
+        @tf.custom_gradient
+        def planted(x: tf.Tensor) -> Any:
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                slope = 1 - tf.square(tf.tanh(x))
+                held = tf.stop_gradient(slope)
+                return upstream * (held + (1 - self.part) * (slope - held))
+
+            return tf.tanh(x), gradient
+
+        return planted(x)
+
+
+def made(name: str, seed: int) -> tuple[keras.Model, tf.Tensor]:
+    """A network with fresh weights, and two images."""
+    keras.utils.set_random_seed(seed)
+    if name in networks.OWN:
+        return networks.OWN[name](), networks.batch(name, 2)[0]
+    x = applications.images(name, 2, seed).astype("float32")
+    return applications.network(name, seed), tf.constant(x)
+
+
+def subjects(name: str, seed: int) -> Iterator[tuple[str, keras.Model, tf.Tensor]]:
+    """The networks of a name: one, or every layer of the table."""
+    if name != LAYERS:
+        yield name, *made(name, seed)
+        return
+    for layer in _layers.NETWORKS:
+        network, x = _layers.made(layer, seed)
+        yield layer, network, tf.constant(x.astype("float32"))
+
+
+def right(name: str) -> dict[str, dict[str, Any]]:
+    """What the check says of right networks, in every precision."""
+    compare, rows = second_derivatives.compare, {}
+    found: list[second_derivatives.Comparison | None] = []
+
+    def noted(*args: Any, **kwargs: Any) -> second_derivatives.Comparison | None:
+        found.append(compare(*args, **kwargs))
+        return found[-1]
+
+    second_derivatives.compare = noted
+    for policy in POLICIES:
+        keras.config.set_dtype_policy(policy)
+        refused: dict[str, str] = {}
+        found.clear()
+        for seed in range(SEEDS):
+            for own, network, x in subjects(name, seed):
+                try:
+                    check_network(network, x, forward_mode="transpose")
+                except ValueError as error:
+                    refused[f"{own}, seed {seed}"] = str(error)
+            keras.backend.clear_session()
+        certain = [one.error for one in found if one is not None and one.is_certain]
+        rows[policy] = {
+            "seeds": SEEDS,
+            "refused": refused,
+            "kinds": len(found),
+            "uncertain": len(found) - len(certain),
+            "error": max(certain, default=0.0),
+        }
+    return rows
+
+
+def planted(name: str) -> dict[str, Any]:
+    """For each part whether the planted layer is refused, at all seeds; and the smallest one."""
+    seen: dict[str, int] = {}
+    for part in PLANTED:
+        seen[str(part)] = 0
+        for seed in range(3):
+            own = next(iter(_layers.NETWORKS)) if name == LAYERS else name
+            network, x = _layers.made(own, seed) if name == LAYERS else made(own, seed)
+            flat = keras.layers.Flatten()(network.output)
+            outputs = keras.layers.Dense(10)(Planted(part, name="planted")(flat))
+            try:
+                check_network(
+                    keras.Model(network.input, outputs), tf.cast(x, "float32"),
+                    forward_mode="transpose",
+                )
+            except ValueError as error:
+                seen[str(part)] += "layer 'planted' (Planted)" in str(error)
+            keras.backend.clear_session()
+    always = [part for part in PLANTED if seen[str(part)] == 3]
+    return {"seen_of_3": seen, "smallest": min(always, default=None)}
+
+
+def seconds(name: str, before: Path) -> dict[str, dict[str, float]]:
+    """Seconds of the check of the checkout before and of this one, by forward mode."""
+    script = f"""
+        import sys, time, os
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+        import networks, tfjacreg
+        network, (x, _) = networks.network({name!r}), networks.batch({name!r}, 2)
+        start = time.perf_counter()
+        tfjacreg.check_network(network, x, forward_mode=sys.argv[1])
+        print(time.perf_counter() - start)
+    """
+    lines = "\n".join(line.strip() for line in script.strip().splitlines())
+    rows: dict[str, dict[str, float]] = {}
+    for mode in networks.variants(name)[1:]:
+        times: dict[str, list[float]] = {"before": [], "after": []}
+        for _ in range(REPETITIONS):
+            for side, checkout in (("before", before), ("after", _rows.ROOT)):
+                path = os.pathsep.join([str(checkout), str(checkout / "benchmarks")])
+                done = subprocess.run(
+                    [sys.executable, "-c", lines, mode],
+                    env={**os.environ, "PYTHONPATH": path},
+                    cwd=checkout,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                times[side].append(float(done.stdout.splitlines()[-1]))
+        rows[mode] = {side: min(of_side) for side, of_side in times.items()}
+    return rows
+
+
+def table(content: dict[str, Any]) -> str:
+    """The table of docs/layers.md."""
+    lines = [
+        "| network | checks, refused | layers compared, without a verdict "
+        "| largest error of a right layer | smallest planted error that is seen |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in content["networks"].items():
+        of_right, of_planted = row.get("right"), row.get("planted")
+        if not (of_right and of_planted):
+            continue
+        checks = sum(one["seeds"] for one in of_right.values())
+        if name == LAYERS:
+            checks *= len(_layers.NETWORKS)
+        refused = sum(len(one["refused"]) for one in of_right.values())
+        kinds = sum(one["kinds"] for one in of_right.values())
+        uncertain = sum(one["uncertain"] for one in of_right.values())
+        error = max(one["error"] for one in of_right.values())
+        smallest = of_planted["smallest"]
+        shown = "none" if smallest is None else f"{100 * smallest:g} %"
+        lines.append(
+            f"| {name} | {checks}, {refused} | {kinds}, {uncertain} | {error:.0e} | {shown} |"
+        )
+    lines += [
+        "",
+        "| seconds of the check, before and now | transpose | accumulator |",
+        "|---|---|---|",
+    ]
+    for name, row in content["networks"].items():
+        if "seconds" in row:
+            cells = [
+                f"{row['seconds'][mode]['before']:.1f}, {row['seconds'][mode]['after']:.1f}"
+                if mode in row["seconds"]
+                else "-"
+                for mode in ("transpose", "accumulator")
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fills in the results, row by row, and writes the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS[:2]))
+    parser.add_argument("--before", type=Path, help="another checkout, for the seconds")
+    parser.add_argument("--redo", action="store_true", help="also what is there already")
+    parser.add_argument("--json", type=Path, default=JSON)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        part, name = arguments.run
+        print(json.dumps({"right": right, "planted": planted}[part](name)))
+        return
+    if "seconds" in arguments.parts and arguments.before is None:
+        parser.error("the seconds need --before CHECKOUT")
+    content = files.read_json(arguments.json) if arguments.json.exists() else {"networks": {}}
+    for name in arguments.networks:
+        for part in arguments.parts:
+            row = content["networks"].setdefault(name, {})
+            if (part in row and not arguments.redo) or (part == "seconds" and name not in TIMED):
+                continue
+            if part == "seconds":
+                row[part] = seconds(name, arguments.before.resolve())
+                content["environment"] = environment()
+            else:
+                row[part] = _rows.in_a_process(__file__, part, name)
+            print(name, part, json.dumps(row[part]), flush=True)
+            known = content["networks"]
+            content["networks"] = {n: known[n] for n in NAMES if n in known}
+            files.write_json(arguments.json, content)
+    page = arguments.page.read_text(encoding="utf-8")
+    with atomic_files.replacing(arguments.page) as file:
+        file.write_text(_rows.between(page, BEGIN, END, table(content)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
