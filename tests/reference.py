@@ -72,6 +72,16 @@ def slope(value, weights, direction, step=1e-6):
     return (values[0] - values[1]) / (2 * step)
 
 
+def products_by_values(network, x, u, v, training=False, step=1e-3):
+    """`<u, J v>` summed over the batch, from the network's values alone, in fourth order."""
+    weights = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
+    total = 0.0
+    for k, weight in weights.items():
+        y = network(x + k * step * v, training=training)
+        total += weight / step * float(tf.reduce_sum(u * y))
+    return total
+
+
 def operator(network, x, forward_mode, tangent, **options):
     """The operator whose product with `tangent` is computed as `forward_mode` says."""
     if forward_mode == "accumulator":

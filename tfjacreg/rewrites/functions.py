@@ -69,7 +69,8 @@ def euclidean_norm(
 
 def power(original: Callable[..., Any], x: Any, y: Any, name: Any = None) -> tf.Tensor:
     """Stands in for `tf.pow`, whose derivatives are `0 * inf` where x is 0 and y is 0 or 1."""
-    x = tf.convert_to_tensor(x)
+    dtype = next((a.dtype for a in (x, y) if tf.is_tensor(a)), None)
+    x = tf.convert_to_tensor(x, dtype)
     y = tf.convert_to_tensor(y, x.dtype)
     exponents = tf.get_static_value(y)
     is_plain = exponents is not None and not np.any((exponents == 0) | (exponents == 1))
