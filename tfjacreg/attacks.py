@@ -2,7 +2,7 @@
 
 PGD and TPGD take their gradient and step from cleverhans; the loop, the projection and the random
 numbers are ours, so that one run gives the whole curve, the ball holds exactly and every image has
-its own random numbers, whatever the batch size. Square is ours (`tfjacreg.square`).
+its own random numbers, whatever the batch size. Square is ours (`judging.square_attack`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from tfjacreg import arguments, extras
-from tfjacreg import square as square_search
-from tfjacreg.classifiers import (
+from tfjacreg.judging import square_attack
+from tfjacreg.judging.classifiers import (
     Array,
     CheckedClassifier,
     Progress,
@@ -115,7 +115,8 @@ def pgd(
         ImportError: If cleverhans is not installed.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, the classifier fails a check (see
-            `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
+            `judging.classifiers.check_classifier`) or its logits or gradients become NaN or
+            infinite.
     """
     if not isinstance(loss, str) or loss not in _LOSSES:
         raise ValueError(f"loss must be one of {', '.join(_LOSSES)}. Received: {loss!r}.")
@@ -211,14 +212,14 @@ def square(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, `x` is not `[N, H, W, C]`, the classifier fails
-            a check (see `classifiers.check_classifier`) or a logit is NaN or infinite.
+            a check (see `judging.classifiers.check_classifier`) or a logit is NaN or infinite.
     """
     _check(eps=eps, step_size=1, seed=seed, batch_size=batch_size, progress=progress)
     strengths = _strengths(iterations)
     checked = check_classifier(classifier, x, y)
     if checked.x.ndim != 4:
         raise ValueError(f"square needs images [N, H, W, C]. Received: shape {checked.x.shape}.")
-    best, correct = square_search.search(
+    best, correct = square_attack.search(
         checked,
         _box(checked.x, eps),
         strengths,

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg import nearest
-from tfjacreg.classifiers import (
+from tfjacreg.judging.classifiers import (
     Array,
     Progress,
     batches,
@@ -26,6 +25,7 @@ from tfjacreg.classifiers import (
     predict,
     scaled_margin,
 )
+from tfjacreg.judging.minimal_distance import search_function
 
 _NOISE, _DIRECTIONS = 10, 11
 # Relative spacing of the radii that are tried.
@@ -64,7 +64,7 @@ def noise_accuracy(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check_classifier`).
+            `judging.classifiers.check_classifier`).
     """
     scales = np.sqrt(_squares(variances))
     check_counts(draws=draws, batch_size=batch_size)
@@ -146,7 +146,7 @@ def boundary_distance(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check_classifier`).
+            `judging.classifiers.check_classifier`).
     """
     check_counts(samples=samples, spheres=spheres, batch_size=batch_size)
     check_positive(resolution=resolution)
@@ -249,7 +249,8 @@ def minimal_distance(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, the classifier fails a check (see
-            `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
+            `judging.classifiers.check_classifier`) or its logits or gradients become NaN or
+            infinite.
     """
     check_seed(seed)
     check_progress(progress)
@@ -259,7 +260,7 @@ def minimal_distance(
     distance, x_adv = np.full(len(checked.x), np.nan), np.full_like(checked.x, np.nan)
     if progress is not None:
         progress(len(checked.x) - len(correct))
-    search = nearest.search_function(checked, starts=starts, iterations=iterations, seed=seed)
+    search = search_function(checked, starts=starts, iterations=iterations, seed=seed)
     for s in batches(len(correct), batch_size):
         distance[correct[s]], x_adv[correct[s]] = search(correct[s])
         if progress is not None:

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 
 from tfjacreg import attacks, datasets
-from tfjacreg.classifiers import check_classifier, predict
 from tfjacreg.experiments import (
     checkpoint,
     curves,
@@ -24,6 +23,7 @@ from tfjacreg.experiments import (
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.judging.classifiers import check_classifier, predict
 
 
 class Target(NamedTuple):

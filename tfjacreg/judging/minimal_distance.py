@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg.classifiers import (
+from tfjacreg.judging.classifiers import (
     Array,
     CheckedClassifier,
     concrete_function,
