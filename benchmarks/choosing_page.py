@@ -12,7 +12,7 @@ from typing import Any
 import _rows
 import _setup  # noqa: F401
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.selection import Statistic
@@ -214,7 +214,7 @@ def main() -> None:
     """Writes them."""
     path = _rows.ROOT / "docs" / "choosing.md"
     page = with_tables(path.read_text(encoding="utf-8"), tables(_rows.ROOT / "results"))
-    with temporary.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         file.write_text(page, encoding="utf-8")
 
 

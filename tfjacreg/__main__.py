@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from tfjacreg import command, datasets
+from tfjacreg import cli, datasets
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(arguments.run(arguments))
         return 0
 
-    return command.run("tfjacreg", main, "Stopped. What was there before is as it was.")
+    return cli.run("tfjacreg", main, "Stopped. What was there before is as it was.")
 
 
 def _prepare(arguments: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg import arguments, extras
+from tfjacreg import arguments, optional_packages
 from tfjacreg.judging import square_attack
 from tfjacreg.judging.classifiers import (
     Array,
@@ -263,7 +263,7 @@ def _projected_ascent(
     progress: Progress | None,
 ) -> AttackResult:
     """Climbs `loss(labels=targets, logits=...)` by sign steps, projected on the box."""
-    with extras.importing("experiments", "A PGD attack"):
+    with optional_packages.importing("experiments", "A PGD attack"):
         from cleverhans.tf2.utils import compute_gradient, optimize_linear
     x_adv = np.empty_like(checked.x)
     correct = np.empty((len(strengths), len(x_adv)), bool)

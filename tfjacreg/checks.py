@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfjacreg import _keras, arguments, frozen, graphs, signature
 from tfjacreg.calls import calls_of_layers
-from tfjacreg.errors import came_from
+from tfjacreg.error_causes import came_from
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.vectors import inner, length, random_unit, unit
 

@@ -8,7 +8,7 @@ import keras
 import pytest
 from keras import layers
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
@@ -120,7 +120,7 @@ def test_overwriting_that_is_stopped_is_of_the_new_run(folder, model, monkeypatc
     folder.write_evaluation({})
     folder.examples_file.write_bytes(b"")
     new = dataclasses.replace(CONFIG, seed=7)
-    remove, removed = temporary.remove, []
+    remove, removed = atomic_files.remove, []
 
     def killed(path):
         if not path.name.startswith("."):
@@ -138,7 +138,7 @@ def test_overwriting_that_is_stopped_is_of_the_new_run(folder, model, monkeypatc
             folder.claim(new, overwrite=True)
     folder.check_products()  # Nothing has gone.
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "remove", killed)
+        patch.setattr(atomic_files, "remove", killed)
         if stop < len(PRODUCTS):
             with pytest.raises(KeyboardInterrupt):
                 folder.claim(new, overwrite=True)

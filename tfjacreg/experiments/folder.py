@@ -17,8 +17,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import temporary
-from tfjacreg.experiments import checkpoint, files, owner, records
+from tfjacreg import atomic_files
+from tfjacreg.experiments import checkpoint, files, folder_lock, records
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.environment import environment
 from tfjacreg.experiments.reading import CLEARING, SETTINGS_DIGEST, FolderReader, digest
@@ -69,21 +69,22 @@ class RunFolder(FolderReader):
         Raises:
             RunError: If another process has it, or it cannot be written.
         """
-        with owner.owned(self.path, wait=wait):
+        with folder_lock.owned(self.path, wait=wait):
             self.clear_temporaries()
             yield
 
     def clear_temporaries(self) -> None:
         """Removes what a killed process had begun; the folder must be owned."""
         with self._write_errors_as_run_errors():
-            for file in temporary.left_in(self.path):
-                temporary.remove(file)
+            for file in atomic_files.left_in(self.path):
+                atomic_files.remove(file)
 
     @property
     def untidy(self) -> bool:
         """Whether a process that worked here was killed, or is here now."""
-        rests = [*temporary.left_in(self.path), *([self.checkpoint_file] if self.finished else [])]
-        return owner.left_in(self.path) or any(file.exists() for file in rests)
+        begun = any(file.exists() for file in atomic_files.left_in(self.path))
+        spent = self.finished and self.checkpoint_file.exists()
+        return begun or spent or folder_lock.left_in(self.path)
 
     def check_claim(self, config: RunConfig) -> None:
         """Refuses the folder of another run.
@@ -128,7 +129,7 @@ class RunFolder(FolderReader):
             if overwrite or self.is_clearing:
                 files.write_json(self.config_file, {**settings, CLEARING: True})
                 for file in (*self._products, self.error_file):
-                    temporary.remove(file)
+                    atomic_files.remove(file)
                 files.write_json(self.config_file, settings)
             elif not self.claimed:
                 files.write_json(self.config_file, settings)
@@ -161,9 +162,9 @@ class RunFolder(FolderReader):
         note = {"settings": self.settings_digest, "history": text}
         with self._write_errors_as_run_errors():
             # The checkpoint comes last: rows beyond it are dropped when a run goes on.
-            with temporary.replacing(self.history_file) as file:
+            with atomic_files.replacing(self.history_file) as file:
                 file.write_bytes(text.encode())
-            with temporary.replacing(self.checkpoint_file) as file:
+            with atomic_files.replacing(self.checkpoint_file) as file:
                 checkpoint.save(model, file, note)
 
     def write_result(self, classifier: keras.Model, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +181,9 @@ class RunFolder(FolderReader):
             RunError: If a file cannot be written.
         """
         with self._write_errors_as_run_errors():
-            with temporary.replacing(self.classifier_file) as file:
+            with atomic_files.replacing(self.classifier_file) as file:
                 classifier.save(file)
-            with temporary.replacing(self.saved_model) as folder:
+            with atomic_files.replacing(self.saved_model) as folder:
                 classifier.export(folder, verbose=False)
             products = [self.history_file, self.classifier_file, self.saved_model]
             digests = {file.name: digest(file) for file in products if file.exists()}
@@ -204,7 +205,7 @@ class RunFolder(FolderReader):
 
     def write_error(self, log: str) -> None:
         """Keeps the log of a failed run; raises OSError if that fails."""
-        with temporary.replacing(self.error_file) as file:
+        with atomic_files.replacing(self.error_file) as file:
             file.write_text(log)
 
     def clear_error(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import (
     curves,
     distributions,
@@ -91,7 +91,7 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
     blocks += ["## Runs and machines", *map(tables.machines, sweeps)]
     text = "\n\n".join(blocks) + "\n"
     for name, content in (("report.md", text), ("report.html", html.render(text, out))):
-        with temporary.replacing(out / name) as file:
+        with atomic_files.replacing(out / name) as file:
             file.write_text(content, encoding="utf-8")
     return out / "report.html"
 

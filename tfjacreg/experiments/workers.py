@@ -25,7 +25,7 @@ import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from tfjacreg import datasets, temporary
+from tfjacreg import atomic_files, datasets
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.ledger import DATABASE, Claim, Ledger, Summary
@@ -108,7 +108,7 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
     copy = out / SWEEP_FILE
     with FileLocks(out).exclusive():
         if not copy.exists():
-            with temporary.replacing(copy) as file:
+            with atomic_files.replacing(copy) as file:
                 file.write_bytes(sweep.content)
         elif copy.read_bytes() != sweep.content:
             raise RunError(
