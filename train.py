@@ -38,7 +38,7 @@ from tfjacreg import cli, datasets, networks, optional_packages, regularizers
 
 with optional_packages.script_importing("experiments", "train.py"):
     from tfjacreg.experiments.config import SCHEDULES, RunConfig
-    from tfjacreg.experiments.folder import RunFolder
+    from tfjacreg.experiments.folder_reader import FolderReader
     from tfjacreg.experiments.run import run
 
 
@@ -125,7 +125,7 @@ def _one(
 ) -> int:
     config = RunConfig.of(**settings)
     out = out or config.default_folder()
-    finished = RunFolder(out).finished and not overwrite
+    finished = FolderReader(out).finished and not overwrite
     verbose = 1 if sys.stdout.isatty() else 2
     metrics = run(config, out, overwrite=overwrite, wait=wait, verbose=verbose)
     if finished:

@@ -100,4 +100,4 @@ def test_a_run_folder_has_one_owner():
         for text in strings(path)
         if text.strip("*./") in FILES
     }
-    assert spelled == {("folder.py", name) for name in FILES}
+    assert spelled == {("folder_reader.py", name) for name in FILES}

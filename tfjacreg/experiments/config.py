@@ -149,7 +149,7 @@ class RunConfig:
         Where the data lies does not count: it does not change what the run is.
 
         Args:
-            settings: What `RunFolder.read_config` reads.
+            settings: What `FolderReader.read_config` reads.
         """
         return {
             name: (settings.get(name), value)

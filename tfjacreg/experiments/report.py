@@ -22,7 +22,7 @@ from tfjacreg.experiments import (
     tables,
 )
 from tfjacreg.experiments.curves import Evaluation
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
 from tfjacreg.experiments.selection import LABELS, CellResults, RunResult, SweepResults
 
@@ -240,13 +240,13 @@ def _refuse_other_settings(judged: dict[Path, dict[str, Any]]) -> None:
         if different:
             raise ValueError(
                 "Evaluations that are compared must have equal settings. Received: "
-                f"{RunFolder(folder).evaluation_file} and {RunFolder(other).evaluation_file}, "
-                f"which differ in {different}. Judge one of them again, with evaluate.py "
-                "--overwrite."
+                f"{FolderReader(folder).evaluation_file} and "
+                f"{FolderReader(other).evaluation_file}, which differ in {different}. Judge one of "
+                "them again, with evaluate.py --overwrite."
             )
 
 
-def _check_evaluation(folder: RunFolder, result: dict[str, Any]) -> None:
+def _check_evaluation(folder: FolderReader, result: dict[str, Any]) -> None:
     path, classifier = folder.evaluation_file, folder.classifier_file
     alone = [Evaluation("", "", result)]
     try:
