@@ -669,11 +669,11 @@ BAD = {
     "random": (dict(classifier=Random), ValueError, "same logits"),
     "one logit": (dict(classifier=one_logit), ValueError, r"K >= 2.*\[0, z\]"),
     "nan logits": (dict(classifier=NotFinite), ValueError, "finite logits"),
-    "eps": (dict(eps=0), ValueError, "eps must be a positive number. Received: 0"),
-    "iterations": (dict(iterations=0), ValueError, "at least 1"),
+    "eps": (dict(eps=0), ValueError, "`eps` must be a positive number.*Received: eps=0"),
+    "iterations": (dict(iterations=0), ValueError, "`iterations` must be an integer >= 1"),
     "no iterations": (dict(iterations=[]), ValueError, "rising"),
     "falling": (dict(iterations=[4, 2]), ValueError, "rising"),
-    "fraction": (dict(iterations=2.5), TypeError, "integer"),
+    "fraction": (dict(iterations=2.5), ValueError, "integer.*Received: iterations=2.5"),
     "batch size": (dict(batch_size=0), ValueError, "batch_size"),
     "seed": (dict(seed=-1), ValueError, "seed"),
 }
@@ -693,7 +693,7 @@ def test_bad_input(case):
 
 @pytest.mark.parametrize("name", ["pgd", "tpgd"])
 def test_bad_step_size(name):
-    with pytest.raises(ValueError, match="step_size must be a positive number. Received: -1"):
+    with pytest.raises(ValueError, match="`step_size` must be a positive.*Received: step_size=-1"):
         getattr(attacks, name)(
             linear()[0], np.full((2, 6, 5, 2), 0.5), np.array([0, 1]), step_size=-1
         )
@@ -701,7 +701,9 @@ def test_bad_step_size(name):
 
 @pytest.mark.parametrize("loss", ["dlr", "", None])
 def test_bad_loss(loss):
-    with pytest.raises(ValueError, match="loss must be one of cross_entropy, margin. Received"):
+    with pytest.raises(
+        ValueError, match=r"`loss` must be one of \('cross_entropy', 'margin'\). Received"
+    ):
         attacks.pgd(linear()[0], np.full((2, 6, 5, 2), 0.5), np.array([0, 1]), loss=loss)
 
 

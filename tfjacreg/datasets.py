@@ -98,8 +98,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     """
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"A data set's name must be one of {NAMES}. Received: {name!r}")
-    if arguments.seed(seed) is None:
-        raise ValueError("`seed` must be an integer >= 0. Received: seed=None")
+    seed = arguments.fixed_seed(seed)
     data_dir = None if data_dir is None else arguments.path("data_dir", data_dir)
     held, test = _digits() if name == "digits" else _from_tfds(name, data_dir)
     rest, validation = _stratified(held.y, VALIDATION_SIZES[name], np.random.default_rng(seed))
