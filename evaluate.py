@@ -9,20 +9,13 @@ python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Until `cli.run` replaces them: while TensorFlow is imported there is nothing to save.
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(_number) is not signal.SIG_IGN:
-            signal.signal(_number, lambda *_: os._exit(130))
+    import startup
 
-# Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    startup.prepare()
 
 from tfjacreg import cli, datasets, optional_packages
 

@@ -8,31 +8,14 @@ The same command goes on where it was interrupted. docs/training.md says what a 
 """
 
 import argparse
-import os
-import re
-import signal
 import sys
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # `ps` shows command lines to everybody: begin anew with the password in libpq's own variable.
-    for _number, _argument in enumerate(sys.orig_argv):
-        _match = re.match(r"(?:--\w+=)?postgres(?:ql)?://[^:@/]*(:(.*))@", _argument)
-        if _match:
-            os.environ["PGPASSWORD"] = urllib.parse.unquote(_match[2])
-            _open = _argument[: _match.start(1)] + _argument[_match.end(1) :]
-            _command = [*sys.orig_argv[:_number], _open, *sys.orig_argv[_number + 1 :]]
-            os.execv(sys.executable, _command)
-    # Until `cli.run` replaces them: while TensorFlow is imported there is nothing to save.
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(_number) is not signal.SIG_IGN:
-            signal.signal(_number, lambda *_: os._exit(130))
+    import startup
 
-# Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    startup.prepare()
 
 from tfjacreg import cli, datasets, networks, optional_packages, regularizers
 

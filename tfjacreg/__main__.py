@@ -5,11 +5,8 @@ python -m tfjacreg report runs/paper_fashion_mnist [SWEEP ...] [--benchmarks DIR
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from tfjacreg import cli, datasets
 
