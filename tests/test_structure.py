@@ -1,7 +1,8 @@
-"""Which module may import which, and which one spells a file's name."""
+"""Which module may import which, what is installed, and who spells a run folder's file names."""
 
 import ast
 import graphlib
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_an_import_that_points_up_would_be_seen():
     for path in (PACKAGE / "__main__.py", ROOT / "train.py", ROOT / "evaluate.py"):
         assert any(within(name, ["experiments"]) for name in imports(path))
     assert any(within(name, ["attacks"]) for name in imports(PACKAGE / "__init__.py"))
+
+
+def test_every_package_is_installed():
+    """An editable install finds a package that `pyproject.toml` does not list; others do not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {dotted(path) for path in MODULES if path.name == "__init__.py"}
+    assert found == set(project["tool"]["setuptools"]["packages"])
 
 
 FILES = (
