@@ -9,24 +9,17 @@ python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Until `command.run` replaces them: while TensorFlow is imported there is nothing to save.
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(_number) is not signal.SIG_IGN:
-            signal.signal(_number, lambda *_: os._exit(130))
+    import startup
 
-# Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    startup.prepare()
 
-from tfjacreg import command, datasets, extras
+from tfjacreg import cli, datasets, optional_packages
 
-with extras.script_importing("experiments", "evaluate.py"):
+with optional_packages.script_importing("experiments", "evaluate.py"):
     from tfjacreg.experiments import evaluation, measures
 
 
@@ -59,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_count, help="judge on the first LIMIT test images only")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of noise and attacks (0)")
     parser.add_argument(
-        "--out", type=command.path, default=Path("out"), help="folder of the figures (out)"
+        "--out", type=cli.path, default=Path("out"), help="folder of the figures (out)"
     )
     parser.add_argument("--dataset", choices=datasets.NAMES, help="data set of bare .keras files")
     parser.add_argument("--data-dir", help="folder of the data sets")
@@ -120,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     stopped = "Stopped. The same command goes on after the last finished measurement."
-    return command.run("evaluate.py", judge, stopped)
+    return cli.run("evaluate.py", judge, stopped)
 
 
 if __name__ == "__main__":

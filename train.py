@@ -8,37 +8,20 @@ The same command goes on where it was interrupted. docs/training.md says what a 
 """
 
 import argparse
-import os
-import re
-import signal
 import sys
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # `ps` shows command lines to everybody: begin anew with the password in libpq's own variable.
-    for _number, _argument in enumerate(sys.orig_argv):
-        _match = re.match(r"(?:--\w+=)?postgres(?:ql)?://[^:@/]*(:(.*))@", _argument)
-        if _match:
-            os.environ["PGPASSWORD"] = urllib.parse.unquote(_match[2])
-            _open = _argument[: _match.start(1)] + _argument[_match.end(1) :]
-            _command = [*sys.orig_argv[:_number], _open, *sys.orig_argv[_number + 1 :]]
-            os.execv(sys.executable, _command)
-    # Until `command.run` replaces them: while TensorFlow is imported there is nothing to save.
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(_number) is not signal.SIG_IGN:
-            signal.signal(_number, lambda *_: os._exit(130))
+    import startup
 
-# Before TensorFlow is imported: it leaves oneDNN off on some processors, at a third of the speed.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    startup.prepare()
 
-from tfjacreg import command, datasets, extras, networks, regularizers
+from tfjacreg import cli, datasets, networks, optional_packages, regularizers
 
-with extras.script_importing("experiments", "train.py"):
+with optional_packages.script_importing("experiments", "train.py"):
     from tfjacreg.experiments.config import SCHEDULES, RunConfig
-    from tfjacreg.experiments.folder import RunFolder
+    from tfjacreg.experiments.folder_reader import FolderReader
     from tfjacreg.experiments.run import run
 
 
@@ -54,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
     add(
         "--out",
-        type=command.path,
+        type=cli.path,
         help="the folder; default: runs/<named after the settings or FILE>",
     )
     single = parser.add_argument_group("one run")
@@ -113,11 +96,11 @@ def main(argv: list[str] | None = None) -> int:
     if "sweep" in settings:
         out = settings.setdefault("out", Path("runs") / settings["sweep"].stem)
         stopped = f"Stopped. The same command goes on from the last finished epochs, kept in {out}."
-        return command.run("train.py", lambda: _sweep(**settings), stopped)
+        return cli.run("train.py", lambda: _sweep(**settings), stopped)
     stopped = "Stopped. The same command goes on from the last finished epoch"
     out = settings.get("out")
     stopped += f", kept in {out}." if out else ", kept in its folder."
-    return command.run("train.py", lambda: _one(**settings), stopped)
+    return cli.run("train.py", lambda: _one(**settings), stopped)
 
 
 def _one(
@@ -125,7 +108,7 @@ def _one(
 ) -> int:
     config = RunConfig.of(**settings)
     out = out or config.default_folder()
-    finished = RunFolder(out).finished and not overwrite
+    finished = FolderReader(out).finished and not overwrite
     verbose = 1 if sys.stdout.isatty() else 2
     metrics = run(config, out, overwrite=overwrite, wait=wait, verbose=verbose)
     if finished:
@@ -143,7 +126,7 @@ def _one(
 
 
 def _sweep(*, sweep: Path, out: Path, **options: Any) -> int:
-    with extras.importing("experiments", "A sweep"):
+    with optional_packages.importing("experiments", "A sweep"):
         from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
 
     summary = workers.run_sweep(sweep, out, **options)

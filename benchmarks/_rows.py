@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import _setup  # noqa: F401
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
 from tfjacreg.experiments.environment import environment
 
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
                 content[self.key] = {n: known[n] for n in self.names if n in known}
                 files.write_json(arguments.json, content)
         page = arguments.page.read_text(encoding="utf-8")
-        with temporary.replacing(arguments.page) as file:
+        with atomic_files.replacing(arguments.page) as file:
             file.write_text(self.with_table(page, content), encoding="utf-8")
 
 

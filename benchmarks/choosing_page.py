@@ -12,9 +12,9 @@ from typing import Any
 import _rows
 import _setup  # noqa: F401
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.selection import Statistic
 from tfjacreg.experiments.tables import number, table
 
@@ -57,7 +57,7 @@ def factors_table(content: dict[str, Any]) -> str:
 def fashion_table(grid: Path) -> str:
     """Fashion-MNIST: the spectral runs of the grid with rate .01 and batch 32."""
     found = []
-    for folder in RunFolder.all_in(grid):
+    for folder in FolderReader.all_in(grid):
         config = folder.read_config()
         usual = config["learning_rate"] == 0.01 and config["batch_size"] == 32
         if usual and config["regularizer"] in ("none", "spectral"):
@@ -214,7 +214,7 @@ def main() -> None:
     """Writes them."""
     path = _rows.ROOT / "docs" / "choosing.md"
     page = with_tables(path.read_text(encoding="utf-8"), tables(_rows.ROOT / "results"))
-    with temporary.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         file.write_text(page, encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ from tfjacreg import datasets, estimators, networks, norms, vectors
 from tfjacreg.experiments import figures, files
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.environment import environment
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.run import run
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.regularizers import Regularizer, SpectralNorm
@@ -194,7 +194,7 @@ def measure(arguments: argparse.Namespace, x: tf.Tensor) -> list[dict[str, Any]]
         metrics = run(config, out, verbose=0)
         print(f"{out}: test accuracy {metrics['test_accuracy']:.4f}", flush=True)
         # The layers of a classifier: its input, the normalization, the network.
-        network = keras.models.load_model(RunFolder(out).classifier_file).layers[-1]
+        network = keras.models.load_model(FolderReader(out).classifier_file).layers[-1]
         entry = {"name": name, "factor": factor, "seed": config.seed}
         entry["test_accuracy"] = metrics["test_accuracy"]
         entries.append(entry | errors(network, x))

@@ -140,7 +140,8 @@ def planted(name: str) -> dict[str, Any]:
             outputs = keras.layers.Dense(10)(Planted(part, name="planted")(flat))
             try:
                 check_network(
-                    keras.Model(network.input, outputs), tf.cast(x, "float32"),
+                    keras.Model(network.input, outputs),
+                    tf.cast(x, "float32"),
                     forward_mode="transpose",
                 )
             except ValueError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfjacreg import datasets
+from tfjacreg import dataset_files, datasets
 
 RNG = np.random.default_rng(0)
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -158,7 +158,7 @@ def test_prepared_equals_downloaded(tmp_path, small, monkeypatch):
         "_split_generators",
         lambda self, _: {
             split: self._generate_examples(
-                size, *(tmp_path / "source" / name for name in datasets._IDX_FILES[split])
+                size, *(tmp_path / "source" / name for name in dataset_files.IDX_FILES[split])
             )
             for split, size in (("train", 50), ("test", 20))
         },

@@ -1,6 +1,8 @@
-"""Which module may import which, which one spells a file's name, and how long a module may be."""
+"""Which module may import which, what is installed, and who spells a run folder's file names."""
 
 import ast
+import graphlib
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tfjacreg"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LIMIT = 400
-# Modules that are still longer; one that no longer is has to leave the list.
-TOO_LONG: set[str] = set()
-
-
-def named(path):
-    return str(path.relative_to(PACKAGE))
 
 
 def imports(path):
@@ -24,41 +19,72 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(parts[: -node.level]) + "." if node.level else ""
-            module = base + (node.module or "")
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            base = parts[: -node.level] if node.level else ()
+            for alias in node.names:
+                yield ".".join(filter(None, (*base, node.module, alias.name)))
 
 
-def of_experiments(name):
-    return name.startswith("tfjacreg.experiments")
+def within(name, packages):
+    """Whether a dotted name is one of these packages or modules, or lies in one of them."""
+    return any(f"{name}.".startswith(f"tfjacreg.{package}.") for package in packages)
 
 
-LIBRARY = [
-    path
-    for path in MODULES
-    if "experiments" not in path.relative_to(PACKAGE).parts and path.name != "__main__.py"
-]
+def dotted(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=named)
-def test_the_library_never_imports_the_experiments(path):
-    assert not [name for name in imports(path) if of_experiments(name)]
+def graph():
+    """The modules of the package that each of them imports."""
+    names = {dotted(path) for path in MODULES}
+    found = {}
+    for path in MODULES:
+        # `from package import name` imports a module, or what is in the package's own.
+        known = (name if name in names else name.rpartition(".")[0] for name in imports(path))
+        found[dotted(path)] = names.intersection(known)
+    return found
 
 
-def test_an_import_of_the_experiments_would_be_seen():
+def test_the_imports_form_no_circle():
+    graphlib.TopologicalSorter(graph()).prepare()  # Its error names the circle.
+
+
+def test_a_circle_would_be_seen():
+    imported = graph()
+    assert "tfjacreg.vectors" in imported["tfjacreg.norms"]
+    imported["tfjacreg.vectors"].add("tfjacreg.norms")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(imported).prepare()
+
+
+# What the modules of a package do not import. `__main__` is a command, no part of the library.
+LIBRARY = [path for path in MODULES if not within(dotted(path), ["experiments", "__main__"])]
+NEVER = {
+    "library": (LIBRARY, ["experiments"]),
+    "judging": (sorted(PACKAGE.glob("judging/*.py")), ["attacks", "robustness"]),
+    "rewrites": (sorted(PACKAGE.glob("rewrites/*.py")), ["jacobian", "checks", "model"]),
+}
+
+
+@pytest.mark.parametrize("package", NEVER)
+def test_imports_point_one_way(package):
+    paths, above = NEVER[package]
+    wrong = {dotted(path): [n for n in imports(path) if within(n, above)] for path in paths}
+    assert not any(wrong.values()), wrong
+
+
+def test_an_import_that_points_up_would_be_seen():
     assert len(LIBRARY) > 10
     for path in (PACKAGE / "__main__.py", ROOT / "train.py", ROOT / "evaluate.py"):
-        assert any(map(of_experiments, imports(path)))
+        assert any(within(name, ["experiments"]) for name in imports(path))
+    assert any(within(name, ["attacks"]) for name in imports(PACKAGE / "__init__.py"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=named)
-def test_no_module_is_too_long(path):
-    lines = len(path.read_text().splitlines())
-    assert (lines > LIMIT) == (named(path) in TOO_LONG), lines
-
-
-def test_the_heart_is_short():
-    assert len((PACKAGE / "jacobian.py").read_text().splitlines()) <= 260
+def test_every_package_is_installed():
+    """An editable install finds a package that `pyproject.toml` does not list; others do not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {dotted(path) for path in MODULES if path.name == "__init__.py"}
+    assert found == set(project["tool"]["setuptools"]["packages"])
 
 
 FILES = (
@@ -100,4 +126,4 @@ def test_a_run_folder_has_one_owner():
         for text in strings(path)
         if text.strip("*./") in FILES
     }
-    assert spelled == {("folder.py", name) for name in FILES}
+    assert spelled == {("folder_reader.py", name) for name in FILES}

@@ -5,13 +5,10 @@ python -m tfjacreg report runs/paper_fashion_mnist [SWEEP ...] [--benchmarks DIR
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-from tfjacreg import command, datasets
+from tfjacreg import cli, datasets
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(arguments.run(arguments))
         return 0
 
-    return command.run("tfjacreg", main, "Stopped. What was there before is as it was.")
+    return cli.run("tfjacreg", main, "Stopped. What was there before is as it was.")
 
 
 def _prepare(arguments: argparse.Namespace) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,23 @@ def seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int | None:
     Raises:
         ValueError: If it is not.
     """
-    if value is None:
-        return None
+    return None if value is None else _seed(value, name, "None or an integer", below)
+
+
+def fixed_seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int:
+    """Returns a seed that can be used again: as `seed`, but None is refused.
+
+    Raises:
+        ValueError: If it is not an integer from 0.
+    """
+    return _seed(value, name, "an integer", below)
+
+
+def _seed(value: Any, name: str, kind: str, below: int) -> int:
     if not _is_integer(value) or not 0 <= value < below:
         power = below.bit_length() - 1
         raise ValueError(
-            f"`{name}` must be None or an integer >= 0 (and < 2**{power}). "
-            f"Received: {name}={value!r}"
+            f"`{name}` must be {kind} >= 0 (and < 2**{power}). Received: {name}={value!r}"
         )
     return int(value)
 
@@ -107,6 +117,17 @@ def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` must be True or False. Received: {name}={value!r}")
     return bool(value)
+
+
+def optional_function(name: str, value: Any) -> Callable[..., Any] | None:
+    """Returns None or what can be called.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"`{name}` must be None or a function. Received: {name}={value!r}")
+    return value
 
 
 def path(name: str, value: Any) -> Path:

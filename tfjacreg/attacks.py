@@ -2,7 +2,7 @@
 
 PGD and TPGD take their gradient and step from cleverhans; the loop, the projection and the random
 numbers are ours, so that one run gives the whole curve, the ball holds exactly and every image has
-its own random numbers, whatever the batch size. Square is ours (`tfjacreg.square`).
+its own random numbers, whatever the batch size. Square is ours (`judging.square_attack`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg import arguments, extras
-from tfjacreg import square as square_search
-from tfjacreg.classifiers import (
+from tfjacreg import arguments, optional_packages
+from tfjacreg.judging import square_attack
+from tfjacreg.judging.classifiers import (
     Array,
     CheckedClassifier,
     Progress,
     batches,
     check_classifier,
-    check_counts,
-    check_positive,
-    check_progress,
-    check_seed,
     concrete_function,
     finite,
     image_rng,
@@ -115,30 +111,20 @@ def pgd(
         ImportError: If cleverhans is not installed.
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, the classifier fails a check (see
-            `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
+            `judging.classifiers.check_classifier`) or its logits or gradients become NaN or
+            infinite.
     """
-    if not isinstance(loss, str) or loss not in _LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(_LOSSES)}. Received: {loss!r}.")
+    objective = _LOSSES[arguments.one_of("loss", loss, _LOSSES)]
     arguments.boolean("random_start", random_start)
-    _check(eps=eps, step_size=step_size, seed=seed, batch_size=batch_size, progress=progress)
-    strengths = _strengths(iterations)
+    step_size = arguments.positive("step_size", step_size)
+    settings = _settings(eps, iterations, seed, batch_size, progress)
 
     def start(index: int, image: Array) -> Array:
         noise = image_rng(seed, _PGD_START, index).uniform(-eps, eps, image.shape)
         return image + noise if random_start else image
 
-    checked = check_classifier(classifier, x, y, loss=_LOSSES[loss])
-    return _projected_ascent(
-        checked,
-        checked.y,
-        _LOSSES[loss],
-        start,
-        eps=eps,
-        step_size=step_size,
-        strengths=strengths,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    checked = check_classifier(classifier, x, y, loss=objective)
+    return _projected_ascent(checked, checked.y, objective, start, step_size, settings)
 
 
 def tpgd(
@@ -158,8 +144,8 @@ def tpgd(
     Maximises `KL(softmax(f(x)) || softmax(f(x_adv)))` from a start at `x + 0.001 N(0, 1)`. The
     labels serve to count correct images only. Arguments, result and errors are those of `pgd`.
     """
-    _check(eps=eps, step_size=step_size, seed=seed, batch_size=batch_size, progress=progress)
-    strengths = _strengths(iterations)
+    step_size = arguments.positive("step_size", step_size)
+    settings = _settings(eps, iterations, seed, batch_size, progress)
 
     def start(index: int, image: Array) -> Array:
         noise = image_rng(seed, _TPGD_START, index).standard_normal(image.shape)
@@ -167,17 +153,7 @@ def tpgd(
 
     checked = check_classifier(classifier, x, y, loss=_cross_entropy)
     clean = tf.nn.softmax(predict(checked, batch_size=batch_size)).numpy()
-    return _projected_ascent(
-        checked,
-        clean,
-        _soft_cross_entropy,
-        start,
-        eps=eps,
-        step_size=step_size,
-        strengths=strengths,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    return _projected_ascent(checked, clean, _soft_cross_entropy, start, step_size, settings)
 
 
 def square(
@@ -211,23 +187,59 @@ def square(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, `x` is not `[N, H, W, C]`, the classifier fails
-            a check (see `classifiers.check_classifier`) or a logit is NaN or infinite.
+            a check (see `judging.classifiers.check_classifier`) or a logit is NaN or infinite.
     """
-    _check(eps=eps, step_size=1, seed=seed, batch_size=batch_size, progress=progress)
-    strengths = _strengths(iterations)
+    settings = _settings(eps, iterations, seed, batch_size, progress)
     checked = check_classifier(classifier, x, y)
     if checked.x.ndim != 4:
         raise ValueError(f"square needs images [N, H, W, C]. Received: shape {checked.x.shape}.")
-    best, correct = square_search.search(
+    best, correct = square_attack.search(
         checked,
-        _box(checked.x, eps),
-        strengths,
-        eps=eps,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
+        _box(checked.x, settings.eps),
+        settings.strengths,
+        eps=settings.eps,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        progress=settings.progress,
     )
-    return AttackResult(best, np.array(strengths), correct, np.zeros_like(correct))
+    return AttackResult(best, np.array(settings.strengths), correct, np.zeros_like(correct))
+
+
+class _Settings(NamedTuple):
+    """What every attack is told, checked before anything is computed."""
+
+    eps: float
+    strengths: list[int]
+    seed: int
+    batch_size: int
+    progress: Progress | None
+
+
+def _settings(
+    eps: float,
+    iterations: int | Sequence[int],
+    seed: int,
+    batch_size: int,
+    progress: Progress | None,
+) -> _Settings:
+    return _Settings(
+        arguments.positive("eps", eps),
+        _strengths(iterations),
+        arguments.fixed_seed(seed),
+        arguments.positive_integer("batch_size", batch_size),
+        arguments.optional_function("progress", progress),
+    )
+
+
+def _strengths(iterations: int | Sequence[int]) -> list[int]:
+    given = iterations if isinstance(iterations, Iterable) else [iterations]
+    strengths = [arguments.positive_integer("iterations", strength) for strength in given]
+    if not strengths or any(b <= a for a, b in itertools.pairwise(strengths)):
+        raise ValueError(
+            "`iterations` must be a number or rising numbers, each of at least 1. "
+            f"Received: iterations={strengths}"
+        )
+    return strengths
 
 
 def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
@@ -254,15 +266,12 @@ def _projected_ascent(
     targets: npt.NDArray,
     loss: Callable[..., tf.Tensor],
     start: Callable[[int, Array], Array],
-    *,
-    eps: float,
     step_size: float,
-    strengths: Sequence[int],
-    batch_size: int,
-    progress: Progress | None,
+    settings: _Settings,
 ) -> AttackResult:
     """Climbs `loss(labels=targets, logits=...)` by sign steps, projected on the box."""
-    with extras.importing("experiments", "A PGD attack"):
+    strengths = settings.strengths
+    with optional_packages.importing("experiments", "A PGD attack"):
         from cleverhans.tf2.utils import compute_gradient, optimize_linear
     x_adv = np.empty_like(checked.x)
     correct = np.empty((len(strengths), len(x_adv)), bool)
@@ -282,9 +291,9 @@ def _projected_ascent(
 
     steps = concrete_function(steps, x_adv, targets, x_adv, x_adv, np.array(0, np.int32))
     logits = concrete_function(checked.logits, x_adv)
-    for s in batches(len(x_adv), batch_size):
+    for s in batches(len(x_adv), settings.batch_size):
         size = s.stop - s.start
-        low, high = _box(checked.x[s], eps)
+        low, high = _box(checked.x[s], settings.eps)
         first = np.stack([start(i, checked.x[i]) for i in range(s.start, s.stop)])
         first = np.clip(first, low, high).astype(np.float32)
         images, target, low, high = (pad_rows(a) for a in (first, targets[s], low, high))
@@ -295,32 +304,10 @@ def _projected_ascent(
             correct[row, s] = outputs.argmax(axis=1) == checked.y[s]
             rounded = loss(labels=target[:size], logits=outputs).numpy() == 0
             faded[row, s] = correct[row, s] & (rounded | (largest < _SMALLEST))
-            if progress is not None:
-                progress(size * (strength - done))
+            if settings.progress is not None:
+                settings.progress(size * (strength - done))
         x_adv[s] = images.numpy()[:size]
     return AttackResult(x_adv, np.array(strengths), correct, faded)
-
-
-def _check(
-    *, eps: float, step_size: float, seed: int, batch_size: int, progress: Progress | None
-) -> None:
-    """Checks what is to be refused before anything is computed."""
-    check_positive(eps=eps, step_size=step_size)
-    check_counts(batch_size=batch_size)
-    check_seed(seed)
-    check_progress(progress)
-
-
-def _strengths(iterations: int | Sequence[int]) -> list[int]:
-    strengths = list(iterations) if isinstance(iterations, Iterable) else [iterations]
-    for strength in strengths:
-        check_counts(iterations=strength)
-    if not strengths or any(b <= a for a, b in itertools.pairwise(strengths)):
-        raise ValueError(
-            "iterations must be a number or rising numbers, each of at least 1. "
-            f"Received: {strengths}."
-        )
-    return [int(strength) for strength in strengths]
 
 
 def _box(x: Array, eps: float) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import _keras, arguments, graph_search, recording, second_derivatives, signature
-from tfjacreg.errors import came_from
+from tfjacreg.error_causes import came_from
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.layer_calls import LayerCall, calls_of_layers
 from tfjacreg.vectors import inner, length, random_unit, unit

@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import arguments, errors, extras, originals, temporary
-from tfjacreg.originals import CIFAR_ARCHIVE as _CIFAR_ARCHIVE
-from tfjacreg.originals import IDX_FILES as _IDX_FILES
-from tfjacreg.originals import NUM_CLASSES
+from tfjacreg import arguments, atomic_files, dataset_files, error_causes, optional_packages
+from tfjacreg.dataset_files import NUM_CLASSES
 
 DOWNLOADED = ("fashion_mnist", "kmnist", "cifar10")
 NAMES = ("digits", *DOWNLOADED)
@@ -100,8 +98,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     """
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"A data set's name must be one of {NAMES}. Received: {name!r}")
-    if arguments.seed(seed) is None:
-        raise ValueError("`seed` must be an integer >= 0. Received: seed=None")
+    seed = arguments.fixed_seed(seed)
     data_dir = None if data_dir is None else arguments.path("data_dir", data_dir)
     held, test = _digits() if name == "digits" else _from_tfds(name, data_dir)
     rest, validation = _stratified(held.y, VALIDATION_SIZES[name], np.random.default_rng(seed))
@@ -158,11 +155,11 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
         if builder.is_prepared():
             _stored(name, builder)
             return target
-    arrays = {split: originals.read(name, source, split) for split in ("train", "test")}
+    arrays = {split: dataset_files.read(name, source, split) for split in ("train", "test")}
     blank = _blank(name)
     try:
         with (
-            temporary.replacing(target) as scratch,
+            atomic_files.replacing(target) as scratch,
             # It would praise the temporary folder. The progress bar is on the other stream.
             contextlib.redirect_stdout(io.StringIO()),
         ):
@@ -177,9 +174,9 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
             )
             for file in Path(made.data_dir).iterdir():
                 os.replace(file, scratch / file.name)
-            temporary.remove(scratch / "made")
+            atomic_files.remove(scratch / "made")
     except Exception as error:
-        if not errors.came_from(error, OSError, tf.errors.OpError):
+        if not error_causes.came_from(error, OSError, tf.errors.OpError):
             raise
         raise OSError(
             f"Cannot write {target}: {error}. Choose a writable --data-dir with room for the data "
@@ -189,7 +186,7 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
 
 
 def _tensorflow_datasets(name: str) -> Any:
-    with extras.importing("experiments", f"The data set {name}"):
+    with optional_packages.importing("experiments", f"The data set {name}"):
         import tensorflow_datasets as tfds
     return tfds
 
@@ -249,8 +246,8 @@ def _damaged(name: str, folder: Path, error: Exception) -> ValueError:
 
 def _originals(name: str) -> str:
     if name == "cifar10":
-        return _CIFAR_ARCHIVE
-    return ", ".join(f"{file}.gz" for pair in _IDX_FILES.values() for file in pair)
+        return dataset_files.CIFAR_ARCHIVE
+    return ", ".join(f"{file}.gz" for pair in dataset_files.IDX_FILES.values() for file in pair)
 
 
 def _from_tfds(name: str, data_dir: Path | None) -> tuple[Split, Split]:
@@ -282,7 +279,7 @@ def _ask(host: str) -> None:
 
 
 def _digits() -> tuple[Split, Split]:
-    with extras.importing("experiments", "The data set digits"):
+    with optional_packages.importing("experiments", "The data set digits"):
         from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
-from tfjacreg import nearest
-from tfjacreg.classifiers import (
+from tfjacreg import arguments
+from tfjacreg.judging.boundary_distance import search_function as boundary_search
+from tfjacreg.judging.classifiers import (
     Array,
+    CheckedClassifier,
     Progress,
     batches,
     check_classifier,
-    check_counts,
-    check_positive,
-    check_progress,
-    check_seed,
     concrete_function,
     image_rng,
     pad_rows,
     predict,
     scaled_margin,
 )
+from tfjacreg.judging.minimal_distance import search_function as minimal_search
 
-_NOISE, _DIRECTIONS = 10, 11
+_NOISE = 10
 # Relative spacing of the radii that are tried.
 _RADIUS_STEP = float(np.finfo(np.float32).eps)
 
@@ -64,12 +62,10 @@ def noise_accuracy(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check_classifier`).
+            `judging.classifiers.check_classifier`).
     """
     scales = np.sqrt(_squares(variances))
-    check_counts(draws=draws, batch_size=batch_size)
-    check_seed(seed)
-    check_progress(progress)
+    _check(seed, progress, draws=draws, batch_size=batch_size)
     checked = check_classifier(classifier, x, y)
     logits = concrete_function(checked.logits, checked.x)
     rngs = [image_rng(seed, _NOISE, i) for i in range(len(checked.x))]
@@ -95,7 +91,8 @@ def _squares(variances: Sequence[float]) -> npt.NDArray[np.float64]:
             squares = given.astype(np.float64)
     if squares is None or not ((squares >= 0) & (squares <= np.finfo(np.float32).max)).all():
         raise ValueError(
-            f"variances must be a sequence of numbers of at least 0. Received: {variances!r}."
+            "`variances` must be a sequence of numbers of at least 0. "
+            f"Received: variances={variances!r}"
         )
     return squares
 
@@ -146,69 +143,30 @@ def boundary_distance(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range or the classifier fails a check (see
-            `classifiers.check_classifier`).
+            `judging.classifiers.check_classifier`).
     """
-    check_counts(samples=samples, spheres=spheres, batch_size=batch_size)
-    check_positive(resolution=resolution)
-    check_seed(seed)
-    check_progress(progress)
+    _check(seed, progress, samples=samples, spheres=spheres, batch_size=batch_size)
+    resolution = arguments.positive("resolution", resolution)
     checked = check_classifier(classifier, x, y)
-    shape = checked.x.shape[1:]
-    max_radius = float(np.sqrt(np.prod(shape))) if max_radius is None else max_radius
-    check_positive(max_radius=max_radius)
+    if max_radius is None:
+        max_radius = np.sqrt(checked.x[0].size)
+    max_radius = arguments.positive("max_radius", max_radius)
     if resolution < (finest := max_radius * _RADIUS_STEP):
         raise ValueError(
-            f"resolution must be at least {finest:.2g}: float32 tells no finer radii apart up to "
-            f"{max_radius:g}. Received: {resolution}."
+            f"`resolution` must be at least {finest:.2g}: float32 tells no finer radii apart up to "
+            f"{max_radius:g}. Received: resolution={resolution}"
         )
-    spacing = max_radius / spheres
-
-    def changed(
-        images: tf.Tensor, labels: tf.Tensor, directions: tf.Tensor, radii: tf.Tensor
-    ) -> tf.Tensor:
-        rays = tf.reshape(radii, [-1, *[1] * len(directions.shape[1:])]) * directions
-        points = tf.reshape(images[:, None] + rays, [-1, *shape])
-        classes = tf.argmax(checked.logits(points), axis=1, output_type=tf.int32)
-        return tf.reduce_any(tf.reshape(classes, [-1, samples]) != labels[:, None], axis=1)
-
-    def directions_of(index: npt.NDArray[np.int64]) -> Array:
-        normal = [
-            image_rng(seed, _DIRECTIONS, i).standard_normal((samples, *shape), np.float32)
-            for i in index
-        ]
-        flat = np.stack(normal).reshape(len(index), samples, -1)
-        unit = flat / np.linalg.norm(flat, axis=2, keepdims=True)
-        return unit.reshape(len(index), samples, *shape)
-
-    correct = np.flatnonzero(predict(checked).argmax(axis=1) == checked.y)
-    distance = np.full(len(checked.x), np.nan)
-    if progress is not None:
-        progress(len(checked.x) - len(correct))
-    if not len(correct):
-        return distance
-    changed = concrete_function(
-        changed, checked.x, checked.y, directions_of(correct[:1]), distance.astype(np.float32)
+    search = boundary_search(
+        checked,
+        samples=samples,
+        max_radius=max_radius,
+        spheres=spheres,
+        resolution=resolution,
+        seed=seed,
     )
-    for s in batches(len(correct), max(1, batch_size // samples)):
-        index = correct[s]
-        directions = directions_of(index)
-        inner, outer = np.zeros(len(index)), np.full(len(index), np.inf)
-        while True:
-            searching = np.isinf(outer) & (inner < max_radius - spacing / 2)
-            busy = np.flatnonzero(searching | (outer - inner > resolution) & np.isfinite(outer))
-            if not len(busy):
-                break
-            radii = np.where(searching, inner + spacing, (inner + outer) / 2)[busy]
-            hit = changed(
-                *(tf.constant(a[index[busy]]) for a in (checked.x, checked.y)),
-                tf.constant(directions[busy]),
-                tf.constant(radii, tf.float32),
-            ).numpy()
-            outer[busy[hit]] = radii[hit]
-            inner[busy[~hit]] = radii[~hit]
-        distance[index] = outer
-        if progress is not None:
-            progress(len(index))
+    distance = np.full(len(checked.x), np.nan)
+    for index in _correct(checked, max(1, batch_size // samples), progress):
+        distance[index] = search(index)
     return distance
 
 
@@ -249,19 +207,37 @@ def minimal_distance(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, the classifier fails a check (see
-            `classifiers.check_classifier`) or its logits or gradients become NaN or infinite.
+            `judging.classifiers.check_classifier`) or its logits or gradients become NaN or
+            infinite.
     """
-    check_seed(seed)
-    check_progress(progress)
-    check_counts(starts=starts, iterations=iterations, batch_size=batch_size)
+    _check(seed, progress, starts=starts, iterations=iterations, batch_size=batch_size)
     checked = check_classifier(classifier, x, y, loss=scaled_margin)
-    correct = np.flatnonzero(predict(checked, batch_size=batch_size).argmax(axis=1) == checked.y)
+    search = minimal_search(checked, starts=starts, iterations=iterations, seed=seed)
     distance, x_adv = np.full(len(checked.x), np.nan), np.full_like(checked.x, np.nan)
+    for index in _correct(checked, batch_size, progress):
+        distance[index], x_adv[index] = search(index)
+    return distance, x_adv
+
+
+def _check(seed: int, progress: Progress | None, **counts: int) -> None:
+    arguments.fixed_seed(seed)
+    arguments.optional_function("progress", progress)
+    for name, count in counts.items():
+        arguments.positive_integer(name, count)
+
+
+def _correct(
+    checked: CheckedClassifier, batch_size: int, progress: Progress | None
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields the numbers of the images that are classified correctly, a batch at a time.
+
+    `progress` is told of the others at once, and of these when their batch is done.
+    """
+    classes = predict(checked, batch_size=batch_size).argmax(axis=1)
+    correct = np.flatnonzero(classes == checked.y)
     if progress is not None:
         progress(len(checked.x) - len(correct))
-    search = nearest.search_function(checked, starts=starts, iterations=iterations, seed=seed)
     for s in batches(len(correct), batch_size):
-        distance[correct[s]], x_adv[correct[s]] = search(correct[s])
+        yield correct[s]
         if progress is not None:
             progress(s.stop - s.start)
-    return distance, x_adv

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import _keras, recording, rewrites
-from tfjacreg.errors import came_from
+from tfjacreg.error_causes import came_from
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.layer_calls import LayerCall
 from tfjacreg.vectors import inner, length, unit

@@ -254,9 +254,9 @@ def _die_at(number, seen):
 
 def _fill_at(name, filler):
     """Fills the disk when a file of that name is about to be written."""
-    from tfjacreg import temporary
+    from tfjacreg import atomic_files
 
-    replacing = temporary.replacing
+    replacing = atomic_files.replacing
 
     @contextlib.contextmanager
     def full(path):
@@ -267,7 +267,7 @@ def _fill_at(name, filler):
         with replacing(path) as inner:
             yield inner
 
-    temporary.replacing = full
+    atomic_files.replacing = full
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from nursery import shrink
 from tfjacreg.experiments import evaluation, pipeline, selection
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.ledger import Ledger
 from tfjacreg.experiments.run import run, train
 from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
@@ -155,7 +156,7 @@ def by_report(folder):
         raise RunError(f"{folder} {result.problem}: --overwrite")
     evaluated = folder / "evaluation.json"
     if evaluated.exists():
-        RunFolder(folder).read_evaluation()
+        FolderReader(folder).read_evaluation()
     return result.metrics
 
 
@@ -166,10 +167,10 @@ def by_sweep(folder):
         ledger.succeed(claim, {"test_accuracy": METRICS["test_accuracy"], "test_loss": 1.0})
         ledger.locks.release(claim.name, claim.descriptor)
         ledger.check_folders()
-        if not RunFolder(folder).finished:
+        if not FolderReader(folder).finished:
             raise RunError(f"{folder} is made again: metrics.json, config.json, --overwrite")
     (folder.parent / "sweep.sqlite3").unlink()
-    return RunFolder(folder).read_metrics()
+    return FolderReader(folder).read_metrics()
 
 
 METRICS: dict[str, float] = {}
@@ -283,7 +284,7 @@ def test_a_run_of_the_first_version_is_read_as_before(finished, tmp_path):
 
 def test_results_kept_alone_are_a_sweeps(finished, tmp_path):
     """Without classifier and SavedModel; by hand they are missed."""
-    folder = RunFolder(copy(finished[0], tmp_path / "sweep") / Sweep.folder(CONFIG))
+    folder = FolderReader(copy(finished[0], tmp_path / "sweep") / Sweep.folder(CONFIG))
     folder.classifier_file.unlink()
     with pytest.raises(RunError, match="classifier.keras is missing"):
         folder.check_products(alone=True)

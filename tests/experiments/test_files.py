@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
 
 RESULTS = sorted((Path(__file__).parents[2] / "results").rglob("*.json"))
@@ -40,7 +40,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     path.write_text("old")
 
     def interrupted():
-        with temporary.replacing(path) as file:
+        with atomic_files.replacing(path) as file:
             file.write_text("half")
             assert file.parent == tmp_path and file.suffix == ".txt"
             raise KeyboardInterrupt
@@ -48,7 +48,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with temporary.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         file.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 

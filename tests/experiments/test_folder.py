@@ -8,10 +8,11 @@ import keras
 import pytest
 from keras import layers
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 
 CONFIG = RunConfig.of(epochs=2)
 ROW = {"epoch": 1, "val_loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.7, "step_seconds": 0.1}
@@ -34,30 +35,35 @@ def folder(tmp_path):
     return folder
 
 
-def test_what_was_written_is_read_again(folder, model):
-    assert (folder.claimed, folder.finished, folder.problem) == (True, False, "not finished")
-    settings = folder.read_config()
+@pytest.fixture
+def reader(folder):
+    return folder.reader
+
+
+def test_what_was_written_is_read_again(folder, reader, model):
+    assert (reader.claimed, reader.finished, reader.problem) == (True, False, "not finished")
+    settings = reader.read_config()
     assert CONFIG.differences(settings) == {} and settings["environment"]["keras"]
     history = [ROW, ROW | {"epoch": 2, "val_loss": 0.4}]
     model.optimizer.iterations.assign(6)
     folder.write_epoch(history, model)
-    restored, rows = folder.read_state(steps_per_epoch=3)
-    assert rows == history == folder.read_history() and folder.count_epochs() == 2
+    restored, rows = reader.read_state(steps_per_epoch=3)
+    assert rows == history == reader.read_history() and reader.count_epochs() == 2
     assert int(restored.optimizer.iterations) == 6
     # A row more than the checkpoint: the process was killed between the two.
     model.optimizer.iterations.assign(3)
     folder.write_epoch(history, model)
-    assert folder.read_state(steps_per_epoch=3)[1] == history[:1]
+    assert reader.read_state(steps_per_epoch=3)[1] == history[:1]
     written = folder.write_result(model, METRICS)
-    assert folder.finished and folder.problem is None and not folder.checkpoint_file.exists()
-    assert folder.read_metrics() == written == json.loads(folder.metrics_file.read_text())
+    assert reader.finished and reader.problem is None and not reader.checkpoint_file.exists()
+    assert reader.read_metrics() == written == json.loads(reader.metrics_file.read_text())
     assert {k: v for k, v in written.items() if k not in ("files", "sha256")} == METRICS
     assert written["files"].keys() == {"settings", "history.csv", "classifier.keras", "saved_model"}
-    assert folder.saved_model.is_dir()
-    folder.require_classifier()
-    assert len(folder.classifier_digest()) == 64
+    assert reader.saved_model.is_dir()
+    reader.require_classifier()
+    assert len(reader.classifier_digest()) == 64
     folder.write_evaluation({"clean_accuracy": 0.5})
-    assert folder.read_evaluation() == {"clean_accuracy": 0.5}
+    assert reader.read_evaluation() == {"clean_accuracy": 0.5}
     assert not list(folder.path.glob(".*"))
 
 
@@ -69,25 +75,25 @@ def test_another_configuration_is_refused(folder):
         folder.claim(WHOLE)
 
 
-def test_a_folder_from_before_a_setting_existed_is_the_same_runs(folder):
-    settings = json.loads(folder.config_file.read_text())
+def test_a_folder_from_before_a_setting_existed_is_the_same_runs(folder, reader):
+    settings = json.loads(reader.config_file.read_text())
     del settings["whole_training_set"], settings["initialization"]
-    folder.config_file.write_text(json.dumps(settings))
+    reader.config_file.write_text(json.dumps(settings))
     folder.claim(CONFIG)
-    assert folder.read_config()["whole_training_set"] is False
-    assert folder.read_config()["initialization"] == "keras"
+    assert reader.read_config()["whole_training_set"] is False
+    assert reader.read_config()["initialization"] == "keras"
     with pytest.raises(RunError, match="whole_training_set is False there, True here"):
         folder.claim(WHOLE)
 
 
-def test_files_that_nobody_owns_are_not_taken_over(folder):
-    folder.metrics_file.write_text(json.dumps(METRICS))
-    folder.config_file.unlink()
+def test_files_that_nobody_owns_are_not_taken_over(folder, reader):
+    reader.metrics_file.write_text(json.dumps(METRICS))
+    reader.config_file.unlink()
     with pytest.raises(RunError, match=r"Received: \['metrics.json'\] without.*--overwrite"):
         folder.claim(CONFIG)
-    assert not folder.claimed
+    assert not reader.claimed
     folder.claim(CONFIG, overwrite=True)
-    assert folder.claimed and not folder.metrics_file.exists()
+    assert reader.claimed and not reader.metrics_file.exists()
 
 
 def test_clearing_leaves_what_is_not_the_runs(folder, model):
@@ -111,16 +117,16 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize("stop", range(len(PRODUCTS) + 1))
-def test_overwriting_that_is_stopped_is_of_the_new_run(folder, model, monkeypatch, stop):
+def test_overwriting_that_is_stopped_is_of_the_new_run(folder, reader, model, monkeypatch, stop):
     """At whatever file: the folder is the old run's, whole, or the new one's, not finished."""
     folder.write_epoch([ROW], model)
     folder.write_result(model, METRICS)
     folder.write_epoch([ROW], model)
     folder.write_error("it failed")
     folder.write_evaluation({})
-    folder.examples_file.write_bytes(b"")
+    reader.examples_file.write_bytes(b"")
     new = dataclasses.replace(CONFIG, seed=7)
-    remove, removed = temporary.remove, []
+    remove, removed = atomic_files.remove, []
 
     def killed(path):
         if not path.name.startswith("."):
@@ -136,24 +142,24 @@ def test_overwriting_that_is_stopped_is_of_the_new_run(folder, model, monkeypatc
         patch.setattr(files, "write_json", unwritable)
         with pytest.raises(RunError, match="No space left"):
             folder.claim(new, overwrite=True)
-    folder.check_products()  # Nothing has gone.
+    reader.check_products()  # Nothing has gone.
     with monkeypatch.context() as patch:
-        patch.setattr(temporary, "remove", killed)
+        patch.setattr(atomic_files, "remove", killed)
         if stop < len(PRODUCTS):
             with pytest.raises(KeyboardInterrupt):
                 folder.claim(new, overwrite=True)
         else:
             folder.claim(new, overwrite=True)
     assert sorted(removed) == sorted(PRODUCTS[:stop])
-    assert folder.claimed and not folder.finished
+    assert reader.claimed and not reader.finished
     with pytest.raises(RunError, match="has not finished"):
-        folder.require_classifier()
+        reader.require_classifier()
     with pytest.raises(RunError, match="seed is 7 there, 0 here"):
         folder.claim(CONFIG)
     folder.claim(new)  # Goes on where it was stopped.
     assert [path.name for path in folder.path.iterdir()] == ["config.json"]
-    assert not new.differences(folder.read_config()) and not folder.is_clearing
-    assert folder.read_state(3) == (None, [])
+    assert not new.differences(reader.read_config()) and not reader.is_clearing
+    assert reader.read_state(3) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -164,10 +170,10 @@ def test_overwriting_that_is_stopped_is_of_the_new_run(folder, model, monkeypatc
         ('{"dataset": "digits"}', r"config.json lacks \['data_dir', 'factor'"),
     ],
 )
-def test_damaged_settings(folder, content, message):
-    folder.metrics_file.write_text(json.dumps(METRICS))
-    folder.config_file.write_text(content)
-    for read in (folder.read_config, lambda: folder.claim(CONFIG), folder.read_metrics):
+def test_damaged_settings(folder, reader, content, message):
+    reader.metrics_file.write_text(json.dumps(METRICS))
+    reader.config_file.write_text(content)
+    for read in (reader.read_config, lambda: folder.claim(CONFIG), reader.read_metrics):
         with pytest.raises(RunError, match=f"{message}.*--overwrite"):
             read()
 
@@ -182,20 +188,21 @@ def test_damaged_settings(folder, content, message):
         ({"lowest_test_loss": {}}, "as lowest_test_loss.test_loss. Received: None"),
     ],
 )
-def test_damaged_figures(folder, change, message):
-    folder.metrics_file.write_text(json.dumps(METRICS | change))
+def test_damaged_figures(folder, reader, change, message):
+    reader.metrics_file.write_text(json.dumps(METRICS | change))
     with pytest.raises(RunError, match=f"metrics.json must hold a finite number {message}"):
-        folder.read_metrics()
+        reader.read_metrics()
 
 
 def test_on_the_whole_training_set_there_are_no_validation_figures(tmp_path):
     folder = RunFolder(tmp_path)
+    reader = folder.reader
     folder.claim(WHOLE)
     metrics = {key: value for key, value in METRICS.items() if "val" not in key}
-    folder.metrics_file.write_text(json.dumps(metrics))
-    folder.history_file.write_text("epoch,test_loss,step_seconds\n1,2,3\n")
-    assert folder.read_metrics() == metrics
-    assert folder.read_history() == [{"epoch": 1, "test_loss": 2, "step_seconds": 3}]
+    reader.metrics_file.write_text(json.dumps(metrics))
+    reader.history_file.write_text("epoch,test_loss,step_seconds\n1,2,3\n")
+    assert reader.read_metrics() == metrics
+    assert reader.read_history() == [{"epoch": 1, "test_loss": 2, "step_seconds": 3}]
 
 
 @pytest.mark.parametrize(
@@ -209,32 +216,33 @@ def test_on_the_whole_training_set_there_are_no_validation_figures(tmp_path):
         ("epoch,val_loss,step_seconds\n1,2,3\n3,2,3\n", "epoch 3 in line 2"),
     ],
 )
-def test_damaged_history(folder, content, message):
+def test_damaged_history(folder, reader, content, message):
     if content is not None:
-        folder.history_file.write_text(content)
+        reader.history_file.write_text(content)
     with pytest.raises(RunError, match=f"history.csv must hold a line of numbers.*{message}"):
-        folder.read_history()
+        reader.read_history()
 
 
-def test_a_damaged_state(folder, model):
+def test_a_damaged_state(folder, reader, model):
     model.optimizer.iterations.assign(6)
     folder.write_epoch([ROW], model)
     with pytest.raises(RunError, match="history.csv must hold the 2 epochs.*Received: 1"):
-        folder.read_state(steps_per_epoch=3)
-    folder.checkpoint_file.write_text("no zip file")
+        reader.read_state(steps_per_epoch=3)
+    reader.checkpoint_file.write_text("no zip file")
     with pytest.raises(RunError, match="checkpoint.keras cannot be loaded.*--overwrite"):
-        folder.read_state(steps_per_epoch=3)
+        reader.read_state(steps_per_epoch=3)
 
 
 def test_why_a_run_has_not_finished(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    assert folder.problem == "not started"
+    reader = folder.reader
+    assert reader.problem == "not started"
     folder.write_error("Traceback\nRunError: diverged\n")
-    assert folder.problem == "failed: RunError: diverged"
+    assert reader.problem == "failed: RunError: diverged"
     folder.write_error("")
-    assert folder.problem == "failed: error.txt is empty"
+    assert reader.problem == "failed: error.txt is empty"
     folder.clear_error()
-    assert folder.problem == "not finished"
+    assert reader.problem == "not finished"
 
 
 def test_folders_in_a_folder(tmp_path):
@@ -242,4 +250,4 @@ def test_folders_in_a_folder(tmp_path):
         RunFolder(tmp_path / name).claim(CONFIG)
     (tmp_path / "other").mkdir()
     (tmp_path / "file").write_text("")
-    assert [folder.path.name for folder in RunFolder.all_in(tmp_path)] == ["a", "b"]
+    assert [folder.path.name for folder in FolderReader.all_in(tmp_path)] == ["a", "b"]

@@ -9,7 +9,7 @@ import pytest
 
 from tfjacreg import datasets
 from tfjacreg.experiments.config import RunConfig
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 
 pytestmark = pytest.mark.slow
 CONFIG = RunConfig.of(epochs=2)
@@ -51,14 +51,14 @@ def test_train_py_and_evaluate_py(nursery, tmp_path):
             assert_one_message(*result, "train.py")
             assert str(out) in result[1] and "Choose a writable --out" in result[1]
             # The last good state is kept: of what was done before nothing is done again.
-            epochs = RunFolder(out).count_epochs() if out.exists() else 0
+            epochs = FolderReader(out).count_epochs() if out.exists() else 0
             assert epochs >= kept
             kept = epochs
             assert not list(out.glob(".*")) and not (out / "metrics.json").exists()
             filler.unlink()
         status, output = nursery.call(*train, log=log)
         assert status == 0, output
-        RunFolder(out).check_products()
+        FolderReader(out).check_products()
         assert {p.name for p in out.iterdir()} == FILES
 
         figures = tmp_path / "figures"
@@ -79,8 +79,8 @@ def test_train_py_and_evaluate_py(nursery, tmp_path):
         result = nursery.call(*anew, log=log, full_at=["config.json", str(filler)])
         assert_one_message(*result, "train.py")
         filler.unlink()
-        RunFolder(out).check_claim(CONFIG)
-        RunFolder(out).check_products()
+        FolderReader(out).check_claim(CONFIG)
+        FolderReader(out).check_products()
 
 
 def test_a_sweep(nursery, tmp_path):
@@ -98,7 +98,7 @@ def test_a_sweep(nursery, tmp_path):
                 assert_one_message(*result, "train.py")
         status, output = nursery.call(*sweep, "--retry-failed", log=log)
         assert status == 0, output
-        assert all(RunFolder(p).problem is None for p in out.glob("*-seed*"))
+        assert all(FolderReader(p).problem is None for p in out.glob("*-seed*"))
 
 
 def test_standard_output_that_cannot_be_written(nursery, tmp_path):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tfjacreg.experiments.config import RunConfig
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.sweep import Sweep
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def lines(path):
 
 
 def assert_figures(path, expected):
-    folder = RunFolder(path)
+    folder = FolderReader(path)
     folder.check_products()
     metrics = folder.read_metrics()
     assert {name: metrics[name] for name in FIGURES} == pytest.approx(expected, rel=1e-5)
@@ -71,18 +71,18 @@ def test_train_py(nursery, undisturbed, moments, tmp_path):
     for _number in range(10):
         overwrite = ["--overwrite"] if moments.random() < 0.3 else []
         # What is still there of a run that was being thrown away does not count.
-        previous, before = seed, [] if RunFolder(out).is_clearing else lines(out)
+        previous, before = seed, [] if FolderReader(out).is_clearing else lines(out)
         seed = 1 - seed if overwrite else seed
         argv = [*command(out, seed), *overwrite]
         start_and_kill(nursery, moments, argv, tmp_path / "log", seconds, changes)
-        folder = RunFolder(out)
+        folder = FolderReader(out)
         if not folder.claimed:
             assert not before and set(p.name[:9] for p in out.glob("*")) <= {".partial-", ".lock"}
             continue
         config = RunConfig.of(epochs=EPOCHS, seed=folder.read_config()["seed"])
         if overwrite and config.seed == previous:
             # Killed before the first change: the old run is as it was.
-            assert RunFolder(out).is_clearing or lines(out) == before
+            assert FolderReader(out).is_clearing or lines(out) == before
             seed = previous
         elif not overwrite:
             # The last line may be that of an epoch that was not yet in the checkpoint.
@@ -110,7 +110,7 @@ def test_evaluate_py(nursery, undisturbed, moments, tmp_path):
     known: set[str] = set()
     for _ in range(6):
         start_and_kill(nursery, moments, argv, tmp_path / "log", seconds, changes)
-        found = RunFolder(out).read_evaluation() or {}
+        found = FolderReader(out).read_evaluation() or {}
         assert known <= found.keys()
         known = set(found)
     status, output = nursery.call(*argv, log=tmp_path / "log")
@@ -144,8 +144,8 @@ def test_a_sweep_with_two_workers(nursery, undisturbed, moments, tmp_path):
     for config in configs:
         folder = out / Sweep.folder(config)
         assert {p.name for p in folder.iterdir()} == FILES
-        RunFolder(folder).check_claim(config)
-        RunFolder(folder).check_products()
+        FolderReader(folder).check_claim(config)
+        FolderReader(folder).check_products()
         if config.regularizer == "spectral":
             assert_figures(folder, figures[config.seed])
         kept = seen.get(folder.name, [])

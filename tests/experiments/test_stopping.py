@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +50,9 @@ def test_at_random_moments(nursery, tmp_path, number):
                 time.sleep(0.05)
         if epochs is not None:
             # What is there is whole: the next command goes on with it.
-            RunFolder(epochs).read_config()
-            _, rows = RunFolder(epochs).read_state(4)
+            FolderReader(epochs).read_config()
+            _, rows = FolderReader(epochs).read_state(4)
             # A line may be there whose checkpoint is not.
             if rows:
-                assert rows == RunFolder(epochs).read_history()[: len(rows)]
-                assert RunFolder(epochs).count_epochs() - len(rows) in (0, 1)
+                assert rows == FolderReader(epochs).read_history()[: len(rows)]
+                assert FolderReader(epochs).count_epochs() - len(rows) in (0, 1)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tfjacreg.experiments.config import RunConfig
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.sweep import Sweep
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "save
 
 def assert_whole(path, config):
     """A finished run of one configuration, whose files belong together."""
-    folder = RunFolder(path)
+    folder = FolderReader(path)
     folder.check_claim(config)
     folder.check_products()
     assert [row["epoch"] for row in folder.read_history()] == list(range(1, config.epochs + 1))
@@ -111,7 +111,7 @@ def test_two_evaluate_py(nursery, moments, tmp_path):
 
 
 def assert_evaluation_fits(out):
-    folder = RunFolder(out)
+    folder = FolderReader(out)
     found = folder.read_evaluation()
     if found is not None and folder.finished:
         assert found["settings"]["classifier_sha256"] == folder.classifier_digest()

@@ -64,7 +64,7 @@ class StopAtNaN(keras.callbacks.Callback):
             return
         done = len(self._history)
         kept = (
-            f"the state after epoch {done} is in {self._folder.checkpoint_file}"
+            f"the state after epoch {done} is in {self._folder.reader.checkpoint_file}"
             if done
             else "no epoch was finished"
         )

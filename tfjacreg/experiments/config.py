@@ -104,10 +104,8 @@ class RunConfig:
             "learning_rate": arguments.positive("learning_rate", self.learning_rate),
             "augment": arguments.boolean("augment", self.augment),
             "whole_training_set": arguments.boolean("whole_training_set", self.whole_training_set),
-            "seed": arguments.seed(self.seed, below=2**32),  # NumPy's own limit.
+            "seed": arguments.fixed_seed(self.seed, below=2**32),  # NumPy's own limit.
         }
-        if self.seed is None:
-            raise ValueError("`seed` must be an integer: a run can be repeated. Received: None")
         if self.data_dir is not None:
             checked["data_dir"] = str(arguments.path("data_dir", self.data_dir))
         if self.network == "lenet" and self.width != 1:
@@ -149,7 +147,7 @@ class RunConfig:
         Where the data lies does not count: it does not change what the run is.
 
         Args:
-            settings: What `RunFolder.read_config` reads.
+            settings: What `FolderReader.read_config` reads.
         """
         return {
             name: (settings.get(name), value)

@@ -11,7 +11,6 @@ import keras
 import numpy as np
 
 from tfjacreg import attacks, datasets
-from tfjacreg.classifiers import check_classifier, predict
 from tfjacreg.experiments import (
     checkpoint,
     curves,
@@ -24,6 +23,8 @@ from tfjacreg.experiments import (
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
+from tfjacreg.judging.classifiers import check_classifier, predict
 
 
 class Target(NamedTuple):
@@ -61,7 +62,7 @@ def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -
     folders = {
         RunFolder(Path(out) / path.stem if path.suffix == ".keras" else path).path.absolute()
         for path in map(Path, paths)
-        if (path.suffix == ".keras" and path.is_file()) or RunFolder(path).claimed
+        if (path.suffix == ".keras" and path.is_file()) or FolderReader(path).claimed
     }
     with contextlib.ExitStack() as stack:
         for folder in sorted(folders):  # In one order, so that no two wait for each other.
@@ -99,9 +100,9 @@ def find_targets(
     configs = {}
     for path in map(Path, paths):
         if path not in bare:
-            folder = RunFolder(path)
-            folder.require_classifier()
-            configs[path] = folder.read_config()
+            reader = FolderReader(path)
+            reader.require_classifier()
+            configs[path] = reader.read_config()
         elif not path.is_file():
             raise ValueError(f"There is no classifier at {path}.")
     targets = []
@@ -109,7 +110,7 @@ def find_targets(
         if path in configs:
             folder, config = RunFolder(path), configs[path]
             target = Target(
-                classifier=folder.classifier_file,
+                classifier=folder.reader.classifier_file,
                 folder=folder,
                 dataset=config["dataset"],
                 data_dir=data_dir or config["data_dir"],
@@ -183,7 +184,7 @@ def judge(
             figures.adversarial_figure(
                 *adversarial_examples(target, x, y, examples, seed=seed),
                 f"{target.method}, {target.dataset}: PGD, eps {attacks.EPS * 255:g}/255",
-                target.folder.examples_file,
+                target.folder.reader.examples_file,
             )
     tables = []
     if perturbations:
@@ -242,9 +243,10 @@ def evaluate(
         },
         "environment": environment.environment(),
     }
-    result = None if overwrite else target.folder.read_evaluation()
+    reader = target.folder.reader
+    result = None if overwrite else reader.read_evaluation()
     if result is not None:
-        _refuse_other_settings(target.folder.evaluation_file, result, header)
+        _refuse_other_settings(reader.evaluation_file, result, header)
     classifier = load(target.classifier)
     try:
         if result is None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Evaluation
 
@@ -342,5 +342,5 @@ def _mark(ax: Axes, x: Any, y: Any, style: Style) -> None:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG; what was there before stays until it is whole."""
-    with temporary.replacing(Path(path)) as file:
+    with atomic_files.replacing(Path(path)) as file:
         figure.savefig(file, format="png")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 
 _SEAL = "sha256"
 
@@ -23,7 +23,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: If the file cannot be written; what was there before is then untouched.
     """
-    with temporary.replacing(path) as file:
+    with atomic_files.replacing(path) as file:
         file.write_text(json_text(content), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tfjacreg.experiments.config import RunConfig, RunError
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
 from tfjacreg.experiments.sweep import Cell, Sweep
 
@@ -193,7 +193,7 @@ class Ledger:
         with self.locks.exclusive():
             again = set()
             for name, trial in self.latest().items():
-                gone = not RunFolder(self.out / name).finished
+                gone = not FolderReader(self.out / name).finished
                 if (failed and trial.state == TrialState.FAIL) or (
                     lost and gone and trial.state == TrialState.COMPLETE
                 ):
@@ -209,7 +209,7 @@ class Ledger:
             RunError: If a folder is another run's, is damaged, or has other figures.
         """
         for name, trial in self.latest().items():
-            folder = RunFolder(self.out / name)
+            folder = FolderReader(self.out / name)
             if trial.state != TrialState.COMPLETE:
                 continue
             if (
@@ -268,7 +268,7 @@ class Ledger:
         return sum(
             config.epochs
             if latest[name].state.is_finished()
-            else RunFolder(self.out / name).count_epochs()
+            else FolderReader(self.out / name).count_epochs()
             for name, config in self.configs.items()
         )
 

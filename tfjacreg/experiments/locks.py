@@ -10,8 +10,8 @@ from typing import Any
 
 import sqlalchemy
 
-from tfjacreg import extras
-from tfjacreg.experiments import owner
+from tfjacreg import optional_packages
+from tfjacreg.experiments import folder_lock
 
 # A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
 # after 60, hands its run to another.
@@ -45,11 +45,11 @@ class FileLocks:
 
         A process that inherits the descriptor has the lock too.
         """
-        return owner.acquire(self._out / name)
+        return folder_lock.acquire(self._out / name)
 
     def release(self, name: str, descriptor: int) -> None:
         """Frees the lock of a run."""
-        owner.release(self._out / name, descriptor)
+        folder_lock.release(self._out / name, descriptor)
 
     def ensure_alive(self) -> None:
         """Raises if the locks may be lost, which the kernel does to no living process."""
@@ -122,7 +122,7 @@ def server_url(storage: str) -> sqlalchemy.URL:
         url = sqlalchemy.make_url(storage)
         if url.get_backend_name() in ("postgresql", "postgres"):
             # psycopg 3, whichever driver SQLAlchemy's version takes for the bare name.
-            with extras.importing("postgresql", "A sweep on a PostgreSQL server"):
+            with optional_packages.importing("postgresql", "A sweep on a PostgreSQL server"):
                 import psycopg  # noqa: F401
             return url.set(drivername="postgresql+psycopg")
     raise ValueError(

@@ -16,7 +16,8 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from tfjacreg import attacks, norms, robustness
-from tfjacreg.classifiers import (
+from tfjacreg.experiments import curves
+from tfjacreg.judging.classifiers import (
     Progress,
     batches,
     check_classifier,
@@ -26,7 +27,6 @@ from tfjacreg.classifiers import (
     pad_rows,
     predict,
 )
-from tfjacreg.experiments import curves
 
 # How well a classifier stands up to each at rising strength, and what is measured at each image.
 PERTURBATIONS = tuple(curves.TITLES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import (
     curves,
     distributions,
@@ -22,7 +22,7 @@ from tfjacreg.experiments import (
     tables,
 )
 from tfjacreg.experiments.curves import Evaluation
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
 from tfjacreg.experiments.selection import LABELS, CellResults, RunResult, SweepResults
 
@@ -91,7 +91,7 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
     blocks += ["## Runs and machines", *map(tables.machines, sweeps)]
     text = "\n\n".join(blocks) + "\n"
     for name, content in (("report.md", text), ("report.html", html.render(text, out))):
-        with temporary.replacing(out / name) as file:
+        with atomic_files.replacing(out / name) as file:
             file.write_text(content, encoding="utf-8")
     return out / "report.html"
 
@@ -240,13 +240,13 @@ def _refuse_other_settings(judged: dict[Path, dict[str, Any]]) -> None:
         if different:
             raise ValueError(
                 "Evaluations that are compared must have equal settings. Received: "
-                f"{RunFolder(folder).evaluation_file} and {RunFolder(other).evaluation_file}, "
-                f"which differ in {different}. Judge one of them again, with evaluate.py "
-                "--overwrite."
+                f"{FolderReader(folder).evaluation_file} and "
+                f"{FolderReader(other).evaluation_file}, which differ in {different}. Judge one of "
+                "them again, with evaluate.py --overwrite."
             )
 
 
-def _check_evaluation(folder: RunFolder, result: dict[str, Any]) -> None:
+def _check_evaluation(folder: FolderReader, result: dict[str, Any]) -> None:
     path, classifier = folder.evaluation_file, folder.classifier_file
     alone = [Evaluation("", "", result)]
     try:

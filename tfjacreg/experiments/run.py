@@ -16,6 +16,7 @@ from tfjacreg.experiments import pipeline
 from tfjacreg.experiments.callbacks import EVALUATION_BATCH, EpochClock, Recorder, StopAtNaN
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.model import RegularizedModel
 
 MOMENTUM = 0.8  # Appendix A.2, for every network.
@@ -59,10 +60,10 @@ def run(
         ValueError: If the network does not take the images.
     """
     folder = RunFolder(out)
-    if folder.finished and not overwrite:
+    if folder.reader.finished and not overwrite:
         if folder.untidy:
             folder.tidy()
-        return _finished(config, folder)  # Needs no lock: the folder may be read-only.
+        return _finished(config, folder.reader)  # Needs no lock: the folder may be read-only.
     with folder.owned(wait=wait):
         return train(config, folder, overwrite=overwrite, verbose=verbose)
 
@@ -72,9 +73,9 @@ def train(
 ) -> dict[str, Any]:
     """As `run`, in a folder that this process owns already."""
     if not overwrite:
-        folder.check_claim(config)
-        if folder.finished:
-            return _finished(config, folder)
+        folder.reader.check_claim(config)
+        if folder.reader.finished:
+            return _finished(config, folder.reader)
 
     # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
@@ -82,7 +83,7 @@ def train(
     fresh = compiled_model(config, data.input_shape, data.num_classes, len(data.train.x))
     folder.claim(config, overwrite=overwrite)
     steps = data.steps_per_epoch(config.batch_size)
-    model, history = folder.read_state(steps)
+    model, history = folder.reader.read_state(steps)
     if model is None:
         model = fresh
     if len(history) < config.epochs:
@@ -96,10 +97,10 @@ def train(
     return folder.write_result(keras.Model(pixels, logits, name="classifier"), metrics)
 
 
-def _finished(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    folder.check_claim(config)
-    folder.check_products()
-    return folder.read_metrics()
+def _finished(config: RunConfig, reader: FolderReader) -> dict[str, Any]:
+    reader.check_claim(config)
+    reader.check_products()
+    return reader.read_metrics()
 
 
 def compiled_model(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfjacreg.experiments.config import RunConfig
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.sweep import SWEEP_FILE, Cell, Sweep
 
 # The paper's names of the methods, in the order of its Table 1.
@@ -63,7 +63,7 @@ class RunResult(NamedTuple):
         environment: Versions and hardware; empty unless finished.
     """
 
-    folder: RunFolder
+    folder: FolderReader
     config: RunConfig
     problem: str | None
     metrics: dict[str, Any]
@@ -214,7 +214,7 @@ def read_cells(folder: Path, sweep: Sweep) -> list[CellResults]:
     """
     runs: dict[Cell, list[RunResult]] = {cell: [] for cell in sweep.cells}
     for (cell, _), config in sweep.configs().items():
-        runs[cell].append(_read_run(RunFolder(folder / sweep.folder(config)), config))
+        runs[cell].append(_read_run(FolderReader(folder / sweep.folder(config)), config))
     return [CellResults(cell, tuple(planned)) for cell, planned in runs.items()]
 
 
@@ -234,7 +234,7 @@ def choose(cells: Sequence[CellResults], loss: Sequence[str]) -> CellResults | N
     return min(complete or begun, key=lambda cell: cell.statistic(*loss).mean, default=None)
 
 
-def _read_run(folder: RunFolder, config: RunConfig) -> RunResult:
+def _read_run(folder: FolderReader, config: RunConfig) -> RunResult:
     if folder.claimed:
         folder.check_settings(config, "Move that run out of the sweep's folder.")
     problem = folder.problem

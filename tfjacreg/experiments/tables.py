@@ -12,7 +12,7 @@ from collections import Counter
 from scipy import stats
 
 from tfjacreg.experiments import selection
-from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.selection import LABELS, CellResults, Statistic, SweepResults
 from tfjacreg.experiments.sweep import SWEEP_FILE, Cell
 
@@ -213,7 +213,7 @@ def missing(results: SweepResults) -> list[str]:
             "\n".join(lines),
         ]
     planned = {run.folder.path for run in results.runs}
-    foreign = [f.path.name for f in RunFolder.all_in(results.folder) if f.path not in planned]
+    foreign = [f.path.name for f in FolderReader.all_in(results.folder) if f.path not in planned]
     if foreign:
         blocks.append(
             f"Left out, because `{SWEEP_FILE}` does not name them: {', '.join(map(code, foreign))}."

@@ -25,9 +25,10 @@ import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from tfjacreg import datasets, temporary
+from tfjacreg import atomic_files, datasets
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.ledger import DATABASE, Claim, Ledger, Summary
 from tfjacreg.experiments.locks import FileLocks, hidden
 from tfjacreg.experiments.run import train
@@ -108,7 +109,7 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
     copy = out / SWEEP_FILE
     with FileLocks(out).exclusive():
         if not copy.exists():
-            with temporary.replacing(copy) as file:
+            with atomic_files.replacing(copy) as file:
                 file.write_bytes(sweep.content)
         elif copy.read_bytes() != sweep.content:
             raise RunError(
@@ -160,12 +161,12 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
     """Makes a run and records what came of it, which it returns in a line."""
     folder = RunFolder(ledger.out / claim.name)
     folder.clear_temporaries()
-    if folder.finished:
-        log = _adopted(ledger.configs[claim.name], folder)
+    if folder.reader.finished:
+        log = _adopted(ledger.configs[claim.name], folder.reader)
     else:
         log = _process(ledger, claim, bar)
     if log is None:
-        metrics = folder.read_metrics()
+        metrics = folder.reader.read_metrics()
         folder.clear_error()
         ledger.succeed(claim, metrics)
         loss = f"val_loss {metrics['val_loss']:.4f}, " if "val_loss" in metrics else ""
@@ -176,11 +177,11 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
     return f"{claim.name}: failed: {error}"
 
 
-def _adopted(config: RunConfig, folder: RunFolder) -> str | None:
+def _adopted(config: RunConfig, reader: FolderReader) -> str | None:
     """Checks that a finished run, perhaps made by hand, is the sweep's; returns what is wrong."""
     try:
-        folder.check_claim(config)
-        folder.check_products(alone=True)
+        reader.check_claim(config)
+        reader.check_products(alone=True)
     except RunError as error:
         return f"RunError: {error}"
     return None

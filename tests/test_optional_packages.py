@@ -9,7 +9,7 @@ from pathlib import Path
 import base_install
 import pytest
 
-from tfjacreg import extras
+from tfjacreg import optional_packages
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -85,8 +85,8 @@ def test_a_script_names_the_command_in_one_sentence(tmp_path, block, argv, extra
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_the_message(extra):
     with (
-        pytest.raises(extras.MissingExtraError) as caught,
-        extras.importing(extra, "Flying"),
+        pytest.raises(optional_packages.MissingExtraError) as caught,
+        optional_packages.importing(extra, "Flying"),
     ):
         import no_such_package.wings  # noqa: F401
     assert str(caught.value) == (
@@ -98,7 +98,7 @@ def test_the_message(extra):
 def test_a_missing_module_of_our_own_is_no_missing_extra():
     with (
         pytest.raises(ModuleNotFoundError, match=r"tfjacreg\.no_such_module"),
-        extras.importing("experiments", "Flying"),
+        optional_packages.importing("experiments", "Flying"),
     ):
         import tfjacreg.no_such_module  # noqa: F401
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg.classifiers import (
+from tfjacreg.judging.classifiers import (
     Array,
     CheckedClassifier,
     Progress,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tfjacreg import command, extras
+from tfjacreg import cli, optional_packages
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -27,17 +27,17 @@ def fails(error):
     [
         ValueError("it is wrong"),
         OSError(28, "it is wrong"),
-        extras.MissingExtraError("it is wrong"),
+        optional_packages.MissingExtraError("it is wrong"),
     ],
 )
 def test_an_error_is_one_message(capsys, error):
-    assert command.run("name", fails(error), "Stopped.") == 2
+    assert cli.run("name", fails(error), "Stopped.") == 2
     assert capsys.readouterr().err.endswith("it is wrong\n")
 
 
 def test_a_fault_of_the_program_is_no_message():
     with pytest.raises(ZeroDivisionError):
-        command.run("name", fails(ZeroDivisionError()), "Stopped.")
+        cli.run("name", fails(ZeroDivisionError()), "Stopped.")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -49,11 +49,11 @@ def test_a_signal_stops_and_handlers_are_as_before(capsys, number):
         time.sleep(60)
 
     started = time.monotonic()
-    assert command.run("name", main, "Stopped. Go on so.") == 130
+    assert cli.run("name", main, "Stopped. Go on so.") == 130
     assert time.monotonic() - started < 10
     assert capsys.readouterr().out == "\nStopped. Go on so.\n"
     assert [signal.getsignal(n) for n in SIGNALS] == before
-    assert command.run("name", lambda: 7, "Stopped.") == 7
+    assert cli.run("name", lambda: 7, "Stopped.") == 7
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemError])
@@ -65,7 +65,7 @@ def test_what_a_signal_has_become_is_no_error(capsys, error):
         except KeyboardInterrupt:
             raise error("the network cannot be differentiated") from None
 
-    assert command.run("name", main, "Stopped.") == 130
+    assert cli.run("name", main, "Stopped.") == 130
     assert capsys.readouterr() == ("\nStopped.\n", "")
 
 
@@ -96,8 +96,8 @@ def main():
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("kind", DEAF)
 def test_it_ends_within_seconds_whatever_is_computed(number, kind):
-    code = DEAF[kind] + "\nimport sys\nfrom tfjacreg import command\n"
-    code += "sys.exit(command.run('name', main, 'Stopped.'))"
+    code = DEAF[kind] + "\nimport sys\nfrom tfjacreg import cli\n"
+    code += "sys.exit(cli.run('name', main, 'Stopped.'))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tfjacreg.experiments import owner
+from tfjacreg.experiments import folder_lock
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.run import run
@@ -72,10 +72,10 @@ def test_a_lock_dies_with_its_owner(tmp_path, capsys):
     (tmp_path / ".partial-elsewhere-77-history.csv").write_text("half a")
     (tmp_path / ".partial-elsewhere-77-saved_model").mkdir()
     (tmp_path / ".partial-elsewhere-77-saved_model" / "a").write_text("half a model")
-    assert owner.acquire(tmp_path) is None
+    assert folder_lock.acquire(tmp_path) is None
     threading.Timer(0.3, process.kill).start()
     with RunFolder(tmp_path).owned(wait=True):
-        assert owner.name(tmp_path) == f"process {os.getpid()}"
+        assert folder_lock.owner(tmp_path) == f"process {os.getpid()}"
         # What the dead one had begun is gone.
         assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     process.wait()
@@ -84,25 +84,25 @@ def test_a_lock_dies_with_its_owner(tmp_path, capsys):
 
 
 def test_an_owner_that_has_not_said_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(owner, "_NAMED_WITHIN", 0.1)
+    monkeypatch.setattr(folder_lock, "_NAMED_WITHIN", 0.1)
     process = hold(tmp_path, "")
     try:
-        assert owner.name(tmp_path) == "another process"
+        assert folder_lock.owner(tmp_path) == "another process"
     finally:
         process.kill()
         process.wait()
 
 
 def test_who_inherits_the_lock_has_it(tmp_path):
-    lock = owner.acquire(tmp_path)
+    lock = folder_lock.acquire(tmp_path)
     child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
-    owner.release(tmp_path, lock)
-    assert owner.acquire(tmp_path) is None and owner.left_in(tmp_path)
+    folder_lock.release(tmp_path, lock)
+    assert folder_lock.acquire(tmp_path) is None and folder_lock.left_in(tmp_path)
     child.kill()
     child.wait()
-    lock = owner.acquire(tmp_path)
-    owner.release(tmp_path, lock)
-    assert not owner.left_in(tmp_path)
+    lock = folder_lock.acquire(tmp_path)
+    folder_lock.release(tmp_path, lock)
+    assert not folder_lock.left_in(tmp_path)
 
 
 def test_many_come_and_go_and_never_two_are_in(tmp_path):
@@ -112,14 +112,14 @@ def test_many_come_and_go_and_never_two_are_in(tmp_path):
     def enter(seed):
         moments = random.Random(seed)
         for _ in range(40):
-            lock = owner.acquire(folder, wait=moments.random() < 0.5)
+            lock = folder_lock.acquire(folder, wait=moments.random() < 0.5)
             if lock is None:
                 continue
             inside.append(1)
             time.sleep(moments.uniform(0, 0.002))
             most.append(len(inside))
             inside.pop()
-            owner.release(folder, lock)
+            folder_lock.release(folder, lock)
             times.append(1)
             if moments.random() < 0.3:
                 with contextlib.suppress(OSError):

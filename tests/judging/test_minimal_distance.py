@@ -319,10 +319,10 @@ class NotFinite(keras.Model):
 
 BAD = {
     "nan logits": (dict(classifier=NotFinite), ValueError, "finite logits. Received: NaN"),
-    "starts": (dict(starts=0), ValueError, "starts must be at least 1"),
-    "iterations": (dict(iterations=1.5), TypeError, "iterations must be an integer"),
-    "batch size": (dict(batch_size=0), ValueError, "batch_size must be at least 1"),
-    "seed": (dict(seed=-1), ValueError, "seed must be"),
+    "starts": (dict(starts=0), ValueError, "`starts` must be an integer >= 1"),
+    "iterations": (dict(iterations=1.5), ValueError, "`iterations` must be an integer"),
+    "batch size": (dict(batch_size=0), ValueError, "`batch_size` must be an integer >= 1"),
+    "seed": (dict(seed=-1), ValueError, "`seed` must be an integer"),
     "pixels": (dict(x=np.full((2, *SHAPE), 1.5)), ValueError, r"\[0, 1\]"),
     "labels": (dict(y=np.array([0, 2])), ValueError, "from 0 to 1"),
     "one logit": (dict(classifier=one_logit), ValueError, r"K >= 2.*\[0, z\]"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfjacreg import datasets, originals
+from tfjacreg import dataset_files, datasets
 
 ROOT = Path(__file__).parents[1]
 FILES = ("data_batch_1.bin", *(f"data_batch_{n}.bin" for n in range(2, 6)), "test_batch.bin")
@@ -79,7 +79,7 @@ def test_an_archive_that_is_not_the_authors(tmp_path, case):
 
 def test_a_good_archive_is_read(tmp_path):
     archive(tmp_path / "source", GOOD)
-    images, labels = originals.read("cifar10", tmp_path / "source", "train")
+    images, labels = dataset_files.read("cifar10", tmp_path / "source", "train")
     assert images.shape == (10, 32, 32, 3) and labels.shape == (10,)
 
 
@@ -199,11 +199,11 @@ def test_a_killed_prepare_leaves_nothing_that_the_next_does_not_clear(tmp_path):
 
 
 def test_what_a_living_process_has_begun_stays(tmp_path):
-    from tfjacreg import temporary
+    from tfjacreg import atomic_files
 
     place = tmp_path / "kmnist"
     place.mkdir()
-    ours = temporary.beside(place / "3.0.1")
+    ours = atomic_files.beside(place / "3.0.1")
     others = [
         place / ours.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"),
         place / ".partial-elsewhere-1-3.0.1",
@@ -212,6 +212,6 @@ def test_what_a_living_process_has_begun_stays(tmp_path):
     dead = place / ours.name.replace(f"-{os.getpid()}-", "-4194304000-")
     for path in (*others, dead):
         path.write_text("")
-    with temporary.replacing(place / "3.0.1") as file:
+    with atomic_files.replacing(place / "3.0.1") as file:
         file.write_text("whole")
     assert sorted(place.iterdir()) == sorted([*others, place / "3.0.1"])

@@ -11,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg import arguments
-
 Array = npt.NDArray[np.floating]
 Progress = Callable[[int], object]
 
@@ -183,45 +181,14 @@ def _check_gradients(
         )
 
 
-def check_positive(**values: float) -> None:
-    """Raises ValueError unless every value is a positive number that float32 can hold."""
-    for name, value in values.items():
-        try:
-            arguments.positive(name, value)
-        except ValueError as error:
-            raise ValueError(f"{name} must be a positive number. Received: {value!r}.") from error
-
-
-def check_counts(**values: int) -> None:
-    """Raises TypeError or ValueError unless every value is an integer from 1 to 2**31 - 1."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be an integer. Received: {value!r}.")
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{name} must be at least 1 (and < 2**31). Received: {value}.")
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless `seed` is an integer of at least 0."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0. Received: {seed!r}.")
-
-
-def check_progress(progress: Progress | None) -> None:
-    """Raises TypeError unless `progress` is None or can be called."""
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress must be None or a function. Received: {progress!r}.")
-
-
 def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
     """Returns the generator of one image (and block): the same in whatever batch it comes.
 
     Args:
-        seed: The caller's seed, at least 0.
+        seed: The caller's seed, an integer from 0.
         stream: Number that keeps apart the uses of the same seed.
         *keys: The image's index, and the block of draws where there are several.
     """
-    check_seed(seed)
     return np.random.default_rng([seed, stream, *keys])
 
 
@@ -280,11 +247,16 @@ def finite(rows: Array, what: str) -> Array:
     return rows
 
 
+def other_logits(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Returns the logits `[B, K]` with minus infinity for that of the label."""
+    own = tf.one_hot(labels, logits.shape[1], dtype=tf.bool, on_value=True, off_value=False)
+    return tf.where(own, -np.inf, logits)
+
+
 def logit_margin(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     """Returns the logit of the label less the largest other, `[B]`, from logits `[B, K]`."""
-    own = tf.one_hot(labels, logits.shape[1], dtype=tf.bool, on_value=True, off_value=False)
-    others = tf.where(own, -np.inf, logits)
-    return tf.gather(logits, labels, batch_dims=1) - tf.reduce_max(others, axis=1)
+    largest_other = tf.reduce_max(other_logits(labels, logits), axis=1)
+    return tf.gather(logits, labels, batch_dims=1) - largest_other
 
 
 def logit_spread(logits: tf.Tensor) -> tf.Tensor:

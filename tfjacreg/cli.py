@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from tfjacreg import extras
+from tfjacreg import optional_packages
 
 STOPPED = 130  # What shells give to a program that Ctrl-C has ended.
 FAILED = 2
@@ -42,7 +42,7 @@ def run(name: str, main: Callable[[], int], stopped: str) -> int:
     except KeyboardInterrupt:
         _say(stopped)
         return STOPPED
-    except (ValueError, OSError, extras.MissingExtraError) as error:
+    except (ValueError, OSError, optional_packages.MissingExtraError) as error:
         _give_up_stdout()
         with contextlib.suppress(OSError):
             print(f"{name}: error: {error}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""What is read from a run folder, and that nothing is taken for what was not written."""
+"""Reads a run folder: the names of its files, and what is wrong with one that is not as written."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import keras
 
@@ -21,17 +21,52 @@ _SETTINGS = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
 
 
 class FolderReader:
-    """The readers of `RunFolder`, which has the names of the files."""
+    """Reads the files of one run; raises `RunError` where a file is not what was written.
 
-    path: Path
-    config_file: Path
-    history_file: Path
-    checkpoint_file: Path
-    classifier_file: Path
-    saved_model: Path
-    metrics_file: Path
-    evaluation_file: Path
-    error_file: Path
+    Attributes:
+        path: The folder.
+        config_file: Settings and environment.
+        history_file: A line of figures per epoch.
+        checkpoint_file: The training state after the last finished epoch, until the run finishes.
+        classifier_file: From pixels in [0, 1] to logits.
+        saved_model: The same as a TensorFlow SavedModel; a folder.
+        metrics_file: The figures of the finished run.
+        evaluation_file: What evaluate.py measured.
+        examples_file: Images before and after an attack.
+        error_file: Why a run of a sweep failed.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.history_file = self.path / "history.csv"
+        self.checkpoint_file = self.path / "checkpoint.keras"
+        self.classifier_file = self.path / "classifier.keras"
+        self.saved_model = self.path / "saved_model"
+        self.metrics_file = self.path / "metrics.json"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.examples_file = self.path / "adversarial_examples.png"
+        self.error_file = self.path / "error.txt"
+
+    @classmethod
+    def all_in(cls, path: Path) -> list[Self]:
+        """The run folders that lie in a folder, by name."""
+        return sorted((f for f in map(cls, path.glob("*")) if f.claimed), key=lambda f: f.path)
+
+    @property
+    def products(self) -> tuple[Path, ...]:
+        """What a run and its evaluation may put beside `config.json`."""
+        return (
+            self.metrics_file,
+            self.evaluation_file,
+            self.examples_file,
+            self.classifier_file,
+            self.saved_model,
+            self.checkpoint_file,
+            self.history_file,
+        )
+
+    # --- whose the folder is, and how far the run has come ---
 
     @property
     def claimed(self) -> bool:
@@ -66,6 +101,29 @@ class FolderReader:
         except ValueError:  # Missing or damaged, which other readers report.
             return False
 
+    def check_claim(self, config: RunConfig) -> None:
+        """Refuses the folder of another run.
+
+        Args:
+            config: The settings.
+
+        Raises:
+            RunError: If it is the folder of another configuration, has a run's files without its
+                settings, or its settings are damaged.
+        """
+        if self.claimed:
+            self.check_settings(
+                config, "Choose another --out, or --overwrite to throw that run away."
+            )
+            return
+        ownerless = [file.name for file in self.products if file.exists()]
+        if ownerless:
+            raise RunError(
+                f"{self.path} must be empty or have a config.json, which says whose its files are. "
+                f"Received: {ownerless} without. Choose another --out, or --overwrite to throw "
+                "them away."
+            )
+
     def check_settings(self, config: RunConfig, way_out: str) -> None:
         """Refuses the folder of another configuration.
 
@@ -85,6 +143,8 @@ class FolderReader:
                 f"{self.config_file} is that of a run with another configuration: {settings}. "
                 f"{way_out}"
             )
+
+    # --- what its files say ---
 
     def read_config(self) -> dict[str, Any]:
         """The settings, and `environment`.

@@ -35,7 +35,7 @@ def owned(folder: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         lock = acquire(folder)
         if lock is None:
-            holder = name(folder)
+            holder = owner(folder)
             if not wait:
                 raise RunError(
                     f"{folder} is in use by {holder}. Choose another folder, or --wait for its end."
@@ -118,7 +118,7 @@ def left_in(folder: Path) -> bool:
     return (folder / _LOCK).exists()
 
 
-def name(folder: Path) -> str:
+def owner(folder: Path) -> str:
     """Who owns a folder, for a message: `process 123`, with its machine if it is another."""
     deadline = time.monotonic() + _NAMED_WITHIN
     while time.monotonic() < deadline:

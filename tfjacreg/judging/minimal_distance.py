@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg.classifiers import (
+from tfjacreg.judging.classifiers import (
     Array,
     CheckedClassifier,
     concrete_function,
     finite,
     image_rng,
+    other_logits,
     pad_rows,
     scaled_margin,
 )
@@ -91,8 +92,7 @@ def _feet_function(
 
     def feet(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         logits = checked.logits(images)
-        own = tf.one_hot(labels, logits.shape[1], dtype=tf.bool, on_value=True, off_value=False)
-        others = tf.where(own, -np.inf, logits)
+        others = other_logits(labels, logits)
         ranked = tf.math.top_k(others, min(_CANDIDATES, logits.shape[1] - 1)).indices
         radii, directions = [], []
         for rank in range(ranked.shape[1]):
