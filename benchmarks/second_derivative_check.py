@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _layers
+import _oracle_networks
 import _rows
 import _setup  # noqa: F401
 import applications

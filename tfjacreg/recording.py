@@ -152,7 +152,7 @@ def record(
         network,
         lambda: rewrites.undone(do, undo),
         _held_statistics,
-        has_eager_tangents=accumulator is not None and tf.executing_eagerly(),
+        has_tangent=accumulator is not None,
     )
     return recorded.has_held
 

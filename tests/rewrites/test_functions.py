@@ -163,7 +163,7 @@ def by_segments(product, *arguments):
     """Products over the six features of each of the three examples, whose number must be known."""
 
     def function(h):
-        return tf.transpose(product(tf.transpose(tf.ensure_shape(h, (3, 6))), *arguments))
+        return tf.reshape(tf.transpose(product(tf.transpose(h), *arguments)), (3, -1))
 
     return function
 
@@ -205,7 +205,11 @@ FUNCTIONS = {
         lambda h: tf.reduce_prod(tf.reshape(zeros(h), (-1, 3, 2, 1)), [1, 2])
     ),
     "numpy's prod": by(lambda h: tf.experimental.numpy.prod(zeros(h), -1, keepdims=True)),
-    "segments": by(by_segments(lambda t: tf.math.segment_prod(zero_rows(t), [0, 0, 0, 0, 1, 3]))),
+    "segments": by(
+        by_segments(
+            lambda t: tf.reshape(tf.math.segment_prod(zero_rows(t), [0, 0, 0, 0, 1, 3]), (4, 3))
+        )
+    ),
     "unsorted segments": by(
         by_segments(lambda t: tf.math.unsorted_segment_prod(zero_rows(t), [1, 0, 1, 1, 0, -1], 3))
     ),

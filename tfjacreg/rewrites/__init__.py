@@ -50,7 +50,7 @@ def active(
     function: Callable[[], T],
     more: Callable[[keras.Layer], Iterable[Place]] = lambda _: (),
     *,
-    has_eager_tangents: bool = False,
+    has_tangent: bool = False,
 ) -> T:
     """Calls a function with everything in place that this room has, in this thread.
 
@@ -61,12 +61,12 @@ def active(
         network: The network whose layers are rewritten, at any depth.
         function: Called without arguments: runs the network.
         more: Further places of a layer.
-        has_eager_tangents: Whether an accumulator runs along the network eagerly.
+        has_tangent: Whether an accumulator runs along the network.
 
     Returns:
         What the function returns.
     """
-    places = [*FUNCTIONS, AS_WRITTEN if has_eager_tangents else TRACED_ANEW]
+    places = [*FUNCTIONS, AS_WRITTEN if has_tangent else TRACED_ANEW]
     for layer in _keras.layers_of(network):
         for of_layer in (*_OF_LAYERS, more):
             places += of_layer(layer)

@@ -2,12 +2,15 @@
 
 Keras calls a layer when it builds a model, and so a `tf.function` of the layer is traced before any
 pass is recorded: with the functions in it that something stands in for in a pass. In a pass it is
-therefore another one of the same code, which has traces of its own. Eagerly an accumulator cannot
-pass through a `tf.function` that is differentiated twice, so the code runs as it is written.
+therefore another one of the same code, which has traces of its own.
+
+With a tangent the code runs as it is written, without a function around it: TensorFlow's derivative
+of a tangent that went through a `tf.function` is wrong in a graph, and an error eagerly.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +29,14 @@ def _is_foreign(function: Any) -> bool:
 
 
 def _as_written(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for a call of a `tf.function`, eagerly."""
+    """Stands in for a call of a `tf.function` along which a tangent goes."""
     if _is_foreign(function):
         return original(function, *args, **kwargs)
-    return function.python_function(*args, **kwargs)
+    code = function.python_function
+    if not tf.executing_eagerly() and getattr(function, "_autograph", True):
+        with contextlib.suppress(Exception):  # What it cannot read runs as it is.
+            code = tf.autograph.to_graph(code)
+    return code(*args, **kwargs)
 
 
 def _anew(original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
