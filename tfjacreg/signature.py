@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfjacreg import _keras
+
 # How `input=` and `output=` name a tensor: by position, or by name or key.
 Name = int | str | None
 
@@ -144,8 +146,9 @@ def example(network: keras.Layer, specs: Any) -> Any:
     """
     inputs = list(getattr(network, "inputs", None) or [])
     if specs is None:
-        specs = list(inputs)
-        specs = specs[0] if len(specs) == 1 else specs
+        specs = _keras.input_structure(network)
+    if specs is None:
+        specs = inputs[0] if len(inputs) == 1 else inputs
     leaves = keras.tree.flatten(specs)
     if not leaves or any(leaf.shape is None for leaf in leaves):
         return None
