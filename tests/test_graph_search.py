@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import keras
@@ -14,6 +16,7 @@ import tensorflow as tf
 from keras import layers, ops
 from reference import finite_difference_jacobian, random_like, singular_values
 
+import tfjacreg
 from tfjacreg import (
     JacobianOperator,
     RegularizedModel,
@@ -446,3 +449,139 @@ def test_a_layer_in_float8_is_named_for_what_it_does():
     with pytest.raises(ValueError, match=r"\(Dense\)") as error:
         check_network(network, np.ones((3, 5), "float32"), forward_mode="transpose")
     assert "_AtOneInput" not in str(error.value)
+
+
+moments_of_version_1 = tf.compat.v1.nn.moments
+cumprod, cross_entropy = tf.raw_ops.Cumprod, tf.raw_ops.SoftmaxCrossEntropyWithLogits
+kept = []  # What was loaded must live as long as the functions of it.
+
+
+def loaded(layer, shape=(6,)):
+    """A layer out of a SavedModel, as a function."""
+    with tempfile.TemporaryDirectory() as folder:
+        keras.Sequential([keras.Input(shape), layer]).export(folder, verbose=False)
+        kept.append(tf.saved_model.load(folder))
+    return kept[-1].serve
+
+
+def concrete(layer):
+    """A layer as a function that was traced before any pass."""
+    layer.build((None, 6))
+    kept.append(layer)
+    return tf.function(layer).get_concrete_function(tf.TensorSpec([None, 6]))
+
+
+def normalized(h):
+    mean, variance = moments_of_version_1(h, [1], keepdims=True)
+    return (h - mean) * tf.math.rsqrt(variance + 0.1)
+
+
+def batch_norm_of_version_1(h):
+    mean, variance = tf.reduce_mean(h)[None], tf.math.reduce_variance(h)[None] + 0.5
+    images = tf.reshape(h, (-1, 1, 6, 1))
+    options = {"mean": mean, "variance": variance, "is_training": False}
+    return tf.reshape(tf.compat.v1.nn.fused_batch_norm(images, [1.0], [0.0], **options)[0], (-1, 6))
+
+
+# What each does, the part of the message, and whether sigma itself would be wrong.
+WRONG = {
+    "a SavedModel": (lambda: loaded(layers.LayerNormalization()), "variance whose mean", False),
+    "groups in a SavedModel": (
+        lambda: loaded(layers.GroupNormalization(2)),
+        "variance whose mean",
+        False,
+    ),
+    "a concrete function": (
+        lambda: concrete(layers.LayerNormalization()),
+        "variance whose mean",
+        False,
+    ),
+    "moments of version 1, by name": (lambda: normalized, "variance whose mean", False),
+    "cumprod by name": (lambda: lambda h: cumprod(x=h, axis=1), "Cumprod.*exactly 0", True),
+    "prod in a SavedModel": (
+        lambda: loaded(layers.Lambda(lambda h: tf.reduce_prod(h, -1, keepdims=True))),
+        "Prod.*exactly 0",
+        False,
+    ),
+    "two heads' cross entropy by name": (
+        lambda: (
+            lambda h: cross_entropy(features=h[:, 3:], labels=tf.nn.softmax(h[:, :3])).loss[:, None]
+        ),
+        "labels depend on the input",
+        False,
+    ),
+    "betainc": (
+        lambda: lambda h: tf.math.betainc(1 + tf.sigmoid(h), 2 * tf.ones_like(h), tf.sigmoid(h)),
+        r"without a derivative, Betainc \(in input 0\)",
+        True,
+    ),
+    "zeta": (
+        lambda: lambda h: tf.math.zeta(2 + tf.sigmoid(h), 1 + tf.sigmoid(h)),
+        r"without a derivative, Zeta \(in input 0\)",
+        True,
+    ),
+    "given statistics": (
+        lambda: batch_norm_of_version_1,
+        r"without a derivative, FusedBatchNormV3 \(in input 3\)",
+        True,
+    ),
+}
+
+
+def flat(function):
+    keras.utils.set_random_seed(3)
+    width = function(tf.ones((2, 6))).shape[1]
+    layer = By(lambda h: tf.reshape(function(h), (-1, width)), name="culprit")
+    return keras.Sequential(
+        [keras.Input((4,)), layers.Dense(6, "tanh"), layer, layers.Dense(3, "tanh")]
+    )
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_derivative_that_nothing_can_stand_in_for_is_refused(kind):
+    """Bodies of functions included; sigma itself is measured where it is right."""
+    make, message, is_sigma_wrong = WRONG[kind]
+    network, x = flat(make()), X[:, 0, 0, :1] * np.float32([1, -1, 0.5, 0.2])
+    for forward_mode in FORWARD_MODES:
+        with pytest.raises(ValueError, match=rf"(?s)'culprit'.*{message}"):
+            check_network(network, x, training=False, forward_mode=forward_mode)
+    with pytest.raises(ValueError, match=message) if is_sigma_wrong else nullcontext():
+        sigma = spectral_norm(network, x, method="exact").sigma
+        values = finite_difference_jacobian(lambda x: network(x.astype("float32")), x, 1e-2)
+        np.testing.assert_allclose(sigma, singular_values(values)[:, 0], rtol=1e-2)
+
+
+def test_max_pooling_that_nothing_can_stand_in_for_is_refused_under_xla_only():
+    pool = loaded(layers.MaxPooling1D(2), (6, 1))
+    network = flat(lambda h: tf.repeat(pool(h[..., None])[..., 0], 2, axis=1))
+    x = X[:, 0, 0, :1] * np.float32([1, -1, 0.5, 0.2])
+    for forward_mode in FORWARD_MODES:
+        check_network(network, x, forward_mode=forward_mode)
+        with pytest.raises(ValueError, match="'culprit'.*max-pooling.*XLA"):
+            check_network(network, x, forward_mode=forward_mode, jit_compile=True)
+    model = RegularizedModel(network, "spectral")
+    model.compile("sgd", "mse", jit_compile=True)
+    with pytest.raises(ValueError, match="'culprit'.*max-pooling.*XLA"):
+        model.fit(x, np.zeros((4, 3)), verbose=0)
+
+
+def test_what_is_held_constant_needs_no_derivative():
+    """Neither what a layer holds by itself nor what is computed from it before it is stopped."""
+
+    def held(h):
+        with tfjacreg.hold_constant():
+            colours = hue(tf.reshape(h, (-1, 3)))
+            scale = tf.reduce_mean(colours) + tf.reduce_mean(cumprod(x=h, axis=1))
+        return h * scale
+
+    def stopped(h):
+        return h * tf.stop_gradient(tf.reduce_mean(hue(tf.reshape(h, (-1, 3)))))
+
+    x = X[:, 0, 0, :1] * np.float32([1, -1, 0.5, 0.2])
+    for function in (held, stopped):
+        keras.utils.set_random_seed(3)
+        network = keras.Sequential([keras.Input((4,)), layers.Dense(6), By(function)])
+        if function is held:
+            check_network(network, x)
+        else:  # What is stopped mixes the examples in values only, and so does its derivative.
+            spectral_norm(network, x)

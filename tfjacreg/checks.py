@@ -269,6 +269,9 @@ class _Check:
             # Those of this graph are of no use in the next one.
             _reset_dropout_masks(self.network)
             self.runs_functions = graph_search.calls_functions(graph)
+            lost = graph_search.fault(x, primal, graph_search.Needs(2, settings.is_compiled))
+            if lost is not None:
+                return _Fault(lost)
             products = self._products(graph)
         except signature.NotOne:  # What is asked for is wrong, not the network.
             raise
@@ -276,9 +279,6 @@ class _Check:
             return _fault_of(error)
         finally:
             _reset_dropout_masks(self.network)
-        lost = graph_search.fault(x, primal, graph_search.Needs(2, settings.is_compiled))
-        if lost is not None:
-            return _Fault(lost)
         tolerance = contradiction_tolerance(self.network, given.x.dtype.name)
         text = products.contradiction(tolerance, is_precise=_is_precise(self.network))
         if text in (_LOSES_A_DERIVATIVE, _OTHER_TANGENT):

@@ -143,12 +143,7 @@ class JacobianOperator:
         with recording.without_trace(self.network) as scope:
             part._run(taken, tangent, is_partial=True)
         drawn = "such as those of Dropout" if recording.has_drawn(self.network, scope) else None
-        if tf.executing_eagerly():
-            drawn = drawn or self.traced(
-                "draws", lambda _: graph_search.draws_or_assigns(_operations())
-            )
-        else:
-            drawn = drawn or graph_search.draws_or_assigns(_operations()[before:])
+        drawn = drawn or self._draws_or_assigns(_operations()[before:])
         if drawn:
             raise ValueError(
                 f"{recording.NEEDS_THE_WHOLE_BATCH}Received: network {self.network.name!r}, which "
@@ -156,8 +151,14 @@ class JacobianOperator:
             )
         return part
 
+    def _draws_or_assigns(self, operations: list[tf.Operation]) -> str | None:
+        """What the pass does otherwise when it is run again; its operations tell, in a graph."""
+        if not tf.executing_eagerly():
+            return graph_search.draws_or_assigns(operations)
+        return self.traced("draws", lambda _: graph_search.draws_or_assigns(_operations()))
+
     def traced(self, kind: str, find: Callable[[JacobianOperator], Any]) -> Any:
-        """What `find` finds in the same pass as a graph, which nothing runs.
+        """What `find` finds in the graph of the same pass; the graph is made, and never run.
 
         Args:
             kind: A name: of each kind it is looked for once in a network and for a shape of x.
