@@ -6,13 +6,14 @@
     python benchmarks/second_derivative_check.py --parts            # the table of docs/layers.md
 
 The networks are the families of keras.applications (`applications.py`), those of `networks.py`,
-and the layers of `docs/layers.md`, each a network of its own (`_layers.py`). Every part of a
-network runs in a process of its own.
+and the layers of `docs/layers.md`, each a network of its own (`_oracle_networks.py`). Every part
+of a network runs in a process of its own.
 
-right: `check_network` in training mode, with fresh weights and two images for each of ten seeds, in
-float32, mixed_float16 and mixed_bfloat16. What it refuses would be refused falsely. "error": the
-largest one of a layer that the comparison of the two gradients is certain of; "kinds": how many
-calls of a layer were compared; "uncertain": those for which it gave no verdict.
+right: `check_network` in training mode, with fresh weights and two images for each of ten seeds
+(two for the layers of the table), in float32, mixed_float16 and mixed_bfloat16. What it refuses
+would be refused falsely. "error": the largest one of a layer that the comparison of the two
+gradients is certain of; "kinds": how many calls of a layer were compared; "uncertain": those for
+which it gave no verdict.
 planted: the same network with a layer behind it whose value and first derivative are right, and
 whose second derivative is wrong by a given part: the smallest part for which the layer is refused.
 seconds: of the check, of this checkout and another one in turns, the smallest of three each.
@@ -42,6 +43,7 @@ from tfjacreg.experiments.environment import environment
 
 PARTS = ("right", "planted", "seconds")
 SEEDS = 10
+SEEDS_OF_LAYERS = 2
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 PLANTED = (0.00001, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 LAYERS = "layers of the table"
@@ -91,9 +93,15 @@ def subjects(name: str, seed: int) -> Iterator[tuple[str, keras.Model, tf.Tensor
     if name != LAYERS:
         yield name, *made(name, seed)
         return
-    for layer in _layers.NETWORKS:
-        network, x = _layers.made(layer, seed)
-        yield layer, network, tf.constant(x.astype("float32"))
+    for layer in _oracle_networks.NETWORKS:
+        yield layer, *made_of_layer(layer, seed)
+
+
+def made_of_layer(layer: str, seed: int) -> tuple[keras.Model, tf.Tensor]:
+    """One of the networks that `second_derivatives.py` has for a layer, with fresh weights."""
+    keras.utils.set_random_seed(seed)
+    network = _oracle_networks.NETWORKS[layer].make()
+    return network, tf.constant(_oracle_networks.inputs(layer, network), "float32")
 
 
 def right(name: str) -> dict[str, dict[str, Any]]:
@@ -110,7 +118,8 @@ def right(name: str) -> dict[str, dict[str, Any]]:
         keras.config.set_dtype_policy(policy)
         refused: dict[str, str] = {}
         found.clear()
-        for seed in range(SEEDS):
+        seeds = SEEDS_OF_LAYERS if name == LAYERS else SEEDS
+        for seed in range(seeds):
             for own, network, x in subjects(name, seed):
                 try:
                     check_network(network, x, forward_mode="transpose")
@@ -119,7 +128,7 @@ def right(name: str) -> dict[str, dict[str, Any]]:
             keras.backend.clear_session()
         certain = [one.error for one in found if one is not None and one.is_certain]
         rows[policy] = {
-            "seeds": SEEDS,
+            "seeds": seeds,
             "refused": refused,
             "kinds": len(found),
             "uncertain": len(found) - len(certain),
@@ -134,8 +143,8 @@ def planted(name: str) -> dict[str, Any]:
     for part in PLANTED:
         seen[str(part)] = 0
         for seed in range(3):
-            own = next(iter(_layers.NETWORKS)) if name == LAYERS else name
-            network, x = _layers.made(own, seed) if name == LAYERS else made(own, seed)
+            own = next(iter(_oracle_networks.NETWORKS)) if name == LAYERS else name
+            network, x = (made_of_layer if name == LAYERS else made)(own, seed)
             flat = keras.layers.Flatten()(network.output)
             outputs = keras.layers.Dense(10)(Planted(part, name="planted")(flat))
             try:
@@ -195,7 +204,7 @@ def table(content: dict[str, Any]) -> str:
             continue
         checks = sum(one["seeds"] for one in of_right.values())
         if name == LAYERS:
-            checks *= len(_layers.NETWORKS)
+            checks *= len(_oracle_networks.NETWORKS)
         refused = sum(len(one["refused"]) for one in of_right.values())
         kinds = sum(one["kinds"] for one in of_right.values())
         uncertain = sum(one["uncertain"] for one in of_right.values())

@@ -103,7 +103,7 @@ def found(layer, training=True, in_graph=False):
     ]
 
 
-@pytest.mark.parametrize("part", [0, 1e-4, 0.003, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("part", [0, 1e-5, 0.001, 0.01, 0.1, 1.0])
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_the_error_is_the_planted_one(part, in_graph):
     """In the weights and in the input, against a closed form: all of it is the planted part."""
