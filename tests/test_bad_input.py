@@ -129,7 +129,8 @@ TABLE = {
     "check_network": (
         dict(network=small, x=X),
         MEASURED
-        | {"training": NOT_BOOLEANS, "forward_mode": NOT_CHOICES, "x": [*NOT_TENSORS, X[:1]]}
+        | {"training": NOT_BOOLEANS, "jit_compile": NOT_BOOLEANS, "forward_mode": NOT_CHOICES}
+        | {"x": [*NOT_TENSORS, X[:1]]}
         | {"output": ["nothing", 1.5]},  # Found out late: a check takes its time.
     ),
     "hold_constant": ({}, {}),
