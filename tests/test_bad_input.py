@@ -112,10 +112,13 @@ TABLE = {
         MEASURED | {"training": NOT_BOOLEANS, "tangent": [*NOT_TENSORS[1:], X[:, :5], X[:3]]},
     ),
     "JacobianOperator.matvec": (dict(self=jacobian, v=X), {"v": [*NOT_TENSORS, X[:, :5], X[:3]]}),
-    "JacobianOperator.rmatvec": (
-        dict(self=jacobian, u=X[:, :3]),
-        {"u": [*NOT_TENSORS, X, X[:3, :3]]},
-    ),
+    **{
+        f"JacobianOperator.{name}": (
+            dict(self=jacobian, u=X[:, :3]),
+            {"u": [*NOT_TENSORS, X, X[:3, :3]]},
+        )
+        for name in ("rmatvec", "rmatvec_to_transpose")
+    },
     "RegularizedModel": (
         dict(network=small),
         {
@@ -262,6 +265,7 @@ RECORDS = {"SingularTriplet", "attacks.AttackResult", "datasets.Split", "dataset
 # What `RegularizedModel`, Keras or a penalty calls: a penalty of one's own overrides them.
 HOOKS = {
     *("JacobianOperator.subset", "JacobianOperator.traced"),
+    *("RegularizedModel.factor_changes", "regularizers.Regularizer.followed_by"),
     *("regularizers.Regularizer.initial_state", "regularizers.Regularizer.from_config"),
     *(
         f"regularizers.JacobianRegularizer.{name}"
