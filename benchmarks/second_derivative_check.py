@@ -146,7 +146,8 @@ def planted(name: str) -> dict[str, Any]:
             own = next(iter(_oracle_networks.NETWORKS)) if name == LAYERS else name
             network, x = (made_of_layer if name == LAYERS else made)(own, seed)
             # Of unit size: tanh is nearly linear where a network gives next to nothing.
-            flat = keras.layers.LayerNormalization()(keras.layers.Flatten()(network.output))
+            flat = keras.layers.Flatten()(network.output)
+            flat = keras.layers.LayerNormalization(epsilon=1e-12)(flat)
             outputs = keras.layers.Dense(10)(Planted(part, name="planted")(flat))
             try:
                 check_network(
