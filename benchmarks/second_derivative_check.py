@@ -146,15 +146,14 @@ def planted(name: str) -> dict[str, Any]:
             own = next(iter(_oracle_networks.NETWORKS)) if name == LAYERS else name
             network, x = (made_of_layer if name == LAYERS else made)(own, seed)
             # Of unit size: tanh is nearly linear where a network gives next to nothing.
-            flat = keras.layers.Flatten()(network.output)
-            flat = keras.layers.LayerNormalization(epsilon=1e-12)(flat)
-            outputs = keras.layers.Dense(10)(Planted(part, name="planted")(flat))
+            unit = keras.layers.LayerNormalization(epsilon=1e-12, name="planted_unit")
+            flat = unit(keras.layers.Flatten(name="planted_flat")(network.output))
+            outputs = keras.layers.Dense(10, name="planted_end")(
+                Planted(part, name="planted")(flat)
+            )
+            whole = keras.Model(network.input, outputs)
             try:
-                check_network(
-                    keras.Model(network.input, outputs),
-                    tf.cast(x, "float32"),
-                    forward_mode="transpose",
-                )
+                check_network(whole, tf.cast(x, "float32"), forward_mode="transpose")
             except ValueError as error:
                 seen[str(part)] += "layer 'planted' (Planted)" in str(error)
             keras.backend.clear_session()
