@@ -51,7 +51,7 @@ _NO_FINITE_GRADIENT = (
 )
 _WRONG_GRADIENT = (
     "has a second derivative that TensorFlow has wrong: the gradient of <u, J v>, which training "
-    "takes, differs by {:.2g} % from that of a difference of its values. Write it with other "
+    "takes, differs by {:.3g} % from that of a difference of its values. Write it with other "
     "operations"
 )
 
@@ -242,7 +242,11 @@ class _Check:
     def run(self) -> tuple[str, _Fault] | None:
         """Who is wrong, and what it does: the network, or the first of its layers that is."""
         fault = self.fault()
-        calls = calls_of_layers(self.network, self.given, self.settings.training)
+        try:
+            calls = calls_of_layers(self.network, self.given, self.settings.training)
+        except Exception as error:  # It runs in a graph only: then the layers are not to be seen.
+            _raise_an_interrupt(error)
+            calls = []
         if fault is None:
             return self._wrong_second_derivative(calls)
         name = f"the network {self.network.name!r} ({type(self.network).__name__}) as a whole"
@@ -280,11 +284,12 @@ class _Check:
         finally:
             _reset_dropout_masks(self.network)
         tolerance = contradiction_tolerance(self.network, given.x.dtype.name)
-        text = products.contradiction(tolerance, is_precise=_is_precise(self.network))
+        is_precise = _is_precise(self.network)
+        text = products.contradiction(tolerance, is_precise=is_precise)
         if text in (_LOSES_A_DERIVATIVE, _OTHER_TANGENT):
             # Deep networks in half precision round more: what is lost is lost by its whole size.
             tolerance += 4 * _rounding(self.network, given, settings.training, self.output)
-            text = products.contradiction(tolerance, is_precise=True)
+            text = products.contradiction(tolerance, is_precise=is_precise)
         return None if text is None else _Fault(text)
 
     def _of(self, call: LayerCall, position: int) -> _Check:
@@ -296,9 +301,8 @@ class _Check:
         """The first layer whose gradient of `<u, J v>` is another one than that of differences."""
         seen = set()
         for call, position in _varied(calls):
-            kind = call.kind(position)
             # A functional model is nothing but its layers and operations.
-            if kind in seen or _keras.graph_of(call.layer) is not None:
+            if _keras.graph_of(call.layer) is not None or (kind := call.kind(position)) in seen:
                 continue
             seen.add(kind)
             in_graph = self.runs_functions and self._of(call, position).calls_functions()
@@ -319,6 +323,9 @@ class _Check:
         """Whether something in it is another operation in a graph than eagerly."""
         try:
             return graph_search.calls_functions(self._graph()[0])
+        except Exception as error:  # It runs eagerly only.
+            _raise_an_interrupt(error)
+            return False
         finally:
             _reset_dropout_masks(self.network)
 
@@ -447,12 +454,17 @@ def _fault_of(error: Exception) -> _Fault:
         return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
     if isinstance(error, NotConnected):
         return _Fault(_NOT_CONNECTED, error)
-    if came_from(error, KeyboardInterrupt):  # Ctrl-C, in the middle of C++.
-        raise KeyboardInterrupt from error
+    _raise_an_interrupt(error)
     reason = _reason(error)
     if "variant" in reason:
         return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
     return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
+
+
+def _raise_an_interrupt(error: Exception) -> None:
+    """Raises the Ctrl-C that an error came from: in the middle of C++ it is a SystemError."""
+    if came_from(error, KeyboardInterrupt):
+        raise KeyboardInterrupt from error
 
 
 def _traced(
