@@ -241,7 +241,7 @@ def test_the_gradient_of_the_difference_is_that_of_the_jacobian():
     (call,) = (c for c in layer_calls.calls_of_layers(network, given, True) if c.layer is layer)
     subject = second_derivatives._Subject(call, call.positions[0], True, True, False)
     x = second_derivatives._beside(subject.own)
-    u, v, product, *_ = subject._run(subject._of_the_product, x, is_recorded=True)
+    u, v, product, *_ = subject._run(subject._product, x, is_recorded=True)
     (kernel, _), _ = subject._run(subject._of_the_difference, x, u, v, 1e-6)
     weight, offset = (w.numpy().astype("float64") for w in layer.trainable_variables)
 

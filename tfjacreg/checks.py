@@ -301,11 +301,20 @@ class _Check:
         """The first layer whose gradient of `<u, J v>` is another one than that of differences."""
         seen = set()
         for call, position in _varied(calls):
-            # A functional model is nothing but its layers and operations.
-            if _keras.graph_of(call.layer) is not None or (kind := call.kind(position)) in seen:
+            # A functional model is nothing but its layers and operations, and a layer of Keras' own
+            # is compared as a whole.
+            if _keras.graph_of(call.layer) is not None or call.is_part:
+                continue
+            if (kind := call.kind(position)) in seen:
                 continue
             seen.add(kind)
-            in_graph = self.runs_functions and self._of(call, position).calls_functions()
+            # The loops of Keras' own recurrences are compared with JAX, in a graph
+            # (`benchmarks/second_derivatives.py`): here each would take seconds to trace.
+            in_graph = (
+                self.runs_functions
+                and not call.is_of_keras
+                and self._of(call, position).calls_functions()
+            )
             try:
                 found = second_derivatives.compare(
                     call, position, self.settings.training, in_graph=in_graph

@@ -22,14 +22,23 @@ class LayerCall:
 
     Attributes:
         layer: The layer, or the operation of a functional model.
+        caller: The layer that called it, or None.
         size: The number of examples.
         positions: Which of the tensors that it took are a batch of floats: what it is a function
             of. Tensors of a loop's own graph are gone by now: the layer around the loop answers for
             that.
     """
 
-    def __init__(self, layer: keras.Operation, args: Any, kwargs: Any, size: int) -> None:
+    def __init__(
+        self,
+        layer: keras.Operation,
+        caller: keras.Operation | None,
+        args: Any,
+        kwargs: Any,
+        size: int,
+    ) -> None:
         self.layer = layer
+        self.caller = caller
         self.size = size
         self._taken = args, kwargs
         self._flat = tf.nest.flatten(self._taken)
@@ -85,6 +94,21 @@ class LayerCall:
             a = tf.concat([a] * repeats, axis=0)
         return a
 
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a part of a layer of Keras' own, and Keras' own itself."""
+        return (
+            self.caller is not None
+            and not isinstance(self.caller, keras.Model)
+            and _is_of_keras(self.caller)
+            and self.is_of_keras
+        )
+
+    @property
+    def is_of_keras(self) -> bool:
+        """Whether all code of the layer is Keras' own."""
+        return _is_of_keras(self.layer)
+
     def kind(self, position: int) -> Any:
         """What calls have in common for which one check is enough, as a key of a dictionary.
 
@@ -92,9 +116,7 @@ class LayerCall:
         asks for them: which axes have size 1, and all of a pooling, whose windows may divide the
         image or not. A layer of one's own may do anything: each is of its own kind.
         """
-        if not type(self.layer).__module__.startswith("keras.") or isinstance(
-            self.layer, keras.layers.Lambda
-        ):
+        if not self.is_of_keras:
             return id(self.layer), position
         try:
             config = self.layer.get_config()
@@ -112,6 +134,11 @@ class LayerCall:
         # A function of one's own is known by its name only.
         own = getattr(self.layer, "activation", None)
         return type(self.layer), str(config), str(taken), id(own), position
+
+
+def _is_of_keras(layer: keras.Operation) -> bool:
+    is_keras = type(layer).__module__.startswith("keras.")
+    return is_keras and not isinstance(layer, keras.layers.Lambda)
 
 
 class _Function(keras.Layer):
@@ -145,11 +172,14 @@ def calls_of_layers(
     """
     size = given.x.shape[0]
     calls: list[LayerCall] = []
+    callers: list[keras.Operation | None] = [None]
 
     def noted(layer: keras.Operation) -> Callable[..., Any]:
         def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            callers.append(layer)
             outputs = original(*args, **kwargs)
-            calls.append(LayerCall(layer, args, kwargs, size))
+            callers.pop()
+            calls.append(LayerCall(layer, callers[-1], args, kwargs, size))
             return outputs
 
         return call

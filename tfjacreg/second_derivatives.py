@@ -113,12 +113,14 @@ class _Subject:
         self.function = call.function(position, in_double=in_double)
         self.training = training
         self.in_double = in_double
-        self.in_graph = in_graph
         value = call.value(position)
         self.own = tf.cast(value, tf.float64) if in_double else value
         self.weights = [v.value for v in getattr(call.layer, "trainable_variables", [])]
         self.others = call.others(position)
         self.holds = self.draws = False
+        # Differences need first derivatives only: the values say them eagerly too.
+        product = self._of_the_product
+        self._product = tf.function(product, autograph=False) if in_graph else product
 
     def compared(self) -> Comparison | None:
         """The verdict, at a point beside the layer's own input: kinks and ties lie at zeros."""
@@ -134,11 +136,11 @@ class _Subject:
         """Whether the gradient that training takes is finite where the own input has zeros."""
         if not tf.reduce_any(self.own == 0):
             return True
-        *_, of_weights, of_inputs = self._run(self._of_the_product, self.own, is_recorded=True)
+        *_, of_weights, of_inputs = self._run(self._product, self.own, is_recorded=True)
         return bool(np.isfinite(_norm([*of_weights, *of_inputs])))
 
     def _compared_at(self, x: tf.Tensor) -> Comparison | None:
-        u, v, product, *taken = self._run(self._of_the_product, x, is_recorded=True)
+        u, v, product, *taken = self._run(self._product, x, is_recorded=True)
         if self.holds and self.draws:
             return None
         scales = [
@@ -215,8 +217,7 @@ class _Subject:
 
         def run() -> list[Any]:
             with recording.without_trace(self.layer) as scope:
-                called = tf.function(function, autograph=False) if self.in_graph else function
-                result = called(*args)
+                result = function(*args)
             self.draws = self.draws or recording.has_drawn(self.layer, scope)
             return result
 
