@@ -56,7 +56,7 @@ def test_a_changed_result_shows_in_the_table(content):
     changed["networks"]["GRU"]["error_of_outputs"] = 0.5
     rows = second_derivatives.table(changed).splitlines()
     (row,) = [row for row in rows if row.startswith("| recurrences, loops")]
-    assert "7e+00" not in row and "1, by 5e-01" in row
+    assert "7e+00" not in row and "2, by 5e-01" in row
 
 
 KINDS = [kind for kinds in second_derivatives.PRODUCTS.values() for kind in kinds]
@@ -69,7 +69,8 @@ def ways(*executions, kinds=KINDS):
 ALONG = second_derivatives.PRODUCTS["accumulator"]
 # Where tfjacreg was wrong when the results were made, by finite differences.
 FAULTS = {
-    # A tf.function inside of the layer: the tangent's own gradient in the weights.
+    # Keras' tf.function has the kernel from outside, and TensorFlow's tangent of that loses its
+    # gradient. No penalty takes it: the rows "power" are right.
     "Conv1D, groups": ways("graph", "xla", kinds=["accumulator"]),
     # XLA's eigenvectors are right to 1e-7 alone, which counts where two singular values are near.
     "Conv1DTranspose, same": ways("xla", kinds=["exact"]),
@@ -82,6 +83,7 @@ REFUSED = {
     "softsign": ways(*second_derivatives.EXECUTIONS),
     # TensorFlow has no tangents of a loop, and XLA cannot compile a third derivative of one.
     "recurrences, loops": ways("graph", "xla", kinds=ALONG) | ways("xla", kinds=["transpose"]),
+    **{f"ConvLSTM{rank}D": ways("graph", "xla", kinds=ALONG) for rank in (1, 2, 3)},
     "Conv1D, groups": ways("eager", kinds=ALONG),
     # TensorFlow on a CPU has no such operation, or none in float64, but under XLA.
     "Conv1DTranspose, dilated": ways("eager", "graph"),
@@ -91,6 +93,7 @@ REFUSED = {
     # And these none under XLA.
     "AdaptiveMaxPooling1D": ways("xla"),
     "AdaptiveMaxPooling2D": ways("xla"),
+    "ops: inv and det": ways("xla"),
 }
 
 
@@ -117,8 +120,8 @@ def test_an_error_would_be_seen(content):
     assert wrong(row | {"decided": {"right": "tfjacreg"}}) == set()
     assert wrong(row | {"decided": {"right": "jax"}}) == {"exact, graph"}
     assert wrong(row | {"decided": {"right": "undecided"}}) == {"exact, graph"}
-    # A difference in proportion to that of the values, where nothing can decide.
-    row |= {"decided": {"right": "undecided"}, "error_of_outputs": 1e-7}
+    # A difference in proportion to that of the values.
+    row |= {"error_of_outputs": 1e-7}
     for error, found in ((9e-6, set()), (2e-5, {"exact, graph"})):
         row["errors"]["exact, graph"] = [0.0, error]
         assert wrong(row) == found
@@ -132,7 +135,7 @@ LEFT_OUT = {
         "ReversibleEmbedding",
     },
     "random numbers, or the identity": {
-        *("AlphaDropout", "Dropout", "GaussianDropout", "GaussianNoise", "ActivityRegularization"),
+        *("AlphaDropout", "GaussianDropout", "GaussianNoise", "ActivityRegularization"),
         *("SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"),
     },
     "changes images at random, for a data pipeline": {
@@ -141,7 +144,7 @@ LEFT_OUT = {
     },
     "a base class, or of one backend": {
         *("FlaxLayer", "InputSpec", "JaxLayer", "Lambda", "Layer", "TFSMLayer"),
-        *("TorchModuleWrapper", "Wrapper", "Masking"),
+        *("TorchModuleWrapper", "Wrapper"),
     },
 }
 
@@ -254,11 +257,11 @@ def test_networks_anew_by_finite_differences(anew, content):
 def test_values_in_float64_are_those_of_the_layer(float64, title):
     network, x = second_derivatives._made(title)
     before = np.asarray(network(x))
-    judge = second_derivatives.ByValues(network, x, False)
+    judge = second_derivatives.ByValues(network, x, False, (1e-5, 1e-6))
     np.testing.assert_allclose(judge.outputs, before, atol=1e-6)
-    twice = second_derivatives.ByValues(*second_derivatives._made(title), False, (2e-3, 2e-4))
-    # In float32 they would be 1e-4 apart.
-    np.testing.assert_allclose(judge.sigma, twice.sigma, rtol=1e-9)
+    twice = second_derivatives.ByValues(*second_derivatives._made(title), False, (2e-5, 2e-6))
+    # In float32 they would be 1e-2 apart.
+    np.testing.assert_allclose(judge.sigma, twice.sigma, rtol=1e-8)
 
 
 def verdict_of(name, judge, ours, jax):
