@@ -67,7 +67,8 @@ def ways(*executions, kinds=KINDS):
 
 
 ALONG = second_derivatives.PRODUCTS["accumulator"]
-# Where tfjacreg was wrong when the results were made, by finite differences.
+# Where tfjacreg was wrong when the results were made, by finite differences, and by more than the
+# rounding of the values explains (as in "Resizing, lanczos3, smaller").
 FAULTS = {
     # Keras' tf.function has the kernel from outside, and TensorFlow's tangent of that loses its
     # gradient. No penalty takes it: the rows "power" are right.
