@@ -27,7 +27,12 @@ def grouped_convolution(layer: keras.Layer) -> list[Place]:
         the channels first, which TensorFlow on a CPU convolves through XLA only.
     """
     kind = next(
-        (k for k in (keras.layers.Conv2D, keras.layers.Conv3D) if isinstance(layer, k)), None
+        (
+            k
+            for k in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+            if isinstance(layer, k)
+        ),
+        None,
     )
     if (
         kind is None
