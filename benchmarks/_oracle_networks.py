@@ -543,14 +543,6 @@ def _spectrograms() -> None:
         _add(family, f"STFTSpectrogram, {mode}", _around((20, 2), make, first=2))
     padded = partial(layers.STFTSpectrogram, "magnitude", 6, 3, 8, "hamming", padding="same")
     _add(family, "STFTSpectrogram, same, hamming", _around((20, 2), padded, first=2))
-<<<<<<< HEAD
-    options = {"sampling_rate": 100, "min_freq": 5, "max_freq": 50}
-    sizes = {"fft_length": 16, "sequence_stride": 4, "num_mel_bins": 5}
-    for name, more in (
-        ("MelSpectrogram", {}),
-        ("MelSpectrogram, amplitudes", {"mag_exp": 1.0, "power_to_db": False}),
-        ("MelSpectrogram, powers", {"power_to_db": False, "window": "hamming"}),
-=======
     # Keras computes it in float32, whatever the network's type, and else adds float32 to float64.
     options = {"sampling_rate": 100, "min_freq": 5, "max_freq": 50, **_FLOAT32}
     sizes = {"fft_length": 16, "sequence_stride": 4, "num_mel_bins": 5}
@@ -558,7 +550,6 @@ def _spectrograms() -> None:
         ("MelSpectrogram in float32", {}),
         ("MelSpectrogram, amplitudes in float32", {"mag_exp": 1.0, "power_to_db": False}),
         ("MelSpectrogram, powers in float32", {"power_to_db": False, "window": "hamming"}),
->>>>>>> oracle
     ):
         mel = partial(layers.MelSpectrogram, **options, **sizes, **more)
         _add(family, name, _around((24,), mel, first=24))

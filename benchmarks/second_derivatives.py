@@ -45,7 +45,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfjacreg
-from tfjacreg import temporary
+from tfjacreg import atomic_files
 from tfjacreg.experiments import files
 from tfjacreg.experiments.environment import environment
 from tfjacreg.regularizers import SpectralNorm
@@ -546,7 +546,7 @@ def main() -> None:
     if not arguments.table:
         measure(arguments, content)
     page = arguments.page.read_text(encoding="utf-8")
-    with temporary.replacing(arguments.page) as file:
+    with atomic_files.replacing(arguments.page) as file:
         file.write_text(with_table(page, content), encoding="utf-8")
 
 

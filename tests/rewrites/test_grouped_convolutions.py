@@ -38,9 +38,11 @@ LAYERS = {
     "two_strides": lambda: layers.Conv2D(4, 3, (1, 2), "same", groups=4, activation="tanh"),
     "two_groups": lambda: layers.Conv2D(6, 3, 2, "same", groups=2, activation="tanh"),
     "subclass": lambda: Scaled(4, 3, groups=2, padding="same", activation="tanh"),
+    "conv1d": lambda: layers.Conv1D(4, 3, groups=2, strides=2, activation="tanh"),
+    "conv1d_causal": lambda: layers.Conv1D(8, 2, groups=4, padding="causal", activation="tanh"),
     "conv3d": lambda: layers.Conv3D(4, 2, groups=2, padding="same", activation="tanh"),
 }
-SHAPES = {"conv3d": (3, 3, 2, 4)}
+SHAPES = {"conv1d": (7, 4), "conv1d_causal": (5, 4), "conv3d": (3, 3, 2, 4)}
 
 
 def network(name):
@@ -129,7 +131,7 @@ def test_stands_in_for_the_pass_alone(name):
         layers.Dense(4),
         Scaled(4, 3, groups=2),
         layers.Conv2D(4, 3, groups=2, data_format="channels_first"),
-        layers.Conv1D(4, 3, groups=2),
+        layers.Conv1D(4, 3, groups=2, data_format="channels_first"),
     ],
     ids=lambda layer: type(layer).__name__,
 )
