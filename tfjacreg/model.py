@@ -40,10 +40,11 @@ class RegularizedModel(keras.Model):
 
     Raises:
         TypeError: If `network` is not a Keras layer.
-        ValueError: If `network` has a training step or loss of its own (another `RegularizedModel`,
-            say), which would be ignored. When built, if there is a regularizer and the network has
-            no trainable weights; before the first training step, if `check_network` refuses the
-            network; under `tf.distribute.MultiWorkerMirroredStrategy`.
+        ValueError: If `network` is more than its layers, which would be ignored: it has a `fit`,
+            `evaluate` or `predict`, a training step or a loss of its own (as a task of KerasHub or
+            another `RegularizedModel` has). When built, if there is a regularizer and the network
+            has no trainable weights; before the first training step, if `check_network` refuses
+            the network; under `tf.distribute.MultiWorkerMirroredStrategy`.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class RegularizedModel(keras.Model):
         with tf.GradientTape() as tape:
             # Forward mode, along the pass of the loss.
             subject, y_pred = self._forward(x)
-            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            loss = _keras.compute_loss(self, x, y, y_pred, sample_weight)
             # Backward mode.
             with self._explained():
                 regularizer: Any = self.regularizer
@@ -285,16 +286,59 @@ class RegularizedModel(keras.Model):
         return cls(**config)
 
 
+# What Keras trains and judges a model with: one of these of its own is more than layers.
+_OF_TRAINING = [
+    *("train_step", "test_step", "predict_step"),
+    *("make_train_function", "make_test_function", "make_predict_function"),
+]
+_OF_THE_LOSS = ["compute_loss", "compute_metrics", "get_metrics_result"]
+_OF_THE_DATA = [
+    *("fit", "evaluate", "predict"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch"),
+]
+
+
 def _refuse_own_training(network: keras.Layer) -> None:
-    """Refuses a network whose training is more than its layers, its losses and its metrics."""
-    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
-        own = getattr(type(network), name, None)
-        if own is not None and not own.__module__.startswith("keras."):
+    """Refuses a network that is more than its layers: the model around it would half use it."""
+    advice = {
+        **dict.fromkeys(
+            _OF_TRAINING,
+            "Pass the network inside it, or the same layers as a plain keras.Model; a training "
+            "step of your own adds the penalty as docs/guide.md shows",
+        ),
+        **dict.fromkeys(
+            _OF_THE_LOSS,
+            "Pass the network inside it, or the same layers as a plain keras.Model, and define the "
+            "method in a subclass of RegularizedModel",
+        ),
+        **dict.fromkeys(_OF_THE_DATA, _data_advice(network)),
+    }
+    for name, way in advice.items():
+        if _is_own(network, name):
             raise ValueError(
-                f"`network` must train as Keras models do: {type(network).__name__} has a "
-                f"`{name}` of its own, which the model around it would ignore. Pass the network "
-                f"inside it, or the same layers as a plain keras.Model. Received: {network!r}"
+                f"`network` must be used as Keras uses models: {type(network).__name__} has a "
+                f"`{name}` of its own, which the model around it would ignore. {way}. "
+                f"Received: {network!r}"
             )
+
+
+def _is_own(network: keras.Layer, name: str) -> bool:
+    """Whether a method of a network is another one than Keras'."""
+    if name in vars(network):
+        return True
+    own = getattr(type(network), name, None)
+    return own is not None and not (getattr(own, "__module__", "") or "").startswith("keras.")
+
+
+def _data_advice(network: keras.Layer) -> str:
+    """What to pass in the place of a network that maps its data first, as KerasHub's tasks do."""
+    layers = "the same layers as a plain keras.Model"
+    if _keras.graph_of(network) is not None:
+        layers = "its layers alone, keras.Model(network.inputs, network.outputs)"
+    if hasattr(network, "backbone"):
+        layers = f"its `backbone` with a head, or {layers}"
+    given = "its `preprocessor`" if hasattr(network, "preprocessor") else "the same mapping"
+    return f"Pass {layers}, and preprocess in the data: `dataset.map(...)` with {given}"
 
 
 class _Specs:
