@@ -29,6 +29,11 @@ def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
     return model._compute_loss(x, y, y_pred, sample_weight, training=True)
 
 
+def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
+    """The mean that a compiled model logs as `loss`, whatever its other metrics are called."""
+    return model._loss_tracker
+
+
 @contextlib.contextmanager
 def losses_kept(network: keras.Operation) -> Iterator[None]:
     """Keeps the losses that layers have added so far: Keras clears them in each call."""

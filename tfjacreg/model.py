@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,9 @@ from tfjacreg import _keras, arguments, regularizers, signature
 from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
 
+# The name of the mean penalty in the logs, as long as no metric of the user has it.
+_PENALTY = "penalty"
+
 
 @keras.saving.register_keras_serializable("tfjacreg")
 class RegularizedModel(keras.Model):
@@ -23,7 +28,9 @@ class RegularizedModel(keras.Model):
     An ordinary Keras model: `compile`, `fit`, `evaluate`, `predict`, `save` and `export` work as
     they do for the network alone. In the logs `loss` is the whole training objective, `penalty` the
     mean penalty without its factor (for `SpectralNorm` the mean sigma), and `val_loss` the loss
-    without it. Sample and class weights do not weigh the penalty: eq. (8) is a plain mean.
+    without it. A metric of yours that is called `penalty` keeps that name: the mean penalty is then
+    `regularizer_penalty`. Sample and class weights do not weigh the penalty: eq. (8) is a plain
+    mean.
 
     Only training adds the penalty. The forward pass of the loss is also the one that the Jacobian
     is taken of, so the penalty moves no running statistic and draws no dropout mask. With
@@ -74,8 +81,9 @@ class RegularizedModel(keras.Model):
         self._is_checked = False
         self._example = _Specs(None)
         self._penalty_state: list[keras.Variable] = []
+        self._penalty_name: str | None = None
         if self.regularizer is not None:
-            self._penalty_tracker = keras.metrics.Mean(name="penalty")
+            self._penalty_tracker = keras.metrics.Mean(name=_PENALTY)
         inputs = _keras.input_structure(network) if network.built else None
         if inputs is not None:
             # Called once on symbolic inputs: it can then be summarized and exported at once.
@@ -85,6 +93,43 @@ class RegularizedModel(keras.Model):
     def output_names(self) -> list[str] | None:
         """The names of the network's outputs, by which losses and metrics may be given."""
         return getattr(self.network, "output_names", None)
+
+    @property
+    def input(self) -> Any:
+        """The symbolic inputs, in the structure that the network takes."""
+        graph = _keras.graph_of(self.network)
+        return super().input if graph is None else graph.input
+
+    @property
+    def inputs(self) -> list[keras.KerasTensor]:
+        """The symbolic inputs of the network, as a list; as for the network alone."""
+        return self.network.inputs
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of the network's input, or their shapes; as for the network alone."""
+        return self.network.input_shape
+
+    @property
+    def operations(self) -> list[keras.Operation]:
+        """The operations of the network, if it is a functional one; as for the network alone."""
+        return self.network.operations
+
+    @property
+    def output(self) -> Any:
+        """The symbolic outputs, in the structure that the network returns."""
+        graph = _keras.graph_of(self.network)
+        return super().output if graph is None else graph.output
+
+    @property
+    def outputs(self) -> list[keras.KerasTensor]:
+        """The symbolic outputs of the network, as a list; as for the network alone."""
+        return self.network.outputs
+
+    @property
+    def output_shape(self) -> Any:
+        """The shape of the network's output, or their shapes; as for the network alone."""
+        return self.network.output_shape
 
     @property
     def metrics(self) -> list[keras.Metric]:
@@ -102,7 +147,7 @@ class RegularizedModel(keras.Model):
                 else _symbolic(self._example.specs)
             )
         if self.regularizer is not None:
-            if not self.network.trainable_variables:
+            if not self.network.trainable_variables and not _is_made_again.get():
                 raise ValueError(
                     "There is nothing to regularize: `network` has no trainable weights. Set "
                     "`trainable = True` on some layer, or pass regularizer=None. "
@@ -132,7 +177,8 @@ class RegularizedModel(keras.Model):
         Raises:
             ValueError: If it is a layer of another model that trains, which would lose the penalty.
         """
-        if training and self.regularizer is not None and _keras.is_inside_another(self):
+        trains = training and self.regularizer is not None and bool(self.trainable_variables)
+        if trains and _keras.is_inside_another(self):
             raise ValueError(
                 "A RegularizedModel adds its penalty in its own training step: as a layer of "
                 "another model that trains it would add none. Put its `network` into the other "
@@ -218,9 +264,12 @@ class RegularizedModel(keras.Model):
             self._track(loss * replicas, penalty, x)
             loss = self.optimizer.scale_loss(loss)
         weights = self.trainable_weights
-        with self._explained():
-            gradients = tape.gradient(loss, weights)
-        self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        if weights:
+            with self._explained():
+                gradients = tape.gradient(loss, weights)
+            self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        else:  # In the words of Keras' own step.
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         for variable, value in zip(self._penalty_state, state, strict=True):
             variable.assign(value)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -253,16 +302,40 @@ class RegularizedModel(keras.Model):
     def _track(self, loss: tf.Tensor, penalty: tf.Tensor, x: Any) -> None:
         """Adds to the epoch's means of the loss and the penalty."""
         batch_size = tf.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(loss, sample_weight=batch_size)
+        _keras.loss_tracker(self).update_state(loss, sample_weight=batch_size)
         self._penalty_tracker.update_state(penalty, sample_weight=batch_size)
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Keras' own, and the mean penalty, by a name that no other metric has."""
+        if self.regularizer is None:
+            return super().get_metrics_result()
+        logs: dict[str, Any] = {}
+        for metric in self.metrics:
+            if metric is not self._penalty_tracker:
+                result = metric.result()
+                logs.update(result if isinstance(result, dict) else {metric.name: result})
+        self._penalty_name = _PENALTY
+        while self._penalty_name in logs:
+            self._penalty_name = f"regularizer_{self._penalty_name}"
+        return {**logs, self._penalty_name: self._penalty_tracker.result()}
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Keras' own: the penalty belongs to training, so its metric is left out."""
+        self._penalty_name = None
         logs = super().test_step(data)
-        logs.pop("penalty", None)
-        return logs
+        return {name: value for name, value in logs.items() if name != self._penalty_name}
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Exports the network, as `network.export` does: with the names and dtypes of its inputs.
+
+        Args:
+            filepath: Where to.
+            *args: What `keras.Model.export` takes besides: `format`, `verbose`, `input_signature`.
+            **kwargs: The same by name, and the options of a format.
+        """
+        is_network = type(self).call is RegularizedModel.call and hasattr(self.network, "export")
+        export = self.network.export if is_network else super().export
+        export(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, serialized."""
@@ -283,7 +356,27 @@ class RegularizedModel(keras.Model):
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
             )
-        return cls(**config)
+        with _frozen_allowed():
+            return cls(**config)
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Keras' own: builds what was saved, whatever has been frozen since it was made."""
+        with _frozen_allowed():
+            super().build_from_config(config)
+
+
+# Whether a model is being made that there was before.
+_is_made_again = contextvars.ContextVar("is_made_again", default=False)
+
+
+@contextlib.contextmanager
+def _frozen_allowed() -> Iterator[None]:
+    """Lets a network without trainable weights pass: it was frozen after its training."""
+    token = _is_made_again.set(True)
+    try:
+        yield
+    finally:
+        _is_made_again.reset(token)
 
 
 # What Keras trains and judges a model with: one of these of its own is more than layers.
