@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, regularizers, signature
+from tfjacreg import _keras, arguments, regularizers, signature, weak_penalties
 from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
 
@@ -54,6 +54,8 @@ class RegularizedModel(keras.Model):
             the network; under `tf.distribute.MultiWorkerMirroredStrategy`.
     """
 
+    train_function: Any
+
     def __init__(
         self,
         network: keras.Layer,
@@ -78,7 +80,8 @@ class RegularizedModel(keras.Model):
         signature.check_name("input", input)
         signature.check_name("output", output)
         self._of: dict[str, Any] = {"input": input, "output": output}
-        self._is_checked = False
+        # The check, the warnings of the layers and that of the first step come once.
+        self._is_checked = self._is_told = self._is_weighed = False
         self._example = _Specs(None)
         self._penalty_state: list[keras.Variable] = []
         self._penalty_name: str | None = None
@@ -199,10 +202,34 @@ class RegularizedModel(keras.Model):
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
             self(_symbolic(self._example.specs))
 
-    def make_train_function(self, force: bool = False) -> Any:
+    def make_train_function(self, force: bool = False) -> None:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
         self._check()
-        return super().make_train_function(force)
+        before = self.train_function
+        super().make_train_function(force)
+        if self.train_function is not before and not self._is_weighed:
+            self.train_function = self._weighing(self.train_function)
+
+    def _weighing(self, train: Any) -> Any:
+        """The training function for the first step, which looks at what the penalty counts."""
+
+        def first(iterator: Any) -> Any:
+            logs = train(iterator)
+            self.train_function, self._is_weighed = train, True
+            factor, name = getattr(self.regularizer, "factor", None), self._penalty_name
+            # Below a threshold nothing is to act; a schedule may begin at 0.
+            acts = isinstance(factor, float) and not getattr(self.regularizer, "threshold", 0)
+            if factor and acts and self._is_of_the_jacobian and {name, "loss"} <= set(logs):
+                weak_penalties.warn_of_first_step(
+                    self.network, factor, float(logs[name]), float(logs["loss"])
+                )
+            return logs
+
+        return first
+
+    @property
+    def _is_of_the_jacobian(self) -> bool:
+        return isinstance(self.regularizer, regularizers.JacobianRegularizer)
 
     def factor_changes(self, factor: regularizers.Factor) -> None:
         """Has the training step use a new factor; the regularizer calls it.
@@ -226,8 +253,13 @@ class RegularizedModel(keras.Model):
 
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
-        regularizer = self.regularizer
-        if self._is_checked or not isinstance(regularizer, regularizers.JacobianRegularizer):
+        regularizer: Any = self.regularizer
+        if not self._is_of_the_jacobian:
+            return
+        if regularizer.factor != 0 and not self._is_told:
+            self._is_told = True
+            weak_penalties.warn_of_layers(self.network, self.loss, **self._of)
+        if self._is_checked:
             return
         example = signature.example(self.network, self._example.specs)
         if example is None:
@@ -276,10 +308,11 @@ class RegularizedModel(keras.Model):
 
     def _forward(self, x: Any) -> tuple[JacobianOperator | keras.Layer, Any]:
         """The forward pass: what the penalty is of, and the network's outputs."""
-        if not isinstance(self.regularizer, regularizers.JacobianRegularizer):
+        if not self._is_of_the_jacobian:
             return self.network, self(x, training=True)
+        regularizer: Any = self.regularizer
         start = signature.resolve_input(self.network, x, self._of["input"]).x
-        tangent = self.regularizer.tangent_of_the_pass(start, self._penalty_state)
+        tangent = regularizer.tangent_of_the_pass(start, self._penalty_state)
         jacobian = JacobianOperator(self.network, x, training=True, tangent=tangent, **self._of)
         return jacobian, jacobian.outputs
 
