@@ -263,7 +263,7 @@ class RegularizedModel(keras.Model):
             return
         example = signature.example(self.network, self._example.specs)
         if example is None:
-            return  # The norms themselves refuse axes of unknown size.
+            return  # It takes none of the lengths that are tried, or one example at a time.
         # FrobeniusNorm and penalties of one's own make no first product along the pass.
         forward_mode = getattr(regularizer, "forward_mode", "transpose")
         check_network(
