@@ -273,3 +273,39 @@ def test_a_config_says_what_was_given_and_no_more():
         *("network", "regularizer", "input", "output"),
     }
     assert (config["input"], config["output"]) == ("img", None)
+
+
+def test_a_weights_file_is_one_of_the_network_and_back(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    model = compiled(wrapped())
+    model.fit(X, Y, **FIT)
+    model.save_weights(path)
+    alone = network()
+    alone.load_weights(path)
+    for a, b in zip(model.network.get_weights(), alone.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    alone.set_weights([2 * w for w in alone.get_weights()])
+    alone.save_weights(path)
+    state = model.get_weights()[0]
+    model.load_weights(path)
+    for a, b in zip(model.network.get_weights(), alone.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(model.get_weights()[0], state)
+
+
+@pytest.mark.parametrize("penalty", ["spectral", None])
+def test_a_weights_file_keeps_the_optimizer_and_the_state_of_the_penalty(tmp_path, penalty):
+    """Training goes on from it as without a break; the file of a second save replaces the first."""
+    path = str(tmp_path / "model.weights.h5")
+    model, other = wrapped(penalty), wrapped(penalty)
+    for each in (model, other):
+        each.compile(keras.optimizers.Adam(0.1), LOSS)
+        each.fit(X, Y, **FIT)
+    model.save_weights(path)
+    model.fit(X, Y, **FIT)
+    model.save_weights(path)
+    other.load_weights(path)
+    expected, got = (each.fit(X, Y, **FIT).history["loss"] for each in (model, other))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-6)

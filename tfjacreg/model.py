@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, regularizers, signature, weak_penalties
+from tfjacreg import _keras, arguments, regularizers, signature, weak_penalties, weights_files
 from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
 
@@ -357,6 +357,38 @@ class RegularizedModel(keras.Model):
         self._penalty_name = None
         logs = super().test_step(data)
         return {name: value for name, value in logs.items() if name != self._penalty_name}
+
+    def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
+        """Keras' own; a `.weights.h5` file is also one of the network, which reads it alone.
+
+        Args:
+            filepath: Where to.
+            overwrite: Whether a file there is replaced without a question.
+            **kwargs: What `keras.Model.save_weights` takes besides.
+        """
+        before = weights_files.stamp(filepath)
+        super().save_weights(filepath, overwrite=overwrite, **kwargs)
+        is_one = weights_files.is_one(filepath) and not kwargs.get("max_shard_size")
+        if is_one and weights_files.stamp(filepath) != before:
+            weights_files.put_network_first(filepath)
+
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
+        """Keras' own; from a `.weights.h5` file of the network alone it reads the network.
+
+        Args:
+            filepath: Where from.
+            skip_mismatch: Whether layers of other shapes are left as they are.
+            **kwargs: What `keras.Model.load_weights` takes besides.
+        """
+        if not weights_files.is_one(filepath):
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+            return
+        self.network.load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+        with weights_files.own_part(filepath) as own:
+            if own is not None:
+                loaded = _keras.layers_of(self.network)
+                kwargs["objects_to_skip"] = [*kwargs.get("objects_to_skip", ()), *loaded]
+                super().load_weights(own, skip_mismatch=skip_mismatch, **kwargs)
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Exports the network, as `network.export` does: with the names and dtypes of its inputs.
