@@ -13,7 +13,7 @@ from cleverhans.tf2.utils import compute_gradient
 from keras import layers
 from sklearn.datasets import load_digits
 
-from tfjacreg import attacks
+from tfjacreg import attacks, robustness
 from tfjacreg.judging.classifiers import image_rng
 from tfjacreg.judging.square_attack import STRIPES, WINDOWS
 
@@ -726,3 +726,27 @@ def test_labels_in_a_column_are_labels(cnn):
         attacks.pgd(cnn, x, np.eye(10, dtype=int)[y], iterations=1)
     with pytest.raises(ValueError, match=r"one label per image.*Received: \(5,\)\.$"):
         attacks.pgd(cnn, x, y[:5], iterations=1)
+
+
+@pytest.mark.parametrize("judge", ["pgd", "square", "noise_accuracy"])
+def test_a_classifier_of_pixels_in_0_to_255_is_told(judge):
+    """And with the scale that the message names in front of it, it is not."""
+    keras.utils.set_random_seed(0)
+    own = keras.Sequential(
+        [
+            keras.Input((4, 4, 1)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3),
+        ]
+    )
+    x, y = np.random.default_rng(0).uniform(size=(4, 4, 4, 1)), np.arange(4) % 3
+
+    def judged(classifier):
+        if judge == "noise_accuracy":
+            return robustness.noise_accuracy(classifier, x, y, [0.01], draws=1)
+        return getattr(attacks, judge)(classifier, x, y, iterations=1)
+
+    with pytest.warns(UserWarning, match=r"scales its pixels by 0.0039 .*Rescaling\(255\)"):
+        judged(own)
+    judged(keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Rescaling(255), own]))

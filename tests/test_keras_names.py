@@ -118,3 +118,20 @@ def test_own_metrics(network):
     measuring.compile("sgd", "mse", metrics=["mae"])
     assert _keras.own_metrics(measuring) == [measuring.activity]
     assert _keras.own_metrics(network) == _keras.own_metrics(Nested()) == []
+
+
+@pytest.mark.parametrize("knows_training", [True, False])
+def test_compute_loss(network, knows_training):
+    """A `compute_loss` written before Keras 3.3 takes no `training`."""
+
+    class New(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=None):
+            return x + y + 10 * training
+
+    class Old(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            return x + y
+
+    model = (New if knows_training else Old)(network.inputs, network.outputs)
+    model.compile("sgd")
+    assert _keras.compute_loss(model, 1, 2, None, None) == (13 if knows_training else 3)

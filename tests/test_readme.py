@@ -83,7 +83,7 @@ def examples(page):
 def test_the_guide_runs(tmp_path):
     """Its blocks one after the other."""
     blocks = examples("guide.md")
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     show = "print(len(gradients), float(penalty), t.sigma.shape, op.primal.shape)"
     printed = run("\n".join([*blocks, show]), tmp_path)
     assert (tmp_path / "network.keras").exists() and (tmp_path / "run.keras").exists()

@@ -294,6 +294,7 @@ class TestCasts:
         np.testing.assert_allclose(t.sigma, expected[:, 0], rtol=1e-4)
         check_network(network, x)
 
+    @pytest.mark.filterwarnings("ignore:The inputs of network:tfjacreg.PenaltyWarning")
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("feed", ["arrays", "tf.data"])
     def test_fit_trains_as_with_floats(self, kind, feed):

@@ -10,11 +10,13 @@ from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.model import RegularizedModel
 from tfjacreg.norms import SingularTriplet, frobenius_norm, spectral_bound, spectral_norm
 from tfjacreg.recording import hold_constant
+from tfjacreg.weak_penalties import PenaltyWarning
 
 __version__ = "0.2.0"
 
 __all__ = [
     "JacobianOperator",
+    "PenaltyWarning",
     "RegularizedModel",
     "SingularTriplet",
     "attacks",

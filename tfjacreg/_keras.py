@@ -24,6 +24,16 @@ def own_metrics(network: keras.Layer) -> list[keras.Metric]:
     return list(network._metrics) if is_model else []
 
 
+def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+    """The training loss of a model, whose own `compute_loss` need not know `training`."""
+    return model._compute_loss(x, y, y_pred, sample_weight, training=True)
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
+    """The mean that a compiled model logs as `loss`, whatever its other metrics are called."""
+    return model._loss_tracker
+
+
 @contextlib.contextmanager
 def losses_kept(network: keras.Operation) -> Iterator[None]:
     """Keeps the losses that layers have added so far: Keras clears them in each call."""

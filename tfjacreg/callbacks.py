@@ -19,8 +19,9 @@ class SpectralNormMonitor(keras.callbacks.Callback):
 
     Adds to the epoch's logs `val_sigma_mean`, `val_sigma_median`, `val_sigma_q95` (the quantile
     that 95 % of the points lie below) and `val_sigma_max`. Callbacks that follow it in the list
-    find them there: `CSVLogger`, `TensorBoard`, `EarlyStopping(monitor="val_sigma_max")`,
-    `ModelCheckpoint`. Between two measurements the logs repeat the last one.
+    find them there: `CSVLogger`, `TensorBoard`, `ModelCheckpoint`,
+    `EarlyStopping(monitor="val_sigma_max", mode="min")` (Keras does not know that less is better).
+    Between two measurements the logs repeat the last one.
 
     Args:
         x: What the network takes, `[P, *in]` (or a list, tuple or dict), in the network's own

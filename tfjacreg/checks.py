@@ -241,7 +241,7 @@ class _Check:
 
     def run(self) -> tuple[str, _Fault] | None:
         """Who is wrong, and what it does: the network, or the first of its layers that is."""
-        fault = self.fault()
+        fault = self.fault(is_whole=True)
         try:
             calls = calls_of_layers(self.network, self.given, self.settings.training)
         except Exception as error:  # It runs in a graph only: then the layers are not to be seen.
@@ -265,11 +265,17 @@ class _Check:
                 fault = fault._replace(text=text)
         return name, fault
 
-    def fault(self) -> _Fault | None:
-        """What is wrong with the products of the network itself, if anything is."""
+    def fault(self, *, is_whole: bool = False) -> _Fault | None:
+        """What is wrong with the products of the network itself, if anything is.
+
+        Args:
+            is_whole: Whether it is no layer of another, which may fold what others unfold.
+        """
         settings, given = self.settings, self.given
         try:
             graph, x, primal = self._graph()
+            if is_whole:
+                signature.refuse_folded(self.network, x, primal)
             # Those of this graph are of no use in the next one.
             _reset_dropout_masks(self.network)
             self.runs_functions = graph_search.calls_functions(graph)

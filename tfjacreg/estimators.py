@@ -147,8 +147,20 @@ def squared_frobenius_sample(op: LinearOperator, num_projections: int, key: Any)
 def products_with_basis(
     product: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor, dtype: tf.DType
 ) -> tf.Tensor:
-    """The products with every unit vector of the space of `like`, `[B, n, m]`."""
-    n = num_elements(like)
+    """The products with every unit vector of the space of `like`, `[B, n, m]`.
+
+    Raises:
+        ValueError: If the shape of `like` is not known in the graph that is being traced.
+    """
+    n = like.shape[1:].num_elements()
+    if n is None:
+        raise ValueError(
+            "method='exact', and frobenius_norm without num_projections, take the products with "
+            "every unit vector: the output, or for the spectral norm the input, must have a known "
+            "size along all axes but the batch. Use method='lanczos', or num_projections, or give "
+            "the network's Input a full shape. "
+            f"Received: a tensor of shape {tuple(like.shape)}"
+        )
     products = []
     for k in range(n):
         basis_vector = tf.broadcast_to(tf.one_hot(k, n, dtype=dtype), tf.shape(flatten(like)))
@@ -175,7 +187,9 @@ def _lanczos(
     `[B_k, beta_k e_k]`; or of `B_k` while the last product `J^T u_k` has not been made, as in
     training, where that product is the penalty itself: then `J^T u` is not known.
     """
-    steps = min(steps, num_elements(op.x), num_elements(op.primal) if complete else steps)
+    # Beyond a size that the graph does not know, the steps find nothing more.
+    sizes = [num_elements(op.x), *([num_elements(op.primal)] if complete else [])]
+    steps = min([steps, *[size for size in sizes if isinstance(size, int)]])
     vs: list[tf.Tensor] = [v]
     us: list[tf.Tensor] = []
     alphas: list[tf.Tensor] = []
@@ -229,7 +243,8 @@ def _next_direction(
 
 def _exact(op: LinearOperator) -> tf.Tensor:
     """The left vector from the eigenvectors of the Gram matrix on the smaller side."""
-    if num_elements(op.primal) <= num_elements(op.x):
+    n_out, n_in = op.primal.shape[1:].num_elements(), op.x.shape[1:].num_elements()
+    if n_in is None or (n_out is not None and n_out <= n_in):
         rows = products_with_basis(op.rmatvec, op.primal, op.x.dtype)
         gram = tf.matmul(rows, rows, transpose_b=True)
         u = _leading_eigenvector(gram)

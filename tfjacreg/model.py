@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +13,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, regularizers, signature
+from tfjacreg import _keras, arguments, regularizers, signature, weak_penalties, weights_files
 from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
+
+# The name of the mean penalty in the logs, as long as no metric of the user has it.
+_PENALTY = "penalty"
 
 
 @keras.saving.register_keras_serializable("tfjacreg")
@@ -23,7 +28,9 @@ class RegularizedModel(keras.Model):
     An ordinary Keras model: `compile`, `fit`, `evaluate`, `predict`, `save` and `export` work as
     they do for the network alone. In the logs `loss` is the whole training objective, `penalty` the
     mean penalty without its factor (for `SpectralNorm` the mean sigma), and `val_loss` the loss
-    without it. Sample and class weights do not weigh the penalty: eq. (8) is a plain mean.
+    without it. A metric of yours that is called `penalty` keeps that name: the mean penalty is then
+    `regularizer_penalty`. Sample and class weights do not weigh the penalty: eq. (8) is a plain
+    mean.
 
     Only training adds the penalty. The forward pass of the loss is also the one that the Jacobian
     is taken of, so the penalty moves no running statistic and draws no dropout mask. With
@@ -40,11 +47,14 @@ class RegularizedModel(keras.Model):
 
     Raises:
         TypeError: If `network` is not a Keras layer.
-        ValueError: If `network` has a training step or loss of its own (another `RegularizedModel`,
-            say), which would be ignored. When built, if there is a regularizer and the network has
-            no trainable weights; before the first training step, if `check_network` refuses the
-            network; under `tf.distribute.MultiWorkerMirroredStrategy`.
+        ValueError: If `network` is more than its layers, which would be ignored: it has a `fit`,
+            `evaluate` or `predict`, a training step or a loss of its own (as a task of KerasHub or
+            another `RegularizedModel` has). When built, if there is a regularizer and the network
+            has no trainable weights; before the first training step, if `check_network` refuses
+            the network; under `tf.distribute.MultiWorkerMirroredStrategy`.
     """
+
+    train_function: Any
 
     def __init__(
         self,
@@ -70,11 +80,13 @@ class RegularizedModel(keras.Model):
         signature.check_name("input", input)
         signature.check_name("output", output)
         self._of: dict[str, Any] = {"input": input, "output": output}
-        self._is_checked = False
+        # The check, the warnings of the layers and that of the first step come once.
+        self._is_checked = self._is_told = self._is_weighed = False
         self._example = _Specs(None)
         self._penalty_state: list[keras.Variable] = []
+        self._penalty_name: str | None = None
         if self.regularizer is not None:
-            self._penalty_tracker = keras.metrics.Mean(name="penalty")
+            self._penalty_tracker = keras.metrics.Mean(name=_PENALTY)
         inputs = _keras.input_structure(network) if network.built else None
         if inputs is not None:
             # Called once on symbolic inputs: it can then be summarized and exported at once.
@@ -84,6 +96,43 @@ class RegularizedModel(keras.Model):
     def output_names(self) -> list[str] | None:
         """The names of the network's outputs, by which losses and metrics may be given."""
         return getattr(self.network, "output_names", None)
+
+    @property
+    def input(self) -> Any:
+        """The symbolic inputs, in the structure that the network takes."""
+        graph = _keras.graph_of(self.network)
+        return super().input if graph is None else graph.input
+
+    @property
+    def inputs(self) -> list[keras.KerasTensor]:
+        """The symbolic inputs of the network, as a list; as for the network alone."""
+        return self.network.inputs
+
+    @property
+    def input_shape(self) -> Any:
+        """The shape of the network's input, or their shapes; as for the network alone."""
+        return self.network.input_shape
+
+    @property
+    def operations(self) -> list[keras.Operation]:
+        """The operations of the network, if it is a functional one; as for the network alone."""
+        return self.network.operations
+
+    @property
+    def output(self) -> Any:
+        """The symbolic outputs, in the structure that the network returns."""
+        graph = _keras.graph_of(self.network)
+        return super().output if graph is None else graph.output
+
+    @property
+    def outputs(self) -> list[keras.KerasTensor]:
+        """The symbolic outputs of the network, as a list; as for the network alone."""
+        return self.network.outputs
+
+    @property
+    def output_shape(self) -> Any:
+        """The shape of the network's output, or their shapes; as for the network alone."""
+        return self.network.output_shape
 
     @property
     def metrics(self) -> list[keras.Metric]:
@@ -101,7 +150,7 @@ class RegularizedModel(keras.Model):
                 else _symbolic(self._example.specs)
             )
         if self.regularizer is not None:
-            if not self.network.trainable_variables:
+            if not self.network.trainable_variables and not _is_made_again.get():
                 raise ValueError(
                     "There is nothing to regularize: `network` has no trainable weights. Set "
                     "`trainable = True` on some layer, or pass regularizer=None. "
@@ -131,7 +180,8 @@ class RegularizedModel(keras.Model):
         Raises:
             ValueError: If it is a layer of another model that trains, which would lose the penalty.
         """
-        if training and self.regularizer is not None and _keras.is_inside_another(self):
+        trains = training and self.regularizer is not None and bool(self.trainable_variables)
+        if trains and _keras.is_inside_another(self):
             raise ValueError(
                 "A RegularizedModel adds its penalty in its own training step: as a layer of "
                 "another model that trains it would add none. Put its `network` into the other "
@@ -152,10 +202,34 @@ class RegularizedModel(keras.Model):
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
             self(_symbolic(self._example.specs))
 
-    def make_train_function(self, force: bool = False) -> Any:
+    def make_train_function(self, force: bool = False) -> None:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
         self._check()
-        return super().make_train_function(force)
+        before = self.train_function
+        super().make_train_function(force)
+        if self.train_function is not before and not self._is_weighed:
+            self.train_function = self._weighing(self.train_function)
+
+    def _weighing(self, train: Any) -> Any:
+        """The training function for the first step, which looks at what the penalty counts."""
+
+        def first(iterator: Any) -> Any:
+            logs = train(iterator)
+            self.train_function, self._is_weighed = train, True
+            factor, name = getattr(self.regularizer, "factor", None), self._penalty_name
+            # Below a threshold nothing is to act; a schedule may begin at 0.
+            acts = isinstance(factor, float) and not getattr(self.regularizer, "threshold", 0)
+            if factor and acts and self._is_of_the_jacobian and {name, "loss"} <= set(logs):
+                weak_penalties.warn_of_first_step(
+                    self.network, factor, float(logs[name]), float(logs["loss"])
+                )
+            return logs
+
+        return first
+
+    @property
+    def _is_of_the_jacobian(self) -> bool:
+        return isinstance(self.regularizer, regularizers.JacobianRegularizer)
 
     def factor_changes(self, factor: regularizers.Factor) -> None:
         """Has the training step use a new factor; the regularizer calls it.
@@ -179,12 +253,17 @@ class RegularizedModel(keras.Model):
 
     def _check(self) -> None:
         """Checks the network once, if the penalty is one of its Jacobian."""
-        regularizer = self.regularizer
-        if self._is_checked or not isinstance(regularizer, regularizers.JacobianRegularizer):
+        regularizer: Any = self.regularizer
+        if not self._is_of_the_jacobian:
+            return
+        if regularizer.factor != 0 and not self._is_told:
+            self._is_told = True
+            weak_penalties.warn_of_layers(self.network, self.loss, **self._of)
+        if self._is_checked:
             return
         example = signature.example(self.network, self._example.specs)
         if example is None:
-            return  # The norms themselves refuse axes of unknown size.
+            return  # It takes none of the lengths that are tried, or one example at a time.
         # FrobeniusNorm and penalties of one's own make no first product along the pass.
         forward_mode = getattr(regularizer, "forward_mode", "transpose")
         check_network(
@@ -205,7 +284,7 @@ class RegularizedModel(keras.Model):
         with tf.GradientTape() as tape:
             # Forward mode, along the pass of the loss.
             subject, y_pred = self._forward(x)
-            loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            loss = _keras.compute_loss(self, x, y, y_pred, sample_weight)
             # Backward mode.
             with self._explained():
                 regularizer: Any = self.regularizer
@@ -217,19 +296,23 @@ class RegularizedModel(keras.Model):
             self._track(loss * replicas, penalty, x)
             loss = self.optimizer.scale_loss(loss)
         weights = self.trainable_weights
-        with self._explained():
-            gradients = tape.gradient(loss, weights)
-        self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        if weights:
+            with self._explained():
+                gradients = tape.gradient(loss, weights)
+            self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        else:  # In the words of Keras' own step.
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         for variable, value in zip(self._penalty_state, state, strict=True):
             variable.assign(value)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _forward(self, x: Any) -> tuple[JacobianOperator | keras.Layer, Any]:
         """The forward pass: what the penalty is of, and the network's outputs."""
-        if not isinstance(self.regularizer, regularizers.JacobianRegularizer):
+        if not self._is_of_the_jacobian:
             return self.network, self(x, training=True)
+        regularizer: Any = self.regularizer
         start = signature.resolve_input(self.network, x, self._of["input"]).x
-        tangent = self.regularizer.tangent_of_the_pass(start, self._penalty_state)
+        tangent = regularizer.tangent_of_the_pass(start, self._penalty_state)
         jacobian = JacobianOperator(self.network, x, training=True, tangent=tangent, **self._of)
         return jacobian, jacobian.outputs
 
@@ -252,16 +335,72 @@ class RegularizedModel(keras.Model):
     def _track(self, loss: tf.Tensor, penalty: tf.Tensor, x: Any) -> None:
         """Adds to the epoch's means of the loss and the penalty."""
         batch_size = tf.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
-        for metric in self.metrics:
-            if metric.name == "loss":
-                metric.update_state(loss, sample_weight=batch_size)
+        _keras.loss_tracker(self).update_state(loss, sample_weight=batch_size)
         self._penalty_tracker.update_state(penalty, sample_weight=batch_size)
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Keras' own, and the mean penalty, by a name that no other metric has."""
+        if self.regularizer is None:
+            return super().get_metrics_result()
+        logs: dict[str, Any] = {}
+        for metric in self.metrics:
+            if metric is not self._penalty_tracker:
+                result = metric.result()
+                logs.update(result if isinstance(result, dict) else {metric.name: result})
+        self._penalty_name = _PENALTY
+        while self._penalty_name in logs:
+            self._penalty_name = f"regularizer_{self._penalty_name}"
+        return {**logs, self._penalty_name: self._penalty_tracker.result()}
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Keras' own: the penalty belongs to training, so its metric is left out."""
+        self._penalty_name = None
         logs = super().test_step(data)
-        logs.pop("penalty", None)
-        return logs
+        return {name: value for name, value in logs.items() if name != self._penalty_name}
+
+    def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
+        """Keras' own; a `.weights.h5` file is also one of the network, which reads it alone.
+
+        Args:
+            filepath: Where to.
+            overwrite: Whether a file there is replaced without a question.
+            **kwargs: What `keras.Model.save_weights` takes besides.
+        """
+        before = weights_files.stamp(filepath)
+        super().save_weights(filepath, overwrite=overwrite, **kwargs)
+        is_one = weights_files.is_one(filepath) and not kwargs.get("max_shard_size")
+        if is_one and weights_files.stamp(filepath) != before:
+            weights_files.put_network_first(filepath)
+
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
+        """Keras' own; from a `.weights.h5` file of the network alone it reads the network.
+
+        Args:
+            filepath: Where from.
+            skip_mismatch: Whether layers of other shapes are left as they are.
+            **kwargs: What `keras.Model.load_weights` takes besides.
+        """
+        if not weights_files.is_one(filepath):
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+            return
+        self.network.load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+        with weights_files.own_part(filepath) as own:
+            if own is not None:
+                loaded = _keras.layers_of(self.network)
+                kwargs["objects_to_skip"] = [*kwargs.get("objects_to_skip", ()), *loaded]
+                super().load_weights(own, skip_mismatch=skip_mismatch, **kwargs)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Exports the network, as `network.export` does: with the names and dtypes of its inputs.
+
+        Args:
+            filepath: Where to.
+            *args: What `keras.Model.export` takes besides: `format`, `verbose`, `input_signature`.
+            **kwargs: The same by name, and the options of a format.
+        """
+        is_network = type(self).call is RegularizedModel.call and hasattr(self.network, "export")
+        export = self.network.export if is_network else super().export
+        export(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, serialized."""
@@ -282,19 +421,82 @@ class RegularizedModel(keras.Model):
             config[key] = keras.saving.deserialize_keras_object(
                 config[key], custom_objects=custom_objects
             )
-        return cls(**config)
+        with _frozen_allowed():
+            return cls(**config)
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Keras' own: builds what was saved, whatever has been frozen since it was made."""
+        with _frozen_allowed():
+            super().build_from_config(config)
+
+
+# Whether a model is being made that there was before.
+_is_made_again = contextvars.ContextVar("is_made_again", default=False)
+
+
+@contextlib.contextmanager
+def _frozen_allowed() -> Iterator[None]:
+    """Lets a network without trainable weights pass: it was frozen after its training."""
+    token = _is_made_again.set(True)
+    try:
+        yield
+    finally:
+        _is_made_again.reset(token)
+
+
+# What Keras trains and judges a model with: one of these of its own is more than layers.
+_OF_TRAINING = [
+    *("train_step", "test_step", "predict_step"),
+    *("make_train_function", "make_test_function", "make_predict_function"),
+]
+_OF_THE_LOSS = ["compute_loss", "compute_metrics", "get_metrics_result"]
+_OF_THE_DATA = [
+    *("fit", "evaluate", "predict"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch"),
+]
 
 
 def _refuse_own_training(network: keras.Layer) -> None:
-    """Refuses a network whose training is more than its layers, its losses and its metrics."""
-    for name in ("train_step", "test_step", "compute_loss", "compute_metrics"):
-        own = getattr(type(network), name, None)
-        if own is not None and not own.__module__.startswith("keras."):
+    """Refuses a network that is more than its layers: the model around it would half use it."""
+    advice = {
+        **dict.fromkeys(
+            _OF_TRAINING,
+            "Pass the network inside it, or the same layers as a plain keras.Model; a training "
+            "step of your own adds the penalty as docs/guide.md shows",
+        ),
+        **dict.fromkeys(
+            _OF_THE_LOSS,
+            "Pass the network inside it, or the same layers as a plain keras.Model, and define the "
+            "method in a subclass of RegularizedModel",
+        ),
+        **dict.fromkeys(_OF_THE_DATA, _data_advice(network)),
+    }
+    for name, way in advice.items():
+        if _is_own(network, name):
             raise ValueError(
-                f"`network` must train as Keras models do: {type(network).__name__} has a "
-                f"`{name}` of its own, which the model around it would ignore. Pass the network "
-                f"inside it, or the same layers as a plain keras.Model. Received: {network!r}"
+                f"`network` must be used as Keras uses models: {type(network).__name__} has a "
+                f"`{name}` of its own, which the model around it would ignore. {way}. "
+                f"Received: {network!r}"
             )
+
+
+def _is_own(network: keras.Layer, name: str) -> bool:
+    """Whether a method of a network is another one than Keras'."""
+    if name in vars(network):
+        return True
+    own = getattr(type(network), name, None)
+    return own is not None and not (getattr(own, "__module__", "") or "").startswith("keras.")
+
+
+def _data_advice(network: keras.Layer) -> str:
+    """What to pass in the place of a network that maps its data first, as KerasHub's tasks do."""
+    layers = "the same layers as a plain keras.Model"
+    if _keras.graph_of(network) is not None:
+        layers = "its layers alone, keras.Model(network.inputs, network.outputs)"
+    if hasattr(network, "backbone"):
+        layers = f"its `backbone` with a head, or {layers}"
+    given = "its `preprocessor`" if hasattr(network, "preprocessor") else "the same mapping"
+    return f"Pass {layers}, and preprocess in the data: `dataset.map(...)` with {given}"
 
 
 class _Specs:

@@ -174,6 +174,7 @@ def _operator(
     network: keras.Layer, x: Any, input: signature.Name, output: signature.Name
 ) -> JacobianOperator:
     op = JacobianOperator(network, x, input=input, output=output)
+    signature.refuse_folded(network, op.x, op.primal)
     refuse_hidden_operations(op)
     return op
 
@@ -204,8 +205,8 @@ def _consistent(
         float(ml_dtypes.finfo(op.primal.dtype.name).tiny),
         float(ml_dtypes.finfo(op.x.dtype.name).tiny) ** 0.5,
     )
-    smallest *= float(num_elements(op.x)) ** 0.5
-    is_wrong = tf.abs(backward - forward) > tolerance * scale + smallest
+    size = tf.sqrt(tf.cast(num_elements(op.x), norm.dtype))
+    is_wrong = tf.abs(backward - forward) > tolerance * scale + smallest * size
     if not tf.executing_eagerly():
         return norm + tf.sqrt(-tf.cast(is_wrong, norm.dtype))
     if tf.reduce_any(is_wrong):

@@ -364,6 +364,8 @@ class WeightDecay(WeightRegularizer):
 
     def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Computes the sum over kernels; see the base class."""
+        if not network.trainable_variables:  # Frozen as a whole.
+            return tf.zeros(()), []
         squares = [
             tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel.value)))
             for kernel in linear_maps.trainable_kernels(network)

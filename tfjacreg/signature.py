@@ -16,7 +16,11 @@ Name = int | str | None
 
 
 class NotOne(ValueError):
-    """`input` or `output` names no floating tensor, or none is named where there are several."""
+    """What the Jacobian is to be of is not one tensor with a row for each example.
+
+    `input` or `output` names no floating tensor, or none is named where there are several; or the
+    output has other rows than the examples.
+    """
 
 
 class NetworkInput(NamedTuple):
@@ -87,6 +91,13 @@ def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInp
     declares = any(spec is not None for spec in specs)
     is_taken = [spec is not None or not declares for spec in specs]
     candidates = [n for n, leaf in enumerate(leaves) if _is_floating(leaf) and is_taken[n]]
+    if not candidates and any(isinstance(leaf, tf.RaggedTensor) for leaf in leaves):
+        kinds = [type(leaf).__name__ for leaf in leaves]
+        raise TypeError(
+            "A ragged tensor has no Jacobian of one shape for each example. Give batches of one "
+            "shape each: x.to_tensor(), with a mask if the network takes one, or "
+            f"dataset.padded_batch(...). Received: x of type {kinds}"
+        )
     if not candidates:
         received = ", ".join(f"x of dtype {_dtype(leaf)}" for leaf in leaves) or f"x={x!r}"
         raise TypeError(
@@ -132,6 +143,24 @@ def select_output(network: keras.Layer, outputs: Any, name: Name = None) -> tf.T
     return leaves[_chosen("output", name, names, candidates)]
 
 
+def refuse_folded(network: keras.Layer, x: tf.Tensor, output: tf.Tensor) -> None:
+    """Refuses an output whose rows are not one for each example.
+
+    Raises:
+        ValueError: If there are several rows for each example, as far as the shapes say.
+    """
+    rows = output.shape[0] if output.shape.rank else None
+    if rows and x.shape[0] and rows > x.shape[0] and rows % x.shape[0] == 0:
+        raise NotOne(
+            "The output must have one row for each example, whose Jacobian it is. Views that the "
+            "network folds into the batch axis must be unfolded at its end, as by "
+            "keras.ops.reshape(output, (-1, views, size)), or be held apart by "
+            "keras.layers.TimeDistributed. "
+            f"Received: network {network.name!r}, which returns {tuple(output.shape)} for x of "
+            f"shape {tuple(x.shape)}"
+        )
+
+
 def example(network: keras.Layer, specs: Any) -> Any:
     """Random examples of what a network takes, for a check of it; zeros where it takes integers.
 
@@ -141,8 +170,9 @@ def example(network: keras.Layer, specs: Any) -> Any:
             `Input`s say.
 
     Returns:
-        Tensors of two examples, or of as many as the network's `Input` fixes; None where a shape is
-        not known, or the network takes one example at a time.
+        Tensors of two examples, or of as many as the network's `Input` fixes. Axes of unknown size
+        have the first of a few lengths that the network takes. None where a rank is not known, the
+        network takes none of these lengths, or it takes one example at a time.
     """
     inputs = list(getattr(network, "inputs", None) or [])
     if specs is None:
@@ -153,30 +183,60 @@ def example(network: keras.Layer, specs: Any) -> Any:
     if not leaves or any(leaf.shape is None for leaf in leaves):
         return None
     paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(specs)]
+    known = list(zip(leaves, _specs(specs, paths, inputs), strict=True))
+    shapes = [_known_shape(leaf, spec) for leaf, spec in known]
+    if any(shape is None for shape in shapes):
+        return None
+    if all(None not in (shape or ())[1:] for shape in shapes):
+        return _random(specs, known, shapes, 0)
+    for length in _LENGTHS:
+        made = _random(specs, known, shapes, length)
+        if made is None or _takes(network, made):
+            return made
+    return None
+
+
+# What an axis of unknown size has in the check of a network, the first that the network takes.
+_LENGTHS = (8, 16, 32, 64, 128, 256)
+
+
+def _known_shape(leaf: Any, spec: Any) -> tuple[int | None, ...] | None:
+    """The shape of a tensor of the data, as far as it or its `Input` knows it; None if neither."""
+    shape = tf.TensorShape(leaf.shape)
+    known = tf.TensorShape(None if spec is None else spec.shape)
+    if shape.rank is None:
+        shape = known
+    elif known.rank == shape.rank and shape.is_compatible_with(known):
+        # A stateful recurrence takes batches of one size only.
+        shape = shape.merge_with(known)
+    return tuple(shape) if shape.rank else None
+
+
+def _takes(network: keras.Layer, x: Any) -> bool:
+    """Whether a network takes tensors of these shapes, and returns any of at least one element."""
+    symbolic = keras.tree.map_structure(
+        lambda t: keras.KerasTensor(t.shape, t.dtype.name, isinstance(t, tf.SparseTensor)), x
+    )
+    try:
+        outputs = keras.tree.flatten(network.compute_output_spec(symbolic))
+    except Exception:  # Whatever its layers have for a shape that is too small.
+        return False
+    return all(size is None or size > 0 for output in outputs for size in output.shape)
+
+
+def _random(specs: Any, known: list[Any], shapes: list[Any], length: int) -> Any:
+    """Random tensors of these shapes, with `length` in the place of what is not known; or None."""
     made = []
-    for number, (leaf, spec) in enumerate(zip(leaves, _specs(specs, paths, inputs), strict=True)):
-        shape = tf.TensorShape(leaf.shape)
-        known = tf.TensorShape(None if spec is None else spec.shape)
-        if shape.rank is None:
-            shape = known
-        elif known.rank == shape.rank:
-            # A stateful recurrence takes batches of one size only.
-            shape = shape.merge_with(known) if shape.is_compatible_with(known) else shape
-        if not shape.rank or not shape[1:].is_fully_defined():
-            return None
-        size = 2 if shape[0] is None else shape[0]
-        if size < 2:
+    for number, ((leaf, spec), (batch, *rest)) in enumerate(zip(known, shapes, strict=True)):
+        shape = (2 if batch is None else batch, *(length if n is None else n for n in rest))
+        if shape[0] < 2:
             return None
         dtype = tf.as_dtype(leaf.dtype if spec is None else spec.dtype)
         if dtype.is_floating:
             dtype = tf.float32 if dtype.size < 4 else dtype
-            made.append(
-                tf.random.stateless_normal(
-                    (size, *shape[1:]), (0, number), dtype=dtype, alg="philox"
-                )
-            )
+            made.append(tf.random.stateless_normal(shape, (0, number), dtype=dtype, alg="philox"))
         else:
-            made.append(tf.zeros((size, *shape[1:]), dtype))
+            made.append(tf.zeros(shape, dtype))
         if isinstance(leaf, tf.SparseTensorSpec):
             made[-1] = tf.sparse.from_dense(made[-1])
     return keras.tree.pack_sequence_as(specs, made)

@@ -73,22 +73,15 @@ def squared_length(a: tf.Tensor) -> tf.Tensor:
 
 def flatten(a: tf.Tensor) -> tf.Tensor:
     """Reshapes `[B, ...]` to `[B, n]`."""
-    return tf.reshape(a, [-1, num_elements(a)])
+    n = num_elements(a)
+    # Where n is not known, -1 would leave the shape of an empty batch open.
+    return tf.reshape(a, [-1 if isinstance(n, int) else tf.shape(a)[0], n])
 
 
-def num_elements(a: tf.Tensor) -> int:
-    """The size of one example of `a`.
-
-    Raises:
-        ValueError: If an axis other than the first has no known size.
-    """
+def num_elements(a: tf.Tensor) -> int | tf.Tensor:
+    """The size of one example of `a`; a tensor where a graph knows it only when it runs."""
     size = a.shape[1:].num_elements()
-    if size is None:
-        raise ValueError(
-            "All axes but the batch must have a known size: give the network's Input a full shape. "
-            f"Received: a tensor of shape {tuple(a.shape)}"
-        )
-    return size
+    return tf.reduce_prod(tf.shape(a)[1:]) if size is None else size
 
 
 def broadcast_like(s: tf.Tensor, like: tf.Tensor) -> tf.Tensor:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from tfjacreg import weak_penalties
+
 Array = npt.NDArray[np.floating]
 Progress = Callable[[int], object]
 
@@ -44,6 +46,8 @@ def check_classifier(
 ) -> CheckedClassifier:
     """Refuses what would make a judgement meaningless, after the checks of AutoAttack.
 
+    Warns of a classifier that scales its pixels down itself, as one of pixels in 0..255 does.
+
     Args:
         classifier: Keras model from pixels `[B, *in]` to logits `[B, K]`.
         x: Pixels in [0, 1], floating point, `[N, *in]`.
@@ -64,6 +68,16 @@ def check_classifier(
     if not isinstance(classifier, keras.Model):
         raise TypeError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
     pixels, labels = _check_examples(classifier, _as_array("x", x), _as_array("y", y))
+    scaled = weak_penalties.shrinking_start(classifier, None)
+    if scaled is not None:
+        layer, factor = scaled
+        warnings.warn(
+            f"The classifier scales its pixels by {factor:.2g} itself, by {layer}: it was made for "
+            "pixels in 0..255, say, and sees hardly anything of pixels in [0, 1]. Give the attacks "
+            "a classifier of pixels in [0, 1], such as keras.Sequential([keras.layers.Rescaling("
+            "255), classifier]).",
+            stacklevel=3,
+        )
 
     def logits(images: tf.Tensor) -> tf.Tensor:
         outputs = classifier(images, training=False)
