@@ -88,7 +88,7 @@ def test_no_module_is_imported_for_a_file(tmp_path, monkeypatch):
                 content = json.dumps(config).encode()
             mine.writestr(name, content)
     checkpoint.load(tmp_path / "good.keras")
-    with pytest.raises(ValueError, match=r"names classes of \['evil'\]"):
+    with pytest.raises(ValueError, match=r"names \['evil.Dense'\]"):
         checkpoint.load(tmp_path / "mine.keras")
     assert "evil" not in sys.modules
 
@@ -109,8 +109,8 @@ def test_the_process_of_a_run_imports_what_train_py_would(tmp_path, monkeypatch)
     monkeypatch.setattr(workers.subprocess, "Popen", Popen)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keras.py").write_text("raise SystemExit('imported')")
-    with pytest.raises(Exception, match="metrics.json"):
-        workers.run_sweep("some.toml", "out")
+    (failure,) = workers.run_sweep("some.toml", "out").failures.values()
+    assert "metrics.json" in failure
     assert started["command"][1] == "-P"
     path = subprocess.run(
         [*started["command"][:2], "-c", "import sys, json; print(json.dumps(sys.path))"],

@@ -17,8 +17,10 @@ import tensorflow as tf
 
 import tfjacreg
 from tfjacreg import datasets
-from tfjacreg.experiments import callbacks, pipeline
+from tfjacreg.experiments import callbacks, pipeline, records
+from tfjacreg.experiments import run as run_module
 from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.run import mean_spectral_norm, run
 
 ROOT = Path(__file__).parents[2]
@@ -405,6 +407,80 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
     assert isinstance(model, tfjacreg.RegularizedModel)
     with (tmp_path / "history.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1
+
+
+def _poisoned_figure(name):
+    def poison(model, logs):
+        logs[name] = np.nan
+
+    return poison
+
+
+def _poisoned_momentum(model, logs):
+    momentum = [v for v in model.optimizer.variables if "momentum" in v.path][-1]
+    momentum.assign(np.full(momentum.shape, np.inf))
+
+
+def _poisoned_weight(model, logs):
+    model.trainable_variables[-1].assign(np.full(model.trainable_variables[-1].shape, np.nan))
+
+
+def _huge_weights(model, logs):
+    """Finite, but the test images' logits are not."""
+    for variable in model.trainable_variables:
+        variable.assign(np.full(variable.shape, 1e38))
+
+
+POISONS = {
+    **{name: _poisoned_figure(name) for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
+    "momentum": _poisoned_momentum,
+    "weight": _poisoned_weight,
+    "logits": _huge_weights,
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("bad_epoch", [0, 1])
+def test_a_number_that_is_none_in_the_last_step_ends_the_run(
+    tmp_path, monkeypatch, poison, bad_epoch
+):
+    config = RunConfig.of(**(SHORT | {"epochs": bad_epoch + 1}))
+    original = callbacks.StopAtNaN.on_epoch_end
+
+    def poisoned(self, epoch, logs=None):
+        if epoch == bad_epoch:
+            POISONS[poison](self.model, logs)
+        original(self, epoch, logs)
+
+    monkeypatch.setattr(callbacks.StopAtNaN, "on_epoch_end", poisoned)
+    with pytest.raises(RunError, match=f"diverged in epoch {bad_epoch + 1}.*finite number"):
+        run(config, tmp_path, verbose=0)
+    reader = FolderReader(tmp_path)
+    assert not reader.finished and not reader.classifier_file.exists()
+    assert reader.count_epochs() == bad_epoch
+    assert reader.checkpoint_file.exists() == bool(bad_epoch)
+    if bad_epoch:
+        assert "the state after epoch 1 is in" in _message_of_run(config, tmp_path)
+
+
+def _message_of_run(config, path):
+    with pytest.raises(RunError) as caught:
+        run(config, path, verbose=0)
+    return str(caught.value)
+
+
+def test_a_spectral_norm_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "mean_spectral_norm", lambda *_: np.nan)
+    message = _message_of_run(RunConfig.of(**(SHORT | {"epochs": 1})), tmp_path)
+    assert "diverged by epoch 1" in message and "spectral norm" in message
+    assert not FolderReader(tmp_path).finished
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_a_history_of_what_is_no_number_is_refused(tmp_path, text):
+    (tmp_path / "history.csv").write_text(f"epoch,val_loss,step_seconds\n1,{text},1\n")
+    with pytest.raises(ValueError, match="not finite in line 1"):
+        records.read_history(tmp_path / "history.csv", validated=True)
 
 
 def test_missing_data_names_both_ways_out(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ class FileLocks:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger."""
-        with (self._out / ".sweep.lock").open("a") as file:
+        # Neither through a link, nor waiting for the other end of a pipe.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self._out / ".sweep.lock", flags, 0o666), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from pathlib import Path
@@ -14,7 +15,7 @@ import tensorflow as tf
 from tfjacreg import norms
 from tfjacreg.experiments import pipeline
 from tfjacreg.experiments.callbacks import EVALUATION_BATCH, EpochClock, Recorder, StopAtNaN
-from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.model import RegularizedModel
@@ -90,6 +91,13 @@ def train(
         _fit(model, config, data, history, folder, verbose)
 
     sigma = mean_spectral_norm(model.network, data.test.x)
+    if not math.isfinite(sigma):
+        raise RunError(
+            f"Training diverged by epoch {len(history)}: the mean spectral norm on the test split "
+            f"is {sigma}, not a finite number; the state after that epoch is in "
+            f"{folder.reader.checkpoint_file}. Start again with a smaller --learning-rate or "
+            "--factor."
+        )
     metrics = _metrics(history, steps, sigma)
     pixels = keras.Input(data.input_shape, name="pixels")
     # Of nothing but Keras' own layers: it loads where tfjacreg is not installed.
@@ -148,7 +156,7 @@ def _fit(
         validation_batch_size=EVALUATION_BATCH,
         initial_epoch=len(history),
         epochs=config.epochs,
-        callbacks=[clock, guard, Recorder(folder, history, clock, data.test)],
+        callbacks=[clock, guard, Recorder(folder, history, clock, data.test, guard)],
         shuffle=False,  # The batches are already.
         verbose=verbose,
     )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tfjacreg import arguments, regularizers
+from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunConfig
 
 SWEEP_FILE = "sweep.toml"  # In the sweep's folder, a copy of the file that was given.
@@ -102,7 +103,7 @@ class Sweep:
         """
         path = Path(path)
         try:
-            content = path.read_bytes()
+            content = reading.read_bytes(path, reading.SWEEP)
             table = tomllib.loads(content.decode())
         except OSError as error:
             raise ValueError(f"Cannot read the sweep file: {error}.") from error
