@@ -25,9 +25,40 @@ def prepare() -> None:
 def _hide_password() -> None:
     """Begins anew with the password in libpq's own variable: `ps` shows command lines to all."""
     for number, argument in enumerate(sys.orig_argv):
-        match = re.match(r"(?:--\w+=)?postgres(?:ql)?://[^:@/]*(:(.*))@", argument)
-        if match:
-            os.environ["PGPASSWORD"] = urllib.parse.unquote(match[2])
-            without = argument[: match.start(1)] + argument[match.end(1) :]
+        without, password = split_password(argument)
+        if password is not None:
+            os.environ["PGPASSWORD"] = password
             command = [*sys.orig_argv[:number], without, *sys.orig_argv[number + 1 :]]
             os.execv(sys.executable, command)
+
+
+def split_password(argument: str) -> tuple[str, str | None]:
+    """An argument that is the URL of a PostgreSQL server, without its password; and that.
+
+    Args:
+        argument: Of the command line; the URL may follow `--storage=`.
+
+    Returns:
+        The rest, and None where there is no password. That of the query counts, as in SQLAlchemy.
+    """
+    start = re.match(r"(?:--[\w-]+=)?postgres(?:ql)?(?:\+\w*)?://", argument, re.IGNORECASE)
+    if not start:
+        return argument, None
+    rest, password = argument[start.end() :], None
+    owner = re.match(r"([^:@/?]*)(?::([^?]*|[^@]*))?@", rest)
+    user = ""
+    if owner:
+        user, rest = f"{owner[1]}@", rest[owner.end() :]
+        password = owner[2] and urllib.parse.unquote(owner[2])
+    place, mark, query = rest.partition("?")
+    kept = []
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        if urllib.parse.unquote_plus(name) == "password":
+            password = urllib.parse.unquote_plus(value)
+        else:
+            kept.append(pair)
+    if password is None:
+        return argument, None
+    query = "&".join(kept)
+    return f"{start[0]}{user}{place}{mark if query else ''}{query}", password

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,13 +144,17 @@ def _without_password(text: str) -> str:
     _, at, host = rest.rpartition("@")
     if at:
         return f"{scheme}{separator}***@{host}"
-    host, colon, _ = rest.partition(":")
+    host, colon, _ = re.sub(r"(?is)passw.*", "***", rest).partition(":")
     return f"{scheme}{separator}{host}{colon}{'***' * bool(colon)}"
 
 
 def hidden(text: str, storage: str | None) -> str:
     """`text`, such as an error of the storage, without the password that its URL has."""
-    password = None
+    secrets: list[str] = []
     with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
-        password = sqlalchemy.make_url(storage or "").password
-    return text.replace(str(password), "***") if password else text
+        url = sqlalchemy.make_url(storage or "")
+        secrets = [str(url.password or ""), *url.normalized_query.get("password", ())]
+    for secret in filter(None, secrets):
+        for spelling in (secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote(secret)):
+            text = text.replace(spelling, "***")
+    return text

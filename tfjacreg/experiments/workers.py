@@ -34,6 +34,7 @@ from tfjacreg.experiments.ledger import DATABASE, Claim, Ledger, Summary
 from tfjacreg.experiments.locks import FileLocks, hidden
 from tfjacreg.experiments.run import train
 from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
+from tfjacreg.printable import printable
 
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _POLL = 2.0  # Seconds between looks at the other workers.
@@ -178,7 +179,7 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
         loss = f"val_loss {metrics['val_loss']:.4f}, " if "val_loss" in metrics else ""
         return f"{claim.name}: {loss}test accuracy {metrics['test_accuracy']:.4f}"
     folder.write_error(log if log.strip() else f"{_NO_LOG}\n")
-    reason = (log.strip().splitlines() or [_NO_LOG])[-1]
+    reason = printable((log.strip().splitlines() or [_NO_LOG])[-1])
     ledger.fail(claim, reason)
     return f"{claim.name}: failed: {reason}"
 
