@@ -3,6 +3,7 @@
 Not in `tfjacreg.cli`: whoever imports that has imported TensorFlow.
 """
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,15 @@ import urllib.parse
 def prepare() -> None:
     """Hides a password, has signals end the process, and makes TensorFlow fast and quiet."""
     _hide_password()
+    backend = configured_backend()
+    if backend not in (None, "tensorflow"):
+        # Keras would be imported with it, or fail to be, in its own words.
+        name = os.path.basename(sys.argv[0])
+        sys.stderr.write(
+            f"{name}: error: Keras' backend must be 'tensorflow'. Received: {backend!r}. Set "
+            "KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json.\n"
+        )
+        sys.exit(2)
     # Until `cli.run` replaces them: while TensorFlow is imported there is nothing to save.
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -20,6 +30,19 @@ def prepare() -> None:
     # TensorFlow leaves oneDNN off on some processors, at a third of the speed.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def configured_backend() -> object:
+    """The backend that Keras will take: of KERAS_BACKEND, or of its file; None for its default."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+    try:
+        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError):  # As Keras does.
+        return None
+    return settings.get("backend") if isinstance(settings, dict) else None
 
 
 def _hide_password() -> None:

@@ -43,3 +43,30 @@ def test_a_password_in_the_query_is_split_off(start, name, before, after):
 )
 def test_what_has_no_password_stays(argument):
     assert startup.split_password(argument) == (argument, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "backend"),
+    [
+        ('{"backend": "torch"}', "torch"),
+        ('{"backend": "numpy"}', "numpy"),
+        ('{"backend": 3}', 3),
+        ('{"backend": "tensorflow"}', "tensorflow"),
+        *((text, None) for text in ("{}", "[]", "", "{", "3")),
+    ],
+)
+def test_a_backend_other_than_tensorflow_is_refused(tmp_path, monkeypatch, capsys, text, backend):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(startup.signal, "signal", lambda *_: None)
+    assert startup.configured_backend() is None
+    (tmp_path / "keras.json").write_text(text)
+    assert startup.configured_backend() == backend
+    if backend in (None, "tensorflow"):
+        startup.prepare()
+        return
+    with pytest.raises(SystemExit) as caught:
+        startup.prepare()
+    assert caught.value.code == 2 and f"Received: {backend!r}." in capsys.readouterr().err
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    assert startup.configured_backend() == "tensorflow"

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -481,6 +482,53 @@ def test_a_history_of_what_is_no_number_is_refused(tmp_path, text):
     (tmp_path / "history.csv").write_text(f"epoch,val_loss,step_seconds\n1,{text},1\n")
     with pytest.raises(ValueError, match="not finite in line 1"):
         records.read_history(tmp_path / "history.csv", validated=True)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run that was stopped after its first epoch."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    original = callbacks.Recorder.on_epoch_end
+
+    def stop(self, epoch, logs=None):
+        original(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.Recorder, "on_epoch_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(RunConfig.of(**SHORT), out, verbose=0)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["tensorflow", "keras", "numpy", "python", "device", "floatx", "image_data_format"]
+)
+def test_a_run_does_not_go_on_elsewhere(begun, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(begun, out)
+    file = out / "config.json"
+    settings = json.loads(file.read_text())
+    settings["environment"][name] = "another"
+    file.write_text(json.dumps(settings))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert f"was begun with {name}='another'" in _message_of_run(RunConfig.of(**SHORT), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("layout", "floatx"),
+    [("channels_first", "float32"), ("channels_last", "float16"), ("channels_last", "bfloat16")],
+)
+def test_settings_of_keras_that_make_another_network_are_refused(tmp_path, layout, floatx):
+    keras.config.set_image_data_format(layout)
+    keras.config.set_floatx(floatx)
+    try:
+        message = _message_of_run(RunConfig.of(**SHORT), tmp_path / "run")
+    finally:
+        keras.config.set_image_data_format("channels_last")
+        keras.config.set_floatx("float32")
+    assert f"Received: '{layout}' and '{floatx}'" in message and not (tmp_path / "run").exists()
 
 
 def test_missing_data_names_both_ways_out(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from tfjacreg import norms
 from tfjacreg.experiments import pipeline
 from tfjacreg.experiments.callbacks import EVALUATION_BATCH, EpochClock, Recorder, StopAtNaN
 from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.environment import differences, environment
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.model import RegularizedModel
@@ -78,6 +79,7 @@ def train(
         if folder.reader.finished:
             return _finished(config, folder.reader)
 
+    _check_settings_of_keras()
     # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
     keras.utils.set_random_seed(config.seed)
@@ -87,6 +89,8 @@ def train(
     model, history = folder.reader.read_state(steps)
     if model is None:
         model = fresh
+    else:
+        _refuse_another_machine(folder.reader)
     if len(history) < config.epochs:
         _fit(model, config, data, history, folder, verbose)
 
@@ -103,6 +107,26 @@ def train(
     # Of nothing but Keras' own layers: it loads where tfjacreg is not installed.
     logits = model.network(data.normalization(pixels))
     return folder.write_result(keras.Model(pixels, logits, name="classifier"), metrics)
+
+
+def _check_settings_of_keras() -> None:
+    """They are of the machine, and make another network of the same configuration."""
+    layout, floatx = keras.config.image_data_format(), keras.config.floatx()
+    if layout != "channels_last" or floatx not in ("float32", "float64"):
+        raise RunError(
+            "Runs need Keras' settings image_data_format='channels_last' and floatx='float32' (or "
+            f"'float64'). Received: {layout!r} and {floatx!r}. Change them in ~/.keras/keras.json."
+        )
+
+
+def _refuse_another_machine(reader: FolderReader) -> None:
+    before = reader.read_config().get("environment", {})
+    for name, (there, here) in differences(before, environment()).items():
+        raise RunError(
+            f"{reader.path} was begun with {name}={there!r}. Received: {name}={here!r}, of which "
+            "its later epochs would be. Go on where it was begun, choose another --out, or "
+            "--overwrite to start anew."
+        )
 
 
 def _finished(config: RunConfig, reader: FolderReader) -> dict[str, Any]:
