@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from tfjacreg import optional_packages
+from tfjacreg.printable import printable
 
 STOPPED = 130  # What shells give to a program that Ctrl-C has ended.
 FAILED = 2
@@ -45,7 +46,7 @@ def run(name: str, main: Callable[[], int], stopped: str) -> int:
     except (ValueError, OSError, optional_packages.MissingExtraError) as error:
         _give_up_stdout()
         with contextlib.suppress(OSError):
-            print(f"{name}: error: {error}", file=sys.stderr)
+            print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         return FAILED
 
 

@@ -1,6 +1,7 @@
 """Tables and figures: the numbers behind them, and that they are written whole."""
 
 import numpy as np
+import pytest
 from judged import RUNS, judged, measured_at_points
 from matplotlib import image
 
@@ -134,3 +135,12 @@ def test_the_sigma_figure_counts_every_point(tmp_path, monkeypatch):
     # A sigma of 0 has no place on the axis, but it counts.
     np.testing.assert_allclose(spectral.get_xydata()[1:], [[1, 200 / 3], [2, 100]])
     assert ax.get_xscale() == "log" and ax.get_xlim()[0] > 0.1
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "$x^2$", r"$\undefined$", "\x1b[2J", "a\u202eb"])
+def test_a_name_is_no_formula(tmp_path, name):
+    pictures = np.zeros((2, 1, 5, 5, 3), "float32")
+    figures.adversarial_figure(*pictures, [1], [3], name, tmp_path / "examples.png")
+    runs = [Evaluation(name, name, e.result) for e in POINTS[:1]]
+    distributions.distance_figure(runs, tmp_path / "distance.png")
+    assert (tmp_path / "examples.png").exists() and (tmp_path / "distance.png").exists()

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import tensorflow as tf
 
 import tfjacreg
 from tfjacreg import datasets
-from tfjacreg.experiments import callbacks, pipeline
+from tfjacreg.experiments import callbacks, pipeline, records
+from tfjacreg.experiments import run as run_module
 from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.run import mean_spectral_norm, run
 
 ROOT = Path(__file__).parents[2]
@@ -405,6 +408,127 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
     assert isinstance(model, tfjacreg.RegularizedModel)
     with (tmp_path / "history.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 1
+
+
+def _poisoned_figure(name):
+    def poison(model, logs):
+        logs[name] = np.nan
+
+    return poison
+
+
+def _poisoned_momentum(model, logs):
+    momentum = [v for v in model.optimizer.variables if "momentum" in v.path][-1]
+    momentum.assign(np.full(momentum.shape, np.inf))
+
+
+def _poisoned_weight(model, logs):
+    model.trainable_variables[-1].assign(np.full(model.trainable_variables[-1].shape, np.nan))
+
+
+def _huge_weights(model, logs):
+    """Finite, but the test images' logits are not."""
+    for variable in model.trainable_variables:
+        variable.assign(np.full(variable.shape, 1e38))
+
+
+POISONS = {
+    **{name: _poisoned_figure(name) for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
+    "momentum": _poisoned_momentum,
+    "weight": _poisoned_weight,
+    "logits": _huge_weights,
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("bad_epoch", [0, 1])
+def test_a_number_that_is_none_in_the_last_step_ends_the_run(
+    tmp_path, monkeypatch, poison, bad_epoch
+):
+    config = RunConfig.of(**(SHORT | {"epochs": bad_epoch + 1}))
+    original = callbacks.StopAtNaN.on_epoch_end
+
+    def poisoned(self, epoch, logs=None):
+        if epoch == bad_epoch:
+            POISONS[poison](self.model, logs)
+        original(self, epoch, logs)
+
+    monkeypatch.setattr(callbacks.StopAtNaN, "on_epoch_end", poisoned)
+    with pytest.raises(RunError, match=f"diverged in epoch {bad_epoch + 1}.*finite number"):
+        run(config, tmp_path, verbose=0)
+    reader = FolderReader(tmp_path)
+    assert not reader.finished and not reader.classifier_file.exists()
+    assert reader.count_epochs() == bad_epoch
+    assert reader.checkpoint_file.exists() == bool(bad_epoch)
+    if bad_epoch:
+        assert "the state after epoch 1 is in" in _message_of_run(config, tmp_path)
+
+
+def _message_of_run(config, path):
+    with pytest.raises(RunError) as caught:
+        run(config, path, verbose=0)
+    return str(caught.value)
+
+
+def test_a_spectral_norm_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "mean_spectral_norm", lambda *_: np.nan)
+    message = _message_of_run(RunConfig.of(**(SHORT | {"epochs": 1})), tmp_path)
+    assert "diverged by epoch 1" in message and "spectral norm" in message
+    assert not FolderReader(tmp_path).finished
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_a_history_of_what_is_no_number_is_refused(tmp_path, text):
+    (tmp_path / "history.csv").write_text(f"epoch,val_loss,step_seconds\n1,{text},1\n")
+    with pytest.raises(ValueError, match="not finite in line 1"):
+        records.read_history(tmp_path / "history.csv", validated=True)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run that was stopped after its first epoch."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    original = callbacks.Recorder.on_epoch_end
+
+    def stop(self, epoch, logs=None):
+        original(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.Recorder, "on_epoch_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(RunConfig.of(**SHORT), out, verbose=0)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["tensorflow", "keras", "numpy", "python", "device", "floatx", "image_data_format"]
+)
+def test_a_run_does_not_go_on_elsewhere(begun, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(begun, out)
+    file = out / "config.json"
+    settings = json.loads(file.read_text())
+    settings["environment"][name] = "another"
+    file.write_text(json.dumps(settings))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert f"was begun with {name}='another'" in _message_of_run(RunConfig.of(**SHORT), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("layout", "floatx"),
+    [("channels_first", "float32"), ("channels_last", "float16"), ("channels_last", "bfloat16")],
+)
+def test_settings_of_keras_that_make_another_network_are_refused(tmp_path, layout, floatx):
+    keras.config.set_image_data_format(layout)
+    keras.config.set_floatx(floatx)
+    try:
+        message = _message_of_run(RunConfig.of(**SHORT), tmp_path / "run")
+    finally:
+        keras.config.set_image_data_format("channels_last")
+        keras.config.set_floatx("float32")
+    assert f"Received: '{layout}' and '{floatx}'" in message and not (tmp_path / "run").exists()
 
 
 def test_missing_data_names_both_ways_out(tmp_path, monkeypatch):

@@ -320,3 +320,34 @@ def test_a_sweep_cannot_be_changed(tmp_path):
 def test_reading_a_sweep_needs_no_optuna():
     code = "import sys, tfjacreg.experiments.sweep; sys.exit('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=SWEEPS.parent).returncode == 0
+
+
+HEAD = 'dataset = "digits"\nepochs = 1\n'
+MANY = "[" + ", ".join(f"{(i + 1) / 1000}" for i in range(1000)) + "]"
+SIZES = "[" + ", ".join(map(str, range(1, 1001))) + "]"
+BEYOND = {
+    "nested lists": ("repeats = 1\nx = " + "[" * 5000 + "]" * 5000, "deep in others"),
+    "nested tables": ("repeats = 1\nx = " + "{a=" * 2000 + "1" + "}" * 2000, "deep in others"),
+    "a long key": (f"repeats = 1\n{'x' * 5000} = 1", r"Received: x{200}\.\.\."),
+    "a key of controls": ('repeats = 1\n"\\u001b[2J" = 1', r"Received: \\x1b"),
+    "401 digits": (f"repeats = 1\nwidth = 1{'0' * 400}", "below 1.8e308"),
+    "5001 digits": (f"repeats = 1\nwidth = 1{'0' * 5000}", "is not a TOML file"),
+    "a factor": (f"repeats = 1\n[grid]\nfactor = [1{'0' * 400}]", "below 1.8e308"),
+    "a size": (f"repeats = 1\n[grid]\nbatch_size = [1{'0' * 400}]", "batch_size"),
+    "repeats": ("repeats = 2147483647", "at most 100000 runs.*Received: 2147483647"),
+    "repeats of 400 digits": (f"repeats = 1{'0' * 400}", "repeats"),
+    "cells": (
+        f"repeats = 1\n[grid]\nfactor = {MANY}\nlearning_rate = {MANY}\nbatch_size = {SIZES}",
+        "at most 100000 runs",
+    ),
+    "a giant": ("repeats = 1\n#" + "x" * (1 << 20), "at most 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_is_beyond_any_sweep_is_one_sentence(tmp_path, case):
+    text, message = BEYOND[case]
+    (tmp_path / "s.toml").write_text(f"{HEAD}{text}\n[methods.spectral]\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        Sweep.load(tmp_path / "s.toml")
+    assert len(str(caught.value)) < 1500

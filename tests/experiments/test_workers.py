@@ -254,6 +254,27 @@ if folder.endswith("{FAILED}") and not os.path.exists(folder + "/../repaired"):
 '''
 
 
+@pytest.mark.parametrize("words", ["", "\\n", " \\n\\n"])
+def test_a_failure_without_a_word_is_recorded_and_stops_nothing(tmp_path, monkeypatch, words):
+    """As where nothing more can be written to the log."""
+    silent = FAILURE.replace('sys.exit("Traceback and so on\\nRunError: diverged")', "pass")
+    special = silent.replace("pass", f'print("{words}", end=""), sys.stdout.flush(), os._exit(1)')
+    summary = _work(tmp_path, FEW, monkeypatch, special)
+    assert list(summary.failures) == [FAILED] and "without a word" in summary.failures[FAILED]
+    assert [len(result.val_loss) for result in summary.results] == [2, 1]
+    assert "without a word" in (tmp_path / "out" / FAILED / "error.txt").read_text()
+
+
+@pytest.mark.parametrize("gone", ["missing", "file"])
+def test_a_temporary_folder_that_is_of_no_use_stops_nothing(tmp_path, monkeypatch, gone):
+    (tmp_path / "file").write_text("")
+    # It is looked for anew: without one, Python tries others, and the present folder.
+    monkeypatch.setattr(workers.tempfile, "tempdir", str(tmp_path / gone))
+    summary = _work(tmp_path, FEW, monkeypatch)
+    assert not summary.failures
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith("tmp")]
+
+
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch, capfd):
     summary = _work(tmp_path, FEW, monkeypatch, FAILURE)
     assert summary.failures == {FAILED: "RunError: diverged"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -56,20 +57,27 @@ class StopAtNaN(keras.callbacks.Callback):
         self._check(logs["loss"])
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Checks the loss and every weight."""
-        self._check(logs["loss"], *self.model.get_weights())
+        """Checks the figures of the epoch, validation among them, and all that a step changes."""
+        self._check(*logs.values())
+        for variable in (*self.model.variables, *self.model.optimizer.variables):
+            value = keras.ops.convert_to_numpy(variable)
+            if np.issubdtype(value.dtype, np.inexact) or value.dtype.kind == "V":
+                self._check(value.astype("float64"))
 
     def _check(self, *values: Any) -> None:
-        if all(np.all(np.isfinite(value)) for value in values):
-            return
+        if not all(np.all(np.isfinite(value)) for value in values):
+            raise self.diverged()
+
+    def diverged(self) -> RunError:
+        """What to raise in the present epoch."""
         done = len(self._history)
         kept = (
             f"the state after epoch {done} is in {self._folder.reader.checkpoint_file}"
             if done
             else "no epoch was finished"
         )
-        raise RunError(
-            f"Training diverged in epoch {done + 1}: the loss or a weight is no longer "
+        return RunError(
+            f"Training diverged in epoch {done + 1}: the loss, a weight or a figure is no longer "
             f"a finite number; {kept}. Start again with a smaller --learning-rate or --factor."
         )
 
@@ -78,13 +86,19 @@ class Recorder(keras.callbacks.Callback):
     """Tests the network after each epoch, and keeps a line of figures and the whole state."""
 
     def __init__(
-        self, folder: RunFolder, history: list[dict[str, float]], clock: EpochClock, test: Split
+        self,
+        folder: RunFolder,
+        history: list[dict[str, float]],
+        clock: EpochClock,
+        test: Split,
+        guard: StopAtNaN,
     ) -> None:
         super().__init__()
         self._folder = folder
         self._history = history
         self._clock = clock
         self._test = test
+        self._guard = guard
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds a row to the history, and writes it and the checkpoint."""
@@ -94,5 +108,7 @@ class Recorder(keras.callbacks.Callback):
         )
         row |= {"test_loss": float(test["loss"]), "test_accuracy": float(test["accuracy"])}
         row["step_seconds"] = self._clock.step_seconds
+        if not all(map(math.isfinite, row.values())):
+            raise self._guard.diverged()
         self._history.append(row)
         self._folder.write_epoch(self._history, self.model)

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 _PACKAGES = ("tensorflow", "keras", "numpy", "cleverhans")
@@ -19,7 +20,8 @@ def environment() -> dict[str, str]:
 
     Returns:
         `python` and the versions of the packages that are installed; `device`: the names of the
-        GPUs, or the processor where there is none; `onednn`: whether TensorFlow was told to use it.
+        GPUs, or the processor where there is none; `onednn`: whether TensorFlow was told to use it;
+        `floatx` and `image_data_format`: Keras' own settings.
     """
     versions = {}
     for package in _PACKAGES:
@@ -34,6 +36,8 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         **versions,
         "device": ", ".join(names) or processor(),
+        "floatx": keras.config.floatx(),
+        "image_data_format": keras.config.image_data_format(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
     }
 

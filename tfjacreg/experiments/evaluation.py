@@ -60,7 +60,7 @@ def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -
         RunError: If another process works there.
     """
     folders = {
-        RunFolder(Path(out) / path.stem if path.suffix == ".keras" else path).path.absolute()
+        RunFolder(Path(out) / path.stem if path.suffix == ".keras" else path).path.resolve()
         for path in map(Path, paths)
         if (path.suffix == ".keras" and path.is_file()) or FolderReader(path).claimed
     }
@@ -238,7 +238,7 @@ def evaluate(
             "dataset": target.dataset,
             "images": len(x),
             "seed": seed,
-            "classifier_sha256": files.sha256(target.classifier),
+            "classifier_sha256": files.sha256(_file(target.classifier)),
             **measures.PLAN,
         },
         "environment": environment.environment(),
@@ -298,7 +298,12 @@ def adversarial_examples(
 
 def load(path: Path) -> keras.Model:
     """Loads a classifier without its training state; raises ValueError where that fails."""
-    return checkpoint.load(path, compile=False)
+    return checkpoint.load(_file(path), compile=False)
+
+
+def _file(path: Path) -> Path:
+    """A bare file may be named by a link; in a run folder a link was refused before."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarForm
 from tfjacreg import atomic_files
 from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Evaluation
+from tfjacreg.printable import printable
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLACK, _ORANGE, _SKY_BLUE, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -141,6 +142,7 @@ def training_figure(
         ax.grid(alpha=0.3)
         ax.legend()
     axes[0].set_ylabel("validation loss")
+    _show_as_written(figure)
     figure.tight_layout()
     save(figure, path)
 
@@ -178,6 +180,7 @@ def adversarial_figure(
             ax.set_title(caption, fontsize=9)
             ax.axis("off")
     figure.suptitle(title)
+    _show_as_written(figure)
     figure.tight_layout()
     save(figure, path)
 
@@ -340,7 +343,19 @@ def _mark(ax: Axes, x: Any, y: Any, style: Style) -> None:
     ax.plot([], [], "o", ms=6, mfc="white", mec=_BLACK, mew=1.5, ls="none", label=label)
 
 
+def _show_as_written(figure: Figure) -> None:
+    """Names may be anybody's: no formulas, which may not even be drawn. Ticks are ours."""
+    legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+    texts = [text for legend in legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label]
+    for text in (*texts, *figure.texts):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG; what was there before stays until it is whole."""
+    _show_as_written(figure)
     with atomic_files.replacing(Path(path)) as file:
         figure.savefig(file, format="png")

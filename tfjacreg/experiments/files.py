@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfjacreg import atomic_files
+from tfjacreg.experiments import reading
 
 _SEAL = "sha256"
 
@@ -48,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: If the file cannot be read or is no JSON object; the message names it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(reading.read_bytes(path, reading.TEXT).decode())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:  # Of the decoder or of JSON.
@@ -60,13 +61,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal; raises OSError if it cannot be read."""
-    with path.open("rb") as file:
+    with reading.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tree_sha256(folder: Path) -> str:
     """The SHA-256 of the names and contents of all files in a folder; raises OSError."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # A link is read as a file, and refused as such, wherever it leads to.
+    inside = folder.rglob("*")
+    files = sorted(path for path in inside if path.is_symlink() or not path.is_dir())
     return content_sha256({str(path.relative_to(folder)): sha256(path) for path in files})
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunError
 
 _LOCK = ".lock"
@@ -123,7 +124,9 @@ def owner(folder: Path) -> str:
     deadline = time.monotonic() + _NAMED_WITHIN
     while time.monotonic() < deadline:
         try:
-            process, _, machine = (folder / _LOCK).read_text().strip().partition(" ")
+            process, _, machine = (
+                reading.read_bytes(folder / _LOCK, 1024).decode().strip().partition(" ")
+            )
         except (OSError, ValueError):
             break
         if process.isdecimal():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import keras
 
-from tfjacreg.experiments import checkpoint, files, records
+from tfjacreg.experiments import checkpoint, files, reading, records
 from tfjacreg.experiments.config import EARLIER, RunConfig, RunError
 
 CLEARING = "clearing"  # In config.json while the files of an earlier run are being removed.
@@ -85,9 +86,13 @@ class FolderReader:
             return None
         if self.metrics_file.exists() and not self.claimed:
             return f"damaged: its {self.config_file.name} is missing"
-        if self.error_file.exists():
+        if os.path.lexists(self.error_file):
+            try:
+                log = reading.read_end(self.error_file, reading.ERROR).decode(errors="replace")
+            except OSError as error:
+                return f"failed: {self.error_file.name} cannot be read: {error}"
             # Of a traceback the last line is the error itself.
-            lines = self.error_file.read_text(errors="replace").strip().splitlines()
+            lines = log.strip().splitlines()
             return f"failed: {lines[-1] if lines else 'error.txt is empty'}"
         if self.classifier_file.exists() and not self.checkpoint_file.exists():
             return "not finished, or its metrics.json is missing"
@@ -194,8 +199,9 @@ class FolderReader:
     def count_epochs(self) -> int:
         """How many epochs the history has, at a glance; 0 if there is none."""
         try:
-            return max(self.history_file.read_bytes().count(b"\n") - 1, 0)
-        except FileNotFoundError:
+            text = reading.read_bytes(self.history_file, reading.TEXT)
+            return max(text.count(b"\n") - 1, 0)
+        except OSError:  # Other readers say what is wrong with it.
             return 0
 
     def read_evaluation(self) -> dict[str, Any] | None:
@@ -252,7 +258,7 @@ class FolderReader:
             raise RunError(
                 f"{self.path} has not finished (no metrics.json): run train.py to its end."
             )
-        if not self.classifier_file.is_file():
+        if not os.path.lexists(self.classifier_file):
             raise RunError(f"{self.path} is broken: it has no classifier.keras. {_AGAIN}")
         self._check_digest(self.classifier_file)
 
@@ -351,4 +357,5 @@ class FolderReader:
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file, or of all files in a folder; raises OSError."""
-    return files.tree_sha256(path) if path.is_dir() else files.sha256(path)
+    folder = path.is_dir() and not path.is_symlink()
+    return files.tree_sha256(path) if folder else files.sha256(path)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from tfjacreg.experiments import reading
+
 # The policy forbids every request: what is not in the page is not shown.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -74,7 +76,7 @@ def render(markdown: str, folder: Path) -> str:
                 path = folder / name
                 if path.name != name or path.is_symlink():
                     raise ValueError(f"A picture must lie in {folder}. Received: {name!r}")
-                picture = path.read_bytes()
+                picture = reading.read_bytes(path, reading.PICTURE)
                 encoded = base64.b64encode(picture).decode()
                 child.attrs["src"] = f"data:image/png;base64,{encoded}"
     # The heading is an opening, its text and a closing.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import re
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,9 @@ class FileLocks:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger."""
-        with (self._out / ".sweep.lock").open("a") as file:
+        # Neither through a link, nor waiting for the other end of a pipe.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self._out / ".sweep.lock", flags, 0o666), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -139,13 +144,17 @@ def _without_password(text: str) -> str:
     _, at, host = rest.rpartition("@")
     if at:
         return f"{scheme}{separator}***@{host}"
-    host, colon, _ = rest.partition(":")
+    host, colon, _ = re.sub(r"(?is)passw.*", "***", rest).partition(":")
     return f"{scheme}{separator}{host}{colon}{'***' * bool(colon)}"
 
 
 def hidden(text: str, storage: str | None) -> str:
     """`text`, such as an error of the storage, without the password that its URL has."""
-    password = None
+    secrets: list[str] = []
     with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
-        password = sqlalchemy.make_url(storage or "").password
-    return text.replace(str(password), "***") if password else text
+        url = sqlalchemy.make_url(storage or "")
+        secrets = [str(url.password or ""), *url.normalized_query.get("password", ())]
+    for secret in filter(None, secrets):
+        for spelling in (secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote(secret)):
+            text = text.replace(spelling, "***")
+    return text

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tfjacreg.experiments import reading
+
 # Keys into metrics.json.
 _Keys = tuple[str, ...]
 _NUMBERS: tuple[_Keys, ...] = (
@@ -85,12 +87,14 @@ def read_history(path: Path, *, validated: bool) -> tuple[str, list[dict[str, fl
     needed = ("val_loss", "step_seconds") if validated else ("step_seconds",)
     try:
         # As bytes: the ends of lines belong to what was written.
-        text = path.read_bytes().decode()
+        text = reading.read_bytes(path, reading.TEXT).decode()
         reader = csv.DictReader(io.StringIO(text, newline=""))
         rows = [{name: float(value) for name, value in row.items()} for row in reader]
         for number, row in enumerate(rows, start=1):
             for name in needed:
                 row[name]
+            if not all(map(math.isfinite, row.values())):
+                raise ValueError(f"a number that is not finite in line {number}")
             if row.setdefault("epoch", number) != number:
                 raise ValueError(f"epoch {row['epoch']:g} in line {number}")
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:

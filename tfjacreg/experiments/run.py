@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from pathlib import Path
@@ -14,7 +15,8 @@ import tensorflow as tf
 from tfjacreg import norms
 from tfjacreg.experiments import pipeline
 from tfjacreg.experiments.callbacks import EVALUATION_BATCH, EpochClock, Recorder, StopAtNaN
-from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.environment import differences, environment
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.model import RegularizedModel
@@ -77,6 +79,7 @@ def train(
         if folder.reader.finished:
             return _finished(config, folder.reader)
 
+    _check_settings_of_keras()
     # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
     keras.utils.set_random_seed(config.seed)
@@ -86,15 +89,44 @@ def train(
     model, history = folder.reader.read_state(steps)
     if model is None:
         model = fresh
+    else:
+        _refuse_another_machine(folder.reader)
     if len(history) < config.epochs:
         _fit(model, config, data, history, folder, verbose)
 
     sigma = mean_spectral_norm(model.network, data.test.x)
+    if not math.isfinite(sigma):
+        raise RunError(
+            f"Training diverged by epoch {len(history)}: the mean spectral norm on the test split "
+            f"is {sigma}, not a finite number; the state after that epoch is in "
+            f"{folder.reader.checkpoint_file}. Start again with a smaller --learning-rate or "
+            "--factor."
+        )
     metrics = _metrics(history, steps, sigma)
     pixels = keras.Input(data.input_shape, name="pixels")
     # Of nothing but Keras' own layers: it loads where tfjacreg is not installed.
     logits = model.network(data.normalization(pixels))
     return folder.write_result(keras.Model(pixels, logits, name="classifier"), metrics)
+
+
+def _check_settings_of_keras() -> None:
+    """They are of the machine, and make another network of the same configuration."""
+    layout, floatx = keras.config.image_data_format(), keras.config.floatx()
+    if layout != "channels_last" or floatx not in ("float32", "float64"):
+        raise RunError(
+            "Runs need Keras' settings image_data_format='channels_last' and floatx='float32' (or "
+            f"'float64'). Received: {layout!r} and {floatx!r}. Change them in ~/.keras/keras.json."
+        )
+
+
+def _refuse_another_machine(reader: FolderReader) -> None:
+    before = reader.read_config().get("environment", {})
+    for name, (there, here) in differences(before, environment()).items():
+        raise RunError(
+            f"{reader.path} was begun with {name}={there!r}. Received: {name}={here!r}, of which "
+            "its later epochs would be. Go on where it was begun, choose another --out, or "
+            "--overwrite to start anew."
+        )
 
 
 def _finished(config: RunConfig, reader: FolderReader) -> dict[str, Any]:
@@ -148,7 +180,7 @@ def _fit(
         validation_batch_size=EVALUATION_BATCH,
         initial_epoch=len(history),
         epochs=config.epochs,
-        callbacks=[clock, guard, Recorder(folder, history, clock, data.test)],
+        callbacks=[clock, guard, Recorder(folder, history, clock, data.test, guard)],
         shuffle=False,  # The batches are already.
         verbose=verbose,
     )

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -26,9 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from tfjacreg import arguments, regularizers
+from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunConfig
+from tfjacreg.printable import printable
 
 SWEEP_FILE = "sweep.toml"  # In the sweep's folder, a copy of the file that was given.
+MOST_RUNS = 100_000
 AXES = ("learning_rate", "batch_size", "factor")
 METHODS = ("none", *regularizers.BY_NAME)
 
@@ -102,10 +106,15 @@ class Sweep:
         """
         path = Path(path)
         try:
-            content = path.read_bytes()
+            content = reading.read_bytes(path, reading.SWEEP)
             table = tomllib.loads(content.decode())
         except OSError as error:
             raise ValueError(f"Cannot read the sweep file: {error}.") from error
+        except RecursionError as error:
+            raise ValueError(
+                f"{path} must have no table or list deep in others. Received: more of them in each "
+                "other than can be read. Two levels are enough for a sweep."
+            ) from error
         except ValueError as error:  # Of the decoder or of TOML.
             raise ValueError(f"{path} is not a TOML file: {error}.") from error
         try:
@@ -158,11 +167,20 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
             f"[methods] must have a table for each method, out of {METHODS}, such as "
             "`[methods.spectral]`. Received: none."
         )
-    cells = []
+    cells: list[Cell] = []
+    runs = 0
     for method, own in methods.items():
         where = f"[methods.{method}]"
         names = tuple(name for name in AXES if (method, name) != ("none", "factor"))
         axes = grid | _axes(where, _table(where, own), names)
+        lengths = [len(axes[axis]) for axis in names]
+        runs += table["repeats"] * math.prod(lengths)
+        if runs > MOST_RUNS:
+            raise ValueError(
+                f"A sweep must have at most {MOST_RUNS} runs: methods times values times repeats. "
+                f"Received: {runs} up to {where}. Shorten a list or `repeats`, or make several "
+                "sweeps."
+            )
         for rate, size in itertools.product(axes["learning_rate"], axes["batch_size"]):
             factors = axes["factor"] if "factor" in names else [None]
             cells += [Cell(method, factor, rate, size) for factor in factors]
@@ -184,7 +202,7 @@ def _axes(where: str, table: dict[str, Any], names: tuple[str, ...]) -> dict[str
         if not isinstance(values, list) or not values:
             raise ValueError(
                 f"{where} `{name}` must be a list of at least one value, such as "
-                f"`{name} = [{getattr(RunConfig.of(), name)}]`. Received: {values!r}"
+                f"`{name} = [{getattr(RunConfig.of(), name)}]`. Received: {_shown(values)}"
             )
     return {
         name: [_typed(f"{where} {name}", value) for value in values]
@@ -197,17 +215,32 @@ def _typed(where: str, value: Any) -> Any:
     kind = _TYPES[where.split()[-1]]
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"`{where}` must be {_KINDS[kind]}. Received: {value!r}")
-    return kind(value)
+        raise ValueError(f"`{where}` must be {_KINDS[kind]}. Received: {_shown(value)}")
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ValueError(
+            f"`{where}` must be a number below 1.8e308. Received: {_shown(value)}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, which it does not fill."""
+    try:
+        return printable(repr(value), limit=200)
+    except (RecursionError, ValueError):  # Too deep, or an integer of too many digits.
+        return f"one that is too long to show, of type {type(value).__name__}"
 
 
 def _table(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a table. Received: {value!r}")
+        raise ValueError(f"{where} must be a table. Received: {_shown(value)}")
     return value
 
 
 def _known(where: str, table: dict[str, Any], valid: tuple[str, ...]) -> None:
     unknown = [key for key in table if key not in valid]
     if unknown:
-        raise ValueError(f"{where}has keys out of {valid}. Received: {', '.join(unknown)}")
+        raise ValueError(
+            f"{where}has keys out of {valid}. Received: {printable(', '.join(unknown), limit=200)}"
+        )

@@ -15,6 +15,7 @@ from tfjacreg.experiments import selection
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.selection import LABELS, CellResults, Statistic, SweepResults
 from tfjacreg.experiments.sweep import SWEEP_FILE, Cell
+from tfjacreg.printable import printable
 
 # Table 1 of the paper: test accuracy in %, mean and standard deviation over five runs.
 PAPER = {
@@ -267,7 +268,7 @@ def machines(results: SweepResults) -> str:
 
 def fence(text: str) -> str:
     """A block of text whose spaces and lines stay."""
-    marks = "```"
+    text, marks = printable(text), "```"
     while marks in text:
         marks += "`"
     return f"{marks}\n{text}\n{marks}"
@@ -275,14 +276,14 @@ def fence(text: str) -> str:
 
 def code(text: str) -> str:
     """Text in a line, shown as it is."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+    return "`" + printable(" ".join(text.replace("`", "'").split())) + "`"
 
 
 def plain(text: str) -> str:
     """Text in a line that may be anybody's: none of it is Markdown."""
     # An underscore inside a word is none; vertical bars are `_table`'s.
     special = r"[\\`*\[\]<>&!~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)//|(?<=www)\."
-    return re.sub(special, _escaped, " ".join(text.split()))
+    return re.sub(special, _escaped, printable(" ".join(text.split())))
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -26,6 +26,7 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from tfjacreg import atomic_files, datasets
+from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
@@ -33,9 +34,11 @@ from tfjacreg.experiments.ledger import DATABASE, Claim, Ledger, Summary
 from tfjacreg.experiments.locks import FileLocks, hidden
 from tfjacreg.experiments.run import train
 from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
+from tfjacreg.printable import printable
 
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _POLL = 2.0  # Seconds between looks at the other workers.
+_NO_LOG = "the run's process ended without a word; its disk may be full"
 
 
 def run_sweep(
@@ -108,10 +111,10 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     copy = out / SWEEP_FILE
     with FileLocks(out).exclusive():
-        if not copy.exists():
+        if not os.path.lexists(copy):
             with atomic_files.replacing(copy) as file:
                 file.write_bytes(sweep.content)
-        elif copy.read_bytes() != sweep.content:
+        elif reading.read_bytes(copy, reading.SWEEP) != sweep.content:
             raise RunError(
                 f"{out} is that of another sweep: its {SWEEP_FILE} differs from the file given."
                 " Choose another --out."
@@ -166,15 +169,19 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
     else:
         log = _process(ledger, claim, bar)
     if log is None:
-        metrics = folder.reader.read_metrics()
+        try:
+            metrics = folder.reader.read_metrics()
+        except RunError as error:
+            log = f"RunError: {error}"
+    if log is None:
         folder.clear_error()
         ledger.succeed(claim, metrics)
         loss = f"val_loss {metrics['val_loss']:.4f}, " if "val_loss" in metrics else ""
         return f"{claim.name}: {loss}test accuracy {metrics['test_accuracy']:.4f}"
-    folder.write_error(log)
-    error = log.splitlines()[-1]
-    ledger.fail(claim, error)
-    return f"{claim.name}: failed: {error}"
+    folder.write_error(log if log.strip() else f"{_NO_LOG}\n")
+    reason = printable((log.strip().splitlines() or [_NO_LOG])[-1])
+    ledger.fail(claim, reason)
+    return f"{claim.name}: failed: {reason}"
 
 
 def _adopted(config: RunConfig, reader: FolderReader) -> str | None:
@@ -191,7 +198,8 @@ def _process(ledger: Ledger, claim: Claim, bar: _Bar) -> str | None:
     """Makes a run in a process of its own; returns its log if it failed."""
     config, folder = ledger.configs[claim.name], ledger.out / claim.name
     order = json.dumps({"config": dataclasses.asdict(config), "folder": str(folder)})
-    with tempfile.TemporaryFile() as log:
+    # Where the run itself is kept: the machine's temporary folder may be full.
+    with tempfile.TemporaryFile(dir=ledger.out) as log:
         process = subprocess.Popen(
             # -P: the present folder is no place to import from, as it is none for train.py.
             [sys.executable, "-P", "-m", "tfjacreg.experiments.workers"],

@@ -1,0 +1,158 @@
+"""A `.keras` file of a stranger: what it may hold is known before any of it is made an object."""
+
+import io
+import json
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from tfjacreg.experiments import archives, checkpoint
+
+DENSE = {"module": "keras.layers", "class_name": "Dense", "config": {}, "registered_name": None}
+
+
+def archive(*, description=DENSE, more=(), compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as opened:
+        text = description if isinstance(description, bytes) else json.dumps(description)
+        opened.writestr("config.json", text)
+        for name, content in more:
+            opened.writestr(name, content)
+    return file
+
+
+def function(module, name, registered="function"):
+    return {
+        "module": module,
+        "class_name": "function",
+        "config": name,
+        "registered_name": registered,
+    }
+
+
+FOREIGN = {
+    "builtins.exec": function("builtins", "exec"),
+    "builtins.eval": function("builtins", "eval", None),
+    "builtins.__import__": function("builtins", "__import__", "__import__"),
+    "os.system": function("os", "system", "system"),
+    "keras.utils.get_file": function("keras.utils", "get_file", "get_file"),
+    "keras.activations.relu": function("keras.activations", "relu"),
+    "builtins.dict": DENSE | {"module": "builtins", "class_name": "dict"},
+    "keras.src.saving.saving_lib.Path": DENSE
+    | {"module": "keras.src.saving.saving_lib", "class_name": "Path"},
+    "keras.layers.TFSMLayer": DENSE | {"class_name": "TFSMLayer"},
+    "keras.layers.TorchModuleWrapper": DENSE | {"class_name": "TorchModuleWrapper"},
+    "keras.layers.StringLookup": DENSE | {"class_name": "StringLookup"},
+    "keras.layers.TextVectorization": DENSE | {"class_name": "TextVectorization"},
+    "keras.callbacks.CSVLogger": DENSE | {"module": "keras.callbacks", "class_name": "CSVLogger"},
+    "keras.layers.Nobody": DENSE | {"class_name": "Nobody"},
+    "None.Nobody": DENSE | {"module": None, "class_name": "Nobody"},
+    "None.__typespec__": DENSE | {"module": None, "class_name": "__typespec__"},
+    "tfjacreg.model.Dense": DENSE | {"module": "tfjacreg.model"},
+    "tfjacreg.cli.Path": DENSE
+    | {"module": "tfjacreg.cli", "class_name": "Path", "registered_name": "tfjacreg>Path"},
+    "keras.layers.Dense": DENSE | {"registered_name": "Other>Dense"},
+    "3.Dense": DENSE | {"module": 3},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_is_not_a_layer_of_keras_is_refused(name, deep):
+    description = FOREIGN[name]
+    if deep:
+        description = DENSE | {"config": {"layers": [{"inner": [[description]]}]}}
+    with pytest.raises(ValueError, match="no code is imported or run for a file") as caught:
+        archives.check(archive(description=description))
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [DENSE | {"class_name": "Lambda"}, {"class_name": "__lambda__", "config": {"value": "x"}}],
+)
+def test_python_code_in_a_description_is_refused(item):
+    with pytest.raises(ValueError, match="Python code of a file is not run"):
+        archives.check(archive(description=[[item]]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([("../x", b"")], "must stay inside it"),
+        ([("/etc/x", b"")], "must stay inside it"),
+        ([("a/../../x", b"")], "must stay inside it"),
+        ([("a\\..\\x", b"")], "must stay inside it"),
+        ([(f"part{i}", b"") for i in range(archives.PARTS)], "at most 1000 parts"),
+        ([("a.json", b"[" * 100_000)], "does not say what model it is"),
+        ([("a.json", b"[" * 250 + b"]" * 250)], "200 in each other"),
+        ([("a.json", b"1" * 5000)], "does not say what model it is"),
+        ([("model.weights.h5", b"no HDF5")], "weights cannot be read"),
+    ],
+)
+def test_parts_have_bounds(parts, message):
+    with pytest.raises(ValueError, match=message):
+        archives.check(archive(more=parts))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_part_that_is_there_twice_is_refused():
+    with pytest.raises(ValueError, match=r"Received: 'config.json' again"):
+        archives.check(archive(more=[("config.json", b"{}")]))
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
+    bomb = archive(more=[("bomb", bytes(80 << 20))], compression=zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match="100 times what they take up"):
+        archives.check(bomb)
+
+
+def weights(make):
+    file = io.BytesIO()
+    with h5py.File(file, "w") as opened:
+        make(opened)
+    return [("model.weights.h5", file.getvalue())]
+
+
+def virtual(file):
+    layout = h5py.VirtualLayout(shape=(3,), dtype="f4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", shape=(3,))
+    file.create_virtual_dataset("x", layout)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: f.__setitem__("x", h5py.ExternalLink("/etc/passwd", "x")), "in another file"),
+        (lambda f: f.create_group("g").__setitem__("x", h5py.ExternalLink("a", "/")), "'g/x'"),
+        (
+            lambda f: f.create_dataset("x", (3,), "u1", external=[("/etc/passwd", 0, 3)]),
+            "in another file",
+        ),
+        (virtual, "in another file"),
+        (lambda f: f.create_dataset("x", (1 << 40,), "f4", chunks=(1024,)), "at most"),
+    ],
+)
+def test_weights_lie_in_the_file_itself(make, message):
+    with pytest.raises(ValueError, match=message):
+        archives.check(archive(more=weights(make)))
+
+
+def test_models_of_keras_are_loaded(tmp_path):
+    """With whatever a classifier is made of: activations, operations, a model in a model."""
+    pixels = keras.Input((8, 8, 1))
+    inner = keras.Sequential([keras.Input((8, 8, 1)), layers.Conv2D(2, 3, activation="relu")])
+    x = layers.BatchNormalization()(inner(pixels))
+    x = keras.ops.reshape(keras.ops.relu(x) + 1.0, (-1, 72))
+    x = layers.Dense(3, kernel_regularizer="l2", activation=keras.activations.gelu)(x)
+    model = keras.Model(pixels, x)
+    model.compile(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 9)), "mse")
+    model.save(tmp_path / "model.keras")
+    loaded = checkpoint.load(tmp_path / "model.keras")
+    images = np.ones((2, 8, 8, 1), "float32")
+    np.testing.assert_array_equal(loaded(images), model(images))

@@ -1,0 +1,213 @@
+"""What a `.keras` file may hold, checked before any of it is made an object.
+
+Keras makes objects of whatever class a file names; how much it refuses by itself depends on its
+version. Here a file may name Keras' own layers, and what belongs to them, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import h5py
+import keras
+
+PARTS = 1000  # Keras writes three, and this project one more.
+# What the parts of an archive may have, unpacked. Keras does not compress them.
+UNPACKED = 4 << 30
+RATIO = 100
+_SMALL = 64 << 20  # Up to here the ratio does not matter.
+DESCRIPTION = 64 << 20  # Bytes of a part that is JSON.
+DEPTH = 200  # Of lists and objects in each other. A model in a model takes about six.
+OBJECTS = 1_000_000  # Lists and objects in a description.
+
+_SPACES = (
+    *("layers", "models", "initializers", "regularizers", "constraints", "optimizers"),
+    *("optimizers.schedules", "losses", "metrics", "dtype_policies", "random", "quantizers"),
+)
+# Keras writes a function as its name alone, of one of these.
+_FUNCTIONS = ("activations", "losses", "metrics", "initializers", "regularizers", "constraints")
+# They hold Python code, or read files whose names are in the description.
+_REFUSED = (
+    *("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
+    *("StringLookup", "IntegerLookup", "TextVectorization", "MelSpectrogram"),
+)
+_VALUES = {
+    *("__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__"),
+    *("__tuple__", "__complex__"),
+}
+_KINDS = (
+    *(keras.Operation, keras.Initializer, keras.Regularizer, keras.optimizers.Optimizer),
+    *(keras.constraints.Constraint, keras.Loss, keras.Metric, keras.DTypePolicy),
+    *(keras.optimizers.schedules.LearningRateSchedule, keras.random.SeedGenerator),
+    keras.Quantizer,
+)
+
+
+def check(file: BinaryIO) -> None:
+    """Checks the parts of an archive, the classes that it names, and its weights.
+
+    Args:
+        file: The archive, open.
+
+    Raises:
+        ValueError: If one is not allowed.
+        OSError: If the file is no archive or cannot be read.
+    """
+    with zipfile.ZipFile(file) as archive:
+        _check_parts(archive)
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged!r} is damaged")
+        for part in archive.infolist():
+            if part.filename.endswith(".json"):
+                _check_description(archive.read(part))
+            elif part.filename.endswith(".h5") and part.file_size:
+                with archive.open(part) as weights:
+                    _check_weights(weights)
+
+
+def _check_parts(archive: zipfile.ZipFile) -> None:
+    parts = archive.infolist()
+    if len(parts) > PARTS:
+        raise ValueError(f"it must have at most {PARTS} parts. Received: {len(parts)}")
+    names = [part.filename for part in parts]
+    for name in names:
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise ValueError(f"the names of its parts must stay inside it. Received: {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(f"each of its parts must be there once. Received: {name!r} again")
+    unpacked = sum(part.file_size for part in parts)
+    packed = sum(part.compress_size for part in parts)
+    if unpacked > UNPACKED or unpacked > max(RATIO * packed, _SMALL):
+        raise ValueError(
+            f"its parts must have at most {UNPACKED} bytes, and {RATIO} times what they take up. "
+            f"Received: {unpacked} bytes out of {packed}"
+        )
+    for part in parts:
+        if part.filename.endswith(".json") and part.file_size > DESCRIPTION:
+            raise ValueError(
+                f"{part.filename!r} must have at most {DESCRIPTION} bytes. Received: "
+                f"{part.file_size}"
+            )
+
+
+def _check_description(text: bytes) -> None:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it does not say what model it is: {error}") from error
+    foreign = []
+    for item in _objects(content):
+        if "class_name" in item and not _allowed(item):
+            foreign.append(_named(item))
+    if any(name.rpartition(".")[2] in ("Lambda", "__lambda__") for name in foreign):
+        raise ValueError(
+            "it holds a Lambda layer, and the Python code of a file is not run. Save it with a "
+            "layer of Keras in its place"
+        )
+    if foreign:
+        raise ValueError(
+            f"it names {sorted(set(foreign))[:5]}, and no code is imported or run for a file. Save "
+            "it with layers of Keras alone, none of which reads other files"
+        )
+
+
+def _objects(content: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a description, however deep."""
+    waiting, seen = [(content, 1)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, dict):
+            yield item
+            inner = list(item.values())
+        elif isinstance(item, list):
+            inner = item
+        else:
+            continue
+        seen += 1
+        if depth > DEPTH or seen > OBJECTS:
+            raise ValueError(
+                f"its description must have at most {OBJECTS} lists and objects, {DEPTH} in each "
+                "other. Received: more"
+            )
+        waiting += [(value, depth + 1) for value in inner if isinstance(value, dict | list)]
+
+
+def _named(item: dict[str, Any]) -> str:
+    """A class or function, as the description names it, for a message."""
+    name = item.get("config") if item["class_name"] == "function" else item["class_name"]
+    if not isinstance(name, str):
+        name = item["class_name"]
+    return f"{item.get('module')}.{name}"[:80]
+
+
+def _allowed(item: dict[str, Any]) -> bool:
+    name, module, registered = (item.get(k) for k in ("class_name", "module", "registered_name"))
+    if not isinstance(name, str) or not isinstance(module, str | None):
+        return False
+    if name in _VALUES:
+        return True
+    if name == "function":
+        function = item.get("config")
+        # Old versions look for any other in the module itself: exec, in builtins.
+        return (
+            module == "builtins"
+            and registered in (None, "function", function)
+            and isinstance(function, str)
+            and any(callable(getattr(getattr(keras, s), function, None)) for s in _FUNCTIONS)
+        )
+    if isinstance(registered, str) and registered.startswith("tfjacreg>"):
+        found = keras.saving.get_registered_object(registered)
+        return isinstance(found, type) and (found.__module__, found.__name__) == (module, name)
+    return registered in (None, name) and name not in _REFUSED and _is_keras_own(module, name)
+
+
+def _is_keras_own(module: str | None, name: str) -> bool:
+    if module is None:
+        spaces = [getattr(keras.layers, name, None), getattr(keras.initializers, name, None)]
+    elif module == "keras" or module.removeprefix("keras.") in _SPACES:
+        space: Any = keras
+        for part in module.split(".")[1:]:
+            space = getattr(space, part, None)
+        spaces = [getattr(space, name, None)]
+    elif module.startswith(("keras.src.models.", "keras.src.ops.", "keras.src.layers.")):
+        # What is not loaded by now is not loaded for a file.
+        spaces = [vars(sys.modules[module]).get(name)] if module in sys.modules else []
+    else:
+        spaces = []
+    return any(
+        isinstance(found, type)
+        and issubclass(found, _KINDS)
+        and found.__module__.startswith("keras.")
+        and found.__name__ not in _REFUSED
+        for found in spaces
+    )
+
+
+def _check_weights(file: Any) -> None:
+    """Weights lie in the file: HDF5 can refer to others, or to room that it does not have."""
+    total = 0
+
+    def problem(name: str, link: Any) -> str | None:  # Raised in here, h5py would lose it.
+        nonlocal total
+        elsewhere = f"lie in it. Received: {name!r}, in another file"
+        if isinstance(link, h5py.ExternalLink):
+            return elsewhere
+        item = weights.get(name) if isinstance(link, h5py.HardLink) else None
+        if isinstance(item, h5py.Dataset):
+            if item.is_virtual or item.external:
+                return elsewhere
+            total += item.nbytes
+        return f"have at most {UNPACKED} bytes. Received: more" if total > UNPACKED else None
+
+    try:
+        with h5py.File(file, "r") as weights:
+            found = weights.visititems_links(problem)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"its weights cannot be read: {error}") from error
+    if found:
+        raise ValueError(f"its weights must {found}")
