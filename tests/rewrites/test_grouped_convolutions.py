@@ -100,6 +100,32 @@ def test_gradient_of_the_penalty_by_finite_differences(name, jit_compile, float6
     np.testing.assert_allclose(tf.reduce_sum(got * direction), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("name", ["conv1d", "conv1d_causal", "depthwise", "two_groups", "conv3d"])
+def test_the_gradient_of_a_tangent_in_a_graph(name, jit_compile, float64):
+    """In a graph TensorFlow loses what Keras' compiled convolution has of the kernel."""
+    made = network(name)
+    x = tf.constant(seeded_input(SHAPES.get(name, IMAGE)))
+    v, u = random_like(x, 1), random_like(made(x), 2)
+    kernel = made.trainable_weights[0].value
+    direction = random_like(kernel, 3)
+
+    @tf.function(jit_compile=jit_compile)
+    def gradient():
+        with tf.GradientTape() as tape:
+            op = JacobianOperator(made, x, tangent=v)
+            product = tf.reduce_sum(u * op.tangent_out)
+        return product, tape.gradient(product, kernel)
+
+    def product_now():
+        return product_by_first_derivatives(made, x, u, v)
+
+    product, got = gradient()
+    assert float(product) == pytest.approx(product_now(), rel=1e-9)
+    expected = slope(product_now, [kernel], [direction], step=1e-5)
+    np.testing.assert_allclose(tf.reduce_sum(got * direction), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["depthwise", "two_groups", "conv3d"])
 def test_stands_in_for_the_pass_alone(name):
     made = network(name)
@@ -132,6 +158,7 @@ def test_stands_in_for_the_pass_alone(name):
         Scaled(4, 3, groups=2),
         layers.Conv2D(4, 3, groups=2, data_format="channels_first"),
         layers.Conv1D(4, 3, groups=2, data_format="channels_first"),
+        layers.Conv1D(4, 3),
     ],
     ids=lambda layer: type(layer).__name__,
 )

@@ -6,6 +6,7 @@ those of the same map as a depthwise convolution, or as one convolution for each
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,43 +18,50 @@ from tfjacreg.rewrites.context import Place
 
 
 def grouped_convolution(layer: keras.Layer) -> list[Place]:
-    """What stands in for the `convolution_op` of a layer: its values agree to rounding.
+    """What stands in for the convolution of a layer: its values agree to rounding.
 
     Args:
         layer: Any layer.
 
     Returns:
-        Nothing if the layer is no grouped convolution, has a `convolution_op` of its own, or keeps
-        the channels first, which TensorFlow on a CPU convolves through XLA only.
+        Nothing if the layer is no grouped convolution, has code of its own where something would
+        stand in, or keeps the channels first, which TensorFlow on a CPU convolves through XLA only.
     """
-    kind = next(
-        (
-            k
-            for k in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-            if isinstance(layer, k)
-        ),
-        None,
-    )
-    if (
-        kind is None
-        or type(layer).convolution_op is not kind.convolution_op
-        or layer.groups == 1
-        or layer.data_format != "channels_last"
-    ):
-        return []
-
-    def convolution(
-        original: Callable[..., Any], inputs: tf.Tensor, kernel: tf.Tensor
-    ) -> tf.Tensor:
-        return _convolution(layer, inputs, kernel)
-
-    return [Place(layer, "convolution_op", convolution)]
+    for kind, name, replacement in _KINDS:
+        if (
+            isinstance(layer, kind)
+            and getattr(type(layer), name) is getattr(kind, name)
+            and layer.groups > 1
+            and layer.data_format == "channels_last"
+        ):
+            return [Place(layer, name, functools.partial(replacement, layer))]
+    return []
 
 
-def _convolution(layer: keras.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def _call(layer: keras.Layer, original: Callable[..., Any], inputs: tf.Tensor) -> tf.Tensor:
+    """Stands in for the call of a Conv1D, which has no `convolution_op` that it uses."""
+    padding = layer.padding
+    if padding == "causal":
+        before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        inputs, padding = ops.pad(inputs, [[0, 0], [before, 0], [0, 0]]), "valid"
+    outputs = _convolution(layer, inputs, layer.kernel, padding)
+    if layer.use_bias:
+        outputs = ops.add(outputs, ops.reshape(layer.bias, (1, 1, layer.filters)))
+    return outputs if layer.activation is None else layer.activation(outputs)
+
+
+def _convolution_op(
+    layer: keras.Layer, original: Callable[..., Any], inputs: tf.Tensor, kernel: tf.Tensor
+) -> tf.Tensor:
+    return _convolution(layer, inputs, kernel, layer.padding)
+
+
+def _convolution(
+    layer: keras.Layer, inputs: tf.Tensor, kernel: tf.Tensor, padding: str
+) -> tf.Tensor:
     settings = {
         "strides": layer.strides,
-        "padding": layer.padding,
+        "padding": padding,
         "data_format": layer.data_format,
         "dilation_rate": layer.dilation_rate,
     }
@@ -65,3 +73,10 @@ def _convolution(layer: keras.Layer, inputs: tf.Tensor, kernel: tf.Tensor) -> tf
     inputs, kernel = (ops.split(tensor, layer.groups, -1) for tensor in (inputs, kernel))
     pairs = zip(inputs, kernel, strict=True)
     return ops.concatenate([ops.conv(*pair, **settings) for pair in pairs], -1)
+
+
+_KINDS: tuple[tuple[type[keras.Layer], str, Callable[..., tf.Tensor]], ...] = (
+    (keras.layers.Conv1D, "call", _call),
+    (keras.layers.Conv2D, "convolution_op", _convolution_op),
+    (keras.layers.Conv3D, "convolution_op", _convolution_op),
+)
