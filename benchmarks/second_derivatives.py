@@ -50,6 +50,7 @@ from tfjacreg.experiments import files
 from tfjacreg.experiments.environment import environment
 from tfjacreg.regularizers import SpectralNorm
 
+AT_ONCE = 40  # Networks in one process.
 RESULTS = _rows.ROOT / "results" / "second_derivatives.json"
 PAGE = _rows.ROOT / "docs" / "layers.md"
 BEGIN, END = "<!-- second_derivatives.py: begin -->", "<!-- second_derivatives.py: end -->"
@@ -542,6 +543,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
+    if len(arguments.networks) > AT_ONCE and not arguments.table:
+        # XLA keeps what it compiles: after some hundred networks a process has no memory for more.
+        options = ["--json", arguments.json, "--page", arguments.page]
+        options += ["--cache", arguments.cache] if arguments.cache else []
+        options += ["--redo"] if arguments.redo else []
+        for start in range(0, len(arguments.networks), AT_ONCE):
+            some = arguments.networks[start : start + AT_ONCE]
+            subprocess.run([sys.executable, __file__, "--networks", *some, *options], check=True)
+        return
     content = files.read_json(arguments.json) if arguments.json.exists() else {"networks": {}}
     if not arguments.table:
         measure(arguments, content)
