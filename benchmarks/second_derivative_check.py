@@ -9,8 +9,8 @@ The networks are the families of keras.applications (`applications.py`), those o
 and the layers of `docs/layers.md`, each a network of its own (`_oracle_networks.py`). Every part
 of a network runs in a process of its own.
 
-right: `check_network` in training mode, with fresh weights and two images for each of ten seeds
-(two for the layers of the table), in float32, mixed_float16 and mixed_bfloat16. What it refuses
+right: `check_network` in training mode, with fresh weights and two images for each of some seeds,
+in float32, mixed_float16 and mixed_bfloat16. What it refuses
 would be refused falsely. "error": the largest one of a layer that the comparison of the two
 gradients is certain of; "kinds": how many calls of a layer were compared; "uncertain": those for
 which it gave no verdict.
@@ -43,7 +43,6 @@ from tfjacreg.experiments.environment import environment
 
 PARTS = ("right", "planted", "seconds")
 SEEDS = 10
-SEEDS_OF_LAYERS = 2
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 PLANTED = (0.00001, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 LAYERS = "layers of the table"
@@ -104,7 +103,7 @@ def made_of_layer(layer: str, seed: int) -> tuple[keras.Model, tf.Tensor]:
     return network, tf.constant(_oracle_networks.inputs(layer, network), "float32")
 
 
-def right(name: str) -> dict[str, dict[str, Any]]:
+def right(name: str, seeds: int) -> dict[str, dict[str, Any]]:
     """What the check says of right networks, in every precision."""
     compare, rows = second_derivatives.compare, {}
     found: list[second_derivatives.Comparison | None] = []
@@ -118,7 +117,6 @@ def right(name: str) -> dict[str, dict[str, Any]]:
         keras.config.set_dtype_policy(policy)
         refused: dict[str, str] = {}
         found.clear()
-        seeds = SEEDS_OF_LAYERS if name == LAYERS else SEEDS
         for seed in range(seeds):
             for own, network, x in subjects(name, seed):
                 try:
@@ -240,14 +238,15 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS[:2]))
     parser.add_argument("--before", type=Path, help="another checkout, for the seconds")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of right networks")
     parser.add_argument("--redo", action="store_true", help="also what is there already")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        part, name = arguments.run
-        print(json.dumps({"right": right, "planted": planted}[part](name)))
+        part, name, *rest = arguments.run
+        print(json.dumps(right(name, int(*rest)) if part == "right" else planted(name)))
         return
     if "seconds" in arguments.parts and arguments.before is None:
         parser.error("the seconds need --before CHECKOUT")
@@ -261,7 +260,8 @@ def main() -> None:
                 row[part] = seconds(name, arguments.before.resolve())
                 content["environment"] = environment()
             else:
-                row[part] = _rows.in_a_process(__file__, part, name)
+                rest = [str(arguments.seeds)] if part == "right" else []
+                row[part] = _rows.in_a_process(__file__, part, name, *rest)
             print(name, part, json.dumps(row[part]), flush=True)
             known = content["networks"]
             content["networks"] = {n: known[n] for n in NAMES if n in known}
