@@ -286,7 +286,7 @@ def public():
                 own = getattr(value, "__module__", None) == member.__name__
                 if own and callable(value) and not inner.startswith("_"):
                     found[f"{name}.{inner}"] = value
-        else:
+        elif not (inspect.isclass(member) and issubclass(member, Warning)):
             found[name] = member
     found = {f"norms.{name}" if f"norms.{name}" in found else name: v for name, v in found.items()}
     for name, value in list(found.items()):

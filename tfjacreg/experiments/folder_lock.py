@@ -73,7 +73,12 @@ def acquire(folder: Path, *, wait: bool = False) -> int | None:
         OSError: If the folder or the lock's file cannot be made.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if os.path.lexists(folder):  # Something else bears the name.
+                raise
+            continue  # It was there, and the last owner has removed it since.
         try:
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # The last owner has just removed the folder.
