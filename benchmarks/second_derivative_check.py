@@ -199,7 +199,7 @@ def table(content: dict[str, Any]) -> str:
     ]
     for name, row in content["networks"].items():
         of_right, of_planted = row.get("right"), row.get("planted")
-        if not (of_right and of_planted):
+        if not of_right:
             continue
         checks = sum(one["seeds"] for one in of_right.values())
         if name == LAYERS:
@@ -208,11 +208,13 @@ def table(content: dict[str, Any]) -> str:
         kinds = sum(one["kinds"] for one in of_right.values())
         uncertain = sum(one["uncertain"] for one in of_right.values())
         error = max(one["error"] for one in of_right.values())
-        smallest = of_planted["smallest"]
-        shown = "none" if smallest is None else f"{100 * smallest:g} %"
+        smallest = of_planted["smallest"] if of_planted else None
+        shown = "-" if smallest is None else f"{100 * smallest:g} %"
         lines.append(
             f"| {name} | {checks}, {refused} | {kinds}, {uncertain} | {error:.0e} | {shown} |"
         )
+    if not any("seconds" in row for row in content["networks"].values()):
+        return "\n".join(lines)
     lines += [
         "",
         "| seconds of the check, before and now | transpose | accumulator |",
