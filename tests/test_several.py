@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,6 +13,8 @@ from keras import layers
 from reference import finite_difference_jacobian, singular_values
 
 from tfjacreg import RegularizedModel, regularizers
+
+FOLDER = Path(__file__).parent
 
 # Keras says so of a dict whose keys are not the names of its inputs.
 pytestmark = pytest.mark.filterwarnings("ignore:When providing `inputs` as a dict")
@@ -213,7 +216,7 @@ def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path):
     model.compile("adam", **COMPILED["dict"][1])
     fit(model, "dict")
     model.save(tmp_path / "run.keras")
-    command = [sys.executable, "-c", textwrap.dedent(RELOAD), str(tmp_path), sys.path[0]]
+    command = [sys.executable, "-c", textwrap.dedent(RELOAD), str(tmp_path), str(FOLDER)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "{'input': 'c', 'output': 'depth'}" in done.stdout
