@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import _keras, arguments, graph_search, recording, second_derivatives, signature
-from tfjacreg.error_causes import came_from
+from tfjacreg.error_causes import raise_an_interrupt
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.layer_calls import LayerCall, calls_of_layers
 from tfjacreg.vectors import inner, length, random_unit, unit
@@ -245,7 +245,7 @@ class _Check:
         try:
             calls = calls_of_layers(self.network, self.given, self.settings.training)
         except Exception as error:  # It runs in a graph only: then the layers are not to be seen.
-            _raise_an_interrupt(error)
+            raise_an_interrupt(error)
             calls = []
         if fault is None:
             return self._wrong_second_derivative(calls)
@@ -339,7 +339,7 @@ class _Check:
         try:
             return graph_search.calls_functions(self._graph()[0])
         except Exception as error:  # It runs eagerly only.
-            _raise_an_interrupt(error)
+            raise_an_interrupt(error)
             return False
         finally:
             _reset_dropout_masks(self.network)
@@ -469,17 +469,11 @@ def _fault_of(error: Exception) -> _Fault:
         return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
     if isinstance(error, NotConnected):
         return _Fault(_NOT_CONNECTED, error)
-    _raise_an_interrupt(error)
+    raise_an_interrupt(error)
     reason = _reason(error)
     if "variant" in reason:
         return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)
     return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
-
-
-def _raise_an_interrupt(error: Exception) -> None:
-    """Raises the Ctrl-C that an error came from: in the middle of C++ it is a SystemError."""
-    if came_from(error, KeyboardInterrupt):
-        raise KeyboardInterrupt from error
 
 
 def _traced(

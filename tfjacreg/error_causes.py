@@ -14,3 +14,9 @@ def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
     while link is not None and not isinstance(link, kinds):
         link = link.__cause__ or link.__context__
     return link is not None
+
+
+def raise_an_interrupt(error: BaseException) -> None:
+    """Raises the Ctrl-C that an error came from: in the middle of C++ it is a SystemError."""
+    if came_from(error, KeyboardInterrupt):
+        raise KeyboardInterrupt from error

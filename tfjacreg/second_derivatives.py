@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import _keras, recording, rewrites
-from tfjacreg.error_causes import came_from
+from tfjacreg.error_causes import came_from, raise_an_interrupt
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.layer_calls import LayerCall
 from tfjacreg.vectors import inner, length, unit
@@ -96,8 +96,7 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
         try:
             return subject.compared()
         except Exception as error:  # It computes with constants in single precision, say.
-            if came_from(error, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
+            raise_an_interrupt(error)
             if came_from(error, LookupError) and not in_double:
                 raise
     return None
