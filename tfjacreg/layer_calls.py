@@ -25,8 +25,8 @@ class LayerCall:
         caller: The layer that called it, or None.
         size: The number of examples.
         positions: Which of the tensors that it took are a batch of floats: what it is a function
-            of. Tensors of a loop's own graph are gone by now: the layer around the loop answers for
-            that.
+            of. One that it took several times, as self-attention does, counts once. Tensors of a
+            loop's own graph are gone by now: the layer around the loop answers for that.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class LayerCall:
         self.size = size
         self._taken = args, kwargs
         self._flat = tf.nest.flatten(self._taken)
-        self.positions = [n for n, a in enumerate(self._flat) if self._is_batch(a)]
+        # Where each of them was taken first.
+        ids = [id(a) for a in self._flat]
+        self._firsts = [ids.index(one) for one in ids]
+        self.positions = [n for n in sorted(set(self._firsts)) if self._is_batch(self._flat[n])]
 
     def _is_batch(self, a: Any) -> bool:
         return (
@@ -75,7 +78,8 @@ class LayerCall:
         def run(a: tf.Tensor) -> tf.Tensor:
             repeats = (a.shape[0] or self.size) // self.size
             flat = [self._as_given(other, in_double, repeats) for other in self._flat]
-            flat[position] = a if in_double else tf.cast(a, self._flat[position].dtype)
+            given = a if in_double else tf.cast(a, self._flat[position].dtype)
+            flat = [given if self._firsts[n] == position else b for n, b in enumerate(flat)]
             args, kwargs = tf.nest.pack_sequence_as(self._taken, flat)
             outputs = tf.nest.flatten(self.layer(*args, **kwargs))
             parts = [tf.reshape(tf.cast(y, a.dtype), (repeats * self.size, -1)) for y in outputs]
@@ -133,7 +137,8 @@ class LayerCall:
         ]
         # A function of one's own is known by its name only.
         own = getattr(self.layer, "activation", None)
-        return type(self.layer), str(config), str(taken), id(own), position
+        # One tensor in two places is another function than two tensors.
+        return type(self.layer), str(config), str(taken), str(self._firsts), id(own), position
 
 
 def _is_of_keras(layer: keras.Operation) -> bool:
