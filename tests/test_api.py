@@ -1,11 +1,11 @@
 """The API reference: each public name once, by topic, with the first sentence of its docstring."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import griffe
 import pytest
-import tomllib
 
 import tfjacreg
 
