@@ -37,7 +37,7 @@ def cumprod(
     if reverse:
         x = tf.reverse(x, [along])
     if exclusive:
-        x = tf.concat([tf.ones_like(_part(x, along, 0, 1)), _part(x, along, 0, -1)], along)
+        x = _joined([tf.ones_like(_part(x, along, 0, 1)), _part(x, along, 0, -1)], along)
     x = _scan(operator.mul, x, along)
     return tf.reverse(x, [along]) if reverse else x
 
@@ -61,9 +61,9 @@ def cumulative_logsumexp(
     if exclusive:  # The sum of nothing is a constant.
         nothing = tf.stop_gradient(own(x))
         if reverse:
-            y = tf.concat([_part(y, along, 1, None), _part(nothing, along, -1, None)], along)
+            y = _joined([_part(y, along, 1, None), _part(nothing, along, -1, None)], along)
         else:
-            y = tf.concat([_part(nothing, along, 0, 1), _part(y, along, 0, -1)], along)
+            y = _joined([_part(nothing, along, 0, 1), _part(y, along, 0, -1)], along)
     return y
 
 
@@ -80,7 +80,7 @@ def prod(
         while x.shape[axis] > 1:
             half = x.shape[axis] // 2
             pairs = _part(x, axis, 0, half) * _part(x, axis, half, 2 * half)
-            x = tf.concat([pairs, _part(x, axis, 2 * half, None)], axis)
+            x = _joined([pairs, _part(x, axis, 2 * half, None)], axis)
     return x if keep_dims else tf.squeeze(x, along)
 
 
@@ -134,6 +134,12 @@ def _scan(
         x = tf.concat([_part(x, axis, 0, shift), both], axis)
         shift *= 2
     return x
+
+
+def _joined(parts: list[tf.Tensor], axis: int) -> tf.Tensor:
+    """The parts that are not empty: XLA ends the process in a derivative of an empty one."""
+    parts = [part for part in parts if part.shape[axis]]
+    return tf.concat(parts, axis)
 
 
 def _log_of_two(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
