@@ -224,6 +224,21 @@ FUNCTIONS = {
     "exclusive": by(lambda h: LOGSUMEXP(h, 1, exclusive=True)[:, 1:]),
     "exclusive in reverse": by(lambda h: LOGSUMEXP(h, 1, exclusive=True, reverse=True)[:, :-1]),
     "softsign": by(ops.softsign),
+    "nothing before a single factor": by(
+        lambda h: (
+            h
+            * tf.math.cumprod(h[:, :1], 1, exclusive=True)
+            * tf.reduce_prod(h[:, :1], 1, keepdims=True)
+        )
+    ),
+    "nothing before a single exponent": by(
+        lambda h: h * tf.exp(LOGSUMEXP(h[:, :1], 1, exclusive=True, reverse=True)) + ops.relu(h)
+    ),
+}
+# XLA ends the process in the derivative of an empty part, and compiles for seconds: a few of all.
+UNDER_XLA = {
+    *("cumprod, both", "prod", "reduce_prod of two axes", "exclusive in reverse"),
+    *("learnt power", "nothing before a single factor", "nothing before a single exponent"),
 }
 
 
@@ -262,7 +277,10 @@ def test_products_and_their_gradient_against_values(name, float64):
             found.append((value, along))
         return found
 
-    for mode in (gradients, tf.function(gradients)):
+    modes = [gradients, tf.function(gradients)]
+    if name in UNDER_XLA:
+        modes.append(tf.function(gradients, jit_compile=True))
+    for mode in modes:
         for found in mode():
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     for forward_mode in FORWARD_MODES:
