@@ -67,14 +67,6 @@ def ways(*executions, kinds=KINDS):
 
 
 ALONG = second_derivatives.PRODUCTS["accumulator"]
-# Where tfjacreg was wrong when the results were made, by finite differences, and by more than the
-# rounding of the values explains (as in "Resizing, lanczos3, smaller").
-FAULTS = {
-    # XLA's eigenvectors are right to 1e-7 alone, which counts where two singular values are near.
-    "Conv1DTranspose, same": ways("xla", kinds=["exact"]),
-    "Conv2DTranspose": ways("xla", kinds=["exact"]),
-    "AdaptiveMaxPooling1D": ways("xla", kinds=["exact"]),
-}
 # What fails, by network or family.
 REFUSED = {
     # TensorFlow has no tangents of a loop, and XLA cannot compile a third derivative of one.
@@ -93,8 +85,10 @@ REFUSED = {
 def test_every_network_was_compared_and_is_right(content):
     rows = content["networks"]
     assert list(rows) == list(NETWORKS) and len(rows) >= 120
+    # By finite differences, and by more than the rounding of the values explains (as in "Resizing,
+    # lanczos3, smaller").
     wrong = {name: second_derivatives.wrong_ways(row) for name, row in rows.items()}
-    assert {name: found for name, found in wrong.items() if found} == FAULTS
+    assert not {name: found for name, found in wrong.items() if found}
     for name, row in rows.items():
         assert row["family"] == NETWORKS[name].family
         assert row["weights"] > 0
