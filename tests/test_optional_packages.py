@@ -69,7 +69,7 @@ def test_the_base_measures_trains_saves_and_attacks(tmp_path):
             ["train.py", "--sweep", "sweeps/quick.toml", "--out", "OUT", "--storage", SERVER],
             "postgresql",
         ),
-        (ALL, ["evaluate.py", "results/digits-none-seed0", "--out", "OUT"], "experiments"),
+        (ALL, ["evaluate.py", "results/digits/none-lr0.01-b32-seed0", "--out", "OUT"], "experiments"),
         (ALL, ["tfjacreg", "prepare", "kmnist", "OUT"], "experiments"),
     ],
     ids=["train", "sweep", "storage", "evaluate", "prepare"],
