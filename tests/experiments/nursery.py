@@ -7,6 +7,7 @@ orders as lines of JSON and answers each with a line.
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -201,6 +202,9 @@ def _main():
     )
     workers._POLL = 0.1
     commands = {"train": train.main, "evaluate": evaluate.main}
+    # As in tests/conftest.py. What is not searched is not copied in the forks either.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
     print("ready", flush=True)
     statuses = {}
