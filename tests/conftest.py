@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import keras
 import pytest
 import tensorflow as tf
+from fresh_python import FreshPython
 
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,6 +64,14 @@ def _fresh_keras():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(scope="session")
+def fresh_python():
+    """Runs programs in processes that know nothing of this one."""
+    python = FreshPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture

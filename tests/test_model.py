@@ -1,8 +1,6 @@
 """RegularizedModel as a Keras user meets it."""
 
 import csv
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -340,7 +338,7 @@ np.savez(folder + "/weights.npz", *model.get_weights())
     ],
     ids=lambda penalty: type(penalty).__name__,
 )
-def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path, penalty):
+def test_a_saved_model_goes_on_in_a_fresh_process(fresh_python, tmp_path, penalty):
     """Optimizer state, moving statistics, random stream and iteration vectors come along.
 
     The same weights follow as without a break.
@@ -349,10 +347,7 @@ def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path, penalty):
     fit(model)
     model.save(tmp_path / "run.keras")
     np.savez(tmp_path / "data.npz", x=X, y=Y)
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = fresh_python.run(RELOAD, tmp_path)
     assert done.stdout.startswith("RegularizedModel")
     fit(model)
     with np.load(tmp_path / "weights.npz") as other:
@@ -361,7 +356,7 @@ def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path, penalty):
 
 
 @pytest.mark.slow
-def test_the_network_loads_where_tfjacreg_is_not_installed(tmp_path):
+def test_the_network_loads_where_tfjacreg_is_not_installed(fresh_python, tmp_path):
     model = compiled(RegularizedModel(small_network(), regularizers.SpectralNorm(0.1)))
     fit(model)
     model.network.save(tmp_path / "network.keras")
@@ -378,10 +373,7 @@ def test_the_network_loads_where_tfjacreg_is_not_installed(tmp_path):
         np.save(folder + "/logits.npy", network.predict(x, verbose=0))
         np.save(folder + "/served.npy", served.serve(x))
         """)
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    fresh_python.run(script, tmp_path)
     expected = model.predict(X, verbose=0)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-6)
     np.testing.assert_allclose(np.load(tmp_path / "served.npy"), expected, atol=1e-6)

@@ -88,7 +88,9 @@ def test_sigma_of_the_points_is_that_of_the_run(run):
 def test_a_run_trained_again_is_judged_as_the_committed_one():
     """The run without penalty, of version 0.1.0 and of today: every number that both have."""
     name = "none-lr0.01-b32-seed0"
-    before = json.loads((ROOT / "results/archive/fashion_mnist_chosen" / name / "evaluation.json").read_text())
+    before = json.loads(
+        (ROOT / "results/archive/fashion_mnist_chosen" / name / "evaluation.json").read_text()
+    )
     now = evaluation(name)
     for perturbation in ("noise", "pgd", "tpgd", "square"):
         assert now[perturbation]["accuracy"] == before[perturbation]["accuracy"]

@@ -262,19 +262,16 @@ saved_model_cli.main()
 
 
 @pytest.mark.slow
-def test_what_is_exported_gives_the_logits_of_keras_without_tfjacreg(finished, tmp_path):
+def test_what_is_exported_gives_the_logits_of_keras_without_tfjacreg(
+    fresh_python, finished, tmp_path
+):
     """In a process that cannot import it: `classifier.keras` in Keras, and `saved_model_cli`."""
     _, out, _ = finished
     x = datasets.load("digits").test.x[:16]
     np.save(tmp_path / "x.npy", x)
     command = ["run", "--dir", out / "saved_model", "--tag_set", "serve", "--signature_def"]
     command += ["serve", "--inputs", "pixels=x.npy", "--outdir", "served"]
-    subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, out / "classifier.keras", "loaded.npy", *command],
-        check=True,
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-    )
+    fresh_python.run(ELSEWHERE, out / "classifier.keras", "loaded.npy", *command, cwd=tmp_path)
     (served,) = (tmp_path / "served").glob("*.npy")
     expected = keras.models.load_model(out / "classifier.keras").predict(x, verbose=0)
     for found in (tmp_path / "loaded.npy", served):

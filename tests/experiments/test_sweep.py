@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -314,9 +312,9 @@ def test_a_sweep_cannot_be_changed(tmp_path):
 
 
 @pytest.mark.slow
-def test_reading_a_sweep_needs_no_optuna():
+def test_reading_a_sweep_needs_no_optuna(fresh_python):
     code = "import sys, tfjacreg.experiments.sweep; sys.exit('optuna' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=SWEEPS.parent).returncode == 0
+    fresh_python.run(code)
 
 
 HEAD = 'dataset = "digits"\nepochs = 1\n'
