@@ -1,3 +1,4 @@
+import collections
 import fcntl
 import gc
 import os
@@ -29,9 +30,18 @@ _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--random-seed", type=int, help="of tests that draw random moments")
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that must run alone come last, so that few others wait for them."""
-    items.sort(key=_is_alone)
+    """Files with many slow tests first, small ones last: the processes end at about the same time.
+
+    Within a file, tests that must run alone come last.
+    """
+    sizes = collections.Counter(item.path for item in items)
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], -sizes[item.path], item.path, _is_alone(item)))
 
 
 @pytest.hookimpl(wrapper=True)

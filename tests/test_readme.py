@@ -30,6 +30,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "results").rglob("README.md")),
     ROOT / "benchmarks" / "NOTES.md",
+    ROOT / "tests" / "README.md",
 ]
 
 

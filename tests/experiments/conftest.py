@@ -70,8 +70,10 @@ def nursery():
 
 
 @pytest.fixture
-def moments():
-    """Random numbers; a test that fails shows their seed."""
-    seed = random.SystemRandom().randrange(10**9)
-    print("seed of the moments:", seed)
+def moments(request):
+    """Random numbers; a test that fails shows the option that repeats them."""
+    seed = request.config.getoption("--random-seed")
+    if seed is None:
+        seed = random.SystemRandom().randrange(10**9)
+    print(f"again with the same random numbers: --random-seed {seed}")
     return random.Random(seed)
