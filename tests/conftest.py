@@ -31,7 +31,8 @@ tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfigu
 
 
 def pytest_addoption(parser):
-    parser.addoption("--random-seed", type=int, help="of tests that draw random moments")
+    moments = "the seed of random moments; the default is another one each time"
+    parser.addoption("--moments", type=int, help=moments)
 
 
 def pytest_collection_modifyitems(items):

@@ -71,9 +71,9 @@ def nursery():
 
 @pytest.fixture
 def moments(request):
-    """Random numbers; a test that fails shows the option that repeats them."""
-    seed = request.config.getoption("--random-seed")
+    """Random numbers; a test that fails shows their seed, which `--moments` sets."""
+    seed = request.config.getoption("moments")
     if seed is None:
         seed = random.SystemRandom().randrange(10**9)
-    print(f"again with the same random numbers: --random-seed {seed}")
-    return random.Random(seed)
+    print(f"seed of the moments: --moments {seed}")
+    return random.Random(f"{seed} {request.node.name}")

@@ -1,5 +1,6 @@
 """The ledger of a sweep: each run is handed out once, whoever dies when."""
 
+import random
 import threading
 
 import optuna
@@ -109,7 +110,7 @@ def test_workers_that_ask_at_once(tmp_path, storage):
     assert states == [optuna.trial.TrialState.RUNNING] * len(taken) and len(taken) == 36
 
 
-def test_a_damaged_database_is_named_with_the_way_out(few, moments):
+def test_a_damaged_database_is_named_with_the_way_out(few, tmp_path):
     """Or what was changed in it means nothing; no error is SQLite's or Optuna's own."""
     sweep, out = few
     with Ledger.open(sweep, out, None, None) as ledger:
@@ -117,7 +118,9 @@ def test_a_damaged_database_is_named_with_the_way_out(few, moments):
             ledger.succeed(claim, METRICS)
             ledger.locks.release(claim.name, claim.descriptor)
     content = (out / "sweep.sqlite3").read_bytes()
-    damages = [b"no database" * 500, content[: len(content) // 2]]
+    seed = random.SystemRandom().randrange(10**9)
+    print("seed of the positions:", seed)
+    moments, damages = random.Random(seed), [b"no database" * 500, content[: len(content) // 2]]
     for _ in range(20):
         damaged = bytearray(content)
         for position in moments.sample(range(len(content)), moments.choice([1, 20, 200])):
