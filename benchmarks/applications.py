@@ -122,7 +122,7 @@ def with_statistics(made: keras.Model, name: str) -> keras.Model:
 def dense_jacobian(made: keras.Model, x: np.ndarray) -> np.ndarray:
     """`[B, 10, n_in]`, a row for each output, by reverse mode alone: no part of tfjacreg."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def rows(x: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
@@ -158,7 +158,7 @@ def variant(name: str, kind: str, repeats: int) -> dict[str, float]:
     x = tf.constant(images(name, BATCH_SIZE).astype("float32"))
     y = tf.constant(np.random.default_rng(0).integers(0, 10, BATCH_SIZE))
     # Not fit: its check would be timed too.
-    step = tf.function(model.train_step)
+    step = tf.function(model.train_step, autograph=False)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

@@ -1,3 +1,4 @@
+import collections
 import fcntl
 import gc
 import os
@@ -14,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import keras
 import pytest
 import tensorflow as tf
+from fresh_python import FreshPython
 
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,9 +30,19 @@ _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+def pytest_addoption(parser):
+    moments = "the seed of random moments; the default is another one each time"
+    parser.addoption("--moments", type=int, help=moments)
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that must run alone come last, so that few others wait for them."""
-    items.sort(key=_is_alone)
+    """Files with many slow tests first, small ones last: the processes end at about the same time.
+
+    Within a file, tests that must run alone come last.
+    """
+    sizes = collections.Counter(item.path for item in items)
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], -sizes[item.path], item.path, _is_alone(item)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -63,6 +75,14 @@ def _fresh_keras():
     yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+@pytest.fixture(scope="session")
+def fresh_python():
+    """Runs programs in processes that know nothing of this one."""
+    python = FreshPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture

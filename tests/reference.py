@@ -89,6 +89,13 @@ def operator(network, x, forward_mode, tangent, **options):
     return JacobianOperator(network, x, **options)
 
 
+def in_all_modes(function, names=("eager", "graph", "xla")):
+    """The function itself, in a graph, and compiled by XLA, which is given the same graph."""
+    graph = tf.function(function)
+    found = {"eager": function, "graph": graph, "xla": tf.function(graph, jit_compile=True)}
+    return [found[name] for name in names]
+
+
 def singular_values(jacobians):
     return np.linalg.svd(np.asarray(jacobians, "float64"), compute_uv=False)
 

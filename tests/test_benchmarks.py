@@ -18,7 +18,7 @@ from keras import layers
 from reference import dense_jacobian, singular_values
 from sklearn.datasets import load_digits
 
-from tfjacreg import datasets, regularizers, vectors
+from tfjacreg import datasets, networks, regularizers, vectors
 from tfjacreg.experiments import figures
 
 BATCH, N_IN, N_OUT = 4, 9, 5
@@ -290,8 +290,22 @@ def test_step_times_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys)
     assert is_png(tmp_path / "time.png")
 
 
+@pytest.fixture
+def small_lenet(monkeypatch):
+    """Stands for LeNet where any network will do."""
+
+    def make(input_shape=(28, 28, 1), num_classes=10, initialization="keras"):
+        inputs = keras.Input(input_shape)
+        pooled = layers.Flatten()(layers.AveragePooling2D(4)(inputs))
+        outputs = layers.Dense(num_classes)(layers.Dense(16, "relu")(pooled))
+        return keras.Model(inputs, outputs)
+
+    monkeypatch.setattr(networks, "lenet", make)
+    monkeypatch.setitem(networks._BY_NAME, "lenet", make)
+
+
 @pytest.mark.slow
-def test_estimators_are_trained_measured_and_resumed(tmp_path, monkeypatch, capsys):
+def test_estimators_are_trained_measured_and_resumed(tmp_path, monkeypatch, capsys, small_lenet):
     monkeypatch.setattr(estimator_error, "TRAINED_WITH", (("power", 1),))
     monkeypatch.setattr(estimator_error, "ITERATIONS", {"power": 2, "lanczos": 2})
     command = ["estimator_error.py", "--dataset", "digits", "--epochs", "1", "--seeds", "0"]
@@ -328,7 +342,7 @@ def test_estimators_are_trained_measured_and_resumed(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["factors", "denoiser"])
-def test_choosing_goes_on_where_it_stopped(part, tmp_path, monkeypatch):
+def test_choosing_goes_on_where_it_stopped(part, tmp_path, monkeypatch, small_lenet):
     """Each variant has one figure for each seed, and what is there is not trained again."""
     plain, penalized = {"factor": 0.0}, {"factor": 0.1, "method": "lanczos", "iterations": 3}
     monkeypatch.setattr(choosing, "EPOCHS", {"lenet": 1, "denoiser": 1})
@@ -345,7 +359,7 @@ def test_choosing_goes_on_where_it_stopped(part, tmp_path, monkeypatch):
     assert other["sigma_mean"][0] < same["sigma_mean"][0]
 
 
-def test_the_monitors_cost_is_measured():
+def test_the_monitors_cost_is_measured(small_lenet):
     rows = choosing.monitor(points=8, epochs=2)
     assert [row["method"] for row in rows] == ["lanczos", "lanczos", "exact"]
     for row in rows:
@@ -364,7 +378,8 @@ def test_the_tables_of_choosing_are_those_of_the_results():
     assert f"| 1 | 0.1 | N = 1 | {mean:.4f} ± {deviation:.4f} |" in page
 
 
-def test_the_margin_is_compared_with_art(capsys):
+def test_the_margin_is_compared_with_art(capsys, monkeypatch):
+    monkeypatch.setattr(margin_reference, "RADII", (32 / 255,))
     data = load_digits()
     images, labels = (data.images[..., None] / 16).astype("float32"), data.target
     model = keras.Sequential(

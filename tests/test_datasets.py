@@ -1,14 +1,13 @@
 import gzip
 import io
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tfjacreg import __main__ as command
 from tfjacreg import dataset_files, datasets
 
 RNG = np.random.default_rng(0)
@@ -319,23 +318,17 @@ def test_a_data_set_too_small_for_its_validation_split(tmp_path):
         datasets.load("kmnist", tmp_path / "data")
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     def prepare(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "tfjacreg", "prepare", *map(str, arguments)],
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-        )
+        status = command.main(["prepare", *map(str, arguments)])
+        return (status, *capsys.readouterr())
 
     mnist_files(tmp_path / "source")
-    done = prepare("kmnist", tmp_path / "source", "--data-dir", tmp_path / "data")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"kmnist is in {tmp_path / 'data' / 'kmnist' / '3.0.1'}\n"
-    failed = prepare("fashion_mnist", tmp_path / "nowhere", "--data-dir", tmp_path / "data")
-    assert failed.returncode == 2
-    assert "error: Expected" in failed.stderr and "Traceback" not in failed.stderr
+    status, printed, _ = prepare("kmnist", tmp_path / "source", "--data-dir", tmp_path / "data")
+    assert (status, printed) == (0, f"kmnist is in {tmp_path / 'data' / 'kmnist' / '3.0.1'}\n")
+    status, _, error = prepare("fashion_mnist", tmp_path / "nowhere", "--data-dir", tmp_path)
+    assert status == 2
+    assert "error: Expected" in error and "Traceback" not in error
 
 
 @pytest.mark.slow

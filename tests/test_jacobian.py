@@ -9,6 +9,7 @@ from reference import (
     conv_network,
     dense_jacobian,
     finite_difference_jacobian,
+    in_all_modes,
     operator,
     random_like,
     seeded_input,
@@ -82,10 +83,11 @@ def test_eager_graph_and_xla_agree(name, forward_mode):
         op = operator(network, x, forward_mode, v)
         return op.matvec(v), op.rmatvec(u), op.matvec(2 * v)
 
-    eager = products(x)
+    eager, *compiled = in_all_modes(products)
     dynamic = tf.function(products, input_signature=[tf.TensorSpec((None, *x.shape[1:]))])
-    for compiled in (tf.function(products), dynamic, tf.function(products, jit_compile=True)):
-        for a, b in zip(eager, compiled(x), strict=True):
+    expected = eager(x)
+    for function in (*compiled, dynamic):
+        for a, b in zip(expected, function(x), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * np.max(np.abs(a)))
 
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 from reference import (
     dense_jacobian,
+    in_all_modes,
     operator,
     product_by_first_derivatives,
     seeded_input,
@@ -161,9 +162,10 @@ class TestLayer:
 
             if name == "dropout":  # XLA draws another mask from the same seed.
                 network.layers[0].rate = 0.0
-            eager = products(x)
-            for compiled in (tf.function(products), tf.function(products, jit_compile=True)):
-                for a, b in zip(eager, compiled(x), strict=True):
+            eager, *compiled = in_all_modes(products)
+            expected = eager(x)
+            for function in compiled:
+                for a, b in zip(expected, function(x), strict=True):
                     scale = np.max(np.abs(a))
                     np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * scale)
 
@@ -203,10 +205,11 @@ def test_networks_eager_graph_and_xla(name, forward_mode):
         return op.matvec(v), op.rmatvec(u)
 
     state = network.get_weights()
-    eager = products(x)
-    for compiled in (tf.function(products), tf.function(products, jit_compile=True)):
+    eager, *compiled = in_all_modes(products)
+    expected = eager(x)
+    for function in compiled:
         network.set_weights(state)
-        for a, b in zip(eager, compiled(x), strict=True):
+        for a, b in zip(expected, function(x), strict=True):
             np.testing.assert_allclose(b, a, atol=1e-5 * np.max(np.abs(a)))
 
 

@@ -1,8 +1,6 @@
 """A base install, without any extra: what works, and what is said about the rest."""
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -30,16 +28,21 @@ else:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 SERVER = "postgresql://nobody@localhost/none"
+FINISHED = "results/digits/none-lr0.01-b32-seed0"
 ALL = "import base_session; base_session.block_extras()"
 
 
-def run_blocked(block, *argv):
-    code = BLOCKED.format(root=str(ROOT), tests=str(ROOT / "tests"), block=block, argv=list(argv))
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def run_blocked(fresh_python):
+    def run(block, *argv):
+        words = {"root": str(ROOT), "tests": str(ROOT / "tests"), "argv": list(argv)}
+        return fresh_python.run(BLOCKED.format(block=block, **words), check=False)
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_base_measures_trains_saves_and_attacks(tmp_path):
+def test_the_base_measures_trains_saves_and_attacks(run_blocked, tmp_path):
     done = run_blocked("", "tests/base_session.py", str(tmp_path))
     assert done.returncode == 0, done.stderr
     versions, *messages = done.stdout.splitlines()
@@ -69,12 +72,12 @@ def test_the_base_measures_trains_saves_and_attacks(tmp_path):
             ["train.py", "--sweep", "sweeps/quick.toml", "--out", "OUT", "--storage", SERVER],
             "postgresql",
         ),
-        (ALL, ["evaluate.py", "results/digits-none-seed0", "--out", "OUT"], "experiments"),
+        (ALL, ["evaluate.py", FINISHED, "--out", "OUT"], "experiments"),
         (ALL, ["tfjacreg", "prepare", "kmnist", "OUT"], "experiments"),
     ],
     ids=["train", "sweep", "storage", "evaluate", "prepare"],
 )
-def test_a_script_names_the_command_in_one_sentence(tmp_path, block, argv, extra):
+def test_a_script_names_the_command_in_one_sentence(run_blocked, tmp_path, block, argv, extra):
     done = run_blocked(block, *(str(tmp_path / "out") if a == "OUT" else a for a in argv))
     assert done.returncode == 2, done.stderr
     error = re.fullmatch(r"(?:\w+(?:\.py)?: )?error: (.*)", done.stderr.splitlines()[-1]).group(1)

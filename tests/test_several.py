@@ -1,7 +1,5 @@
 """`RegularizedModel` around networks with several inputs and outputs, and of all kinds of data."""
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -209,16 +207,14 @@ RELOAD = """
 
 
 @pytest.mark.slow
-def test_a_saved_model_goes_on_in_a_fresh_process(tmp_path):
+def test_a_saved_model_goes_on_in_a_fresh_process(fresh_python, tmp_path):
     """With the optimizer's state, the random stream, and which tensors the Jacobian is of."""
     penalty = regularizers.SpectralNorm(0.1, seed=3)
     model = RegularizedModel(network("dict"), penalty, input="c", output="depth")
     model.compile("adam", **COMPILED["dict"][1])
     fit(model, "dict")
     model.save(tmp_path / "run.keras")
-    command = [sys.executable, "-c", textwrap.dedent(RELOAD), str(tmp_path), str(FOLDER)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = fresh_python.run(textwrap.dedent(RELOAD), tmp_path, FOLDER)
     assert "{'input': 'c', 'output': 'depth'}" in done.stdout
     fit(model, "dict")
     with np.load(tmp_path / "weights.npz") as other:

@@ -7,6 +7,7 @@ orders as lines of JSON and answers each with a line.
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 120
+DEADLINE = 300
 PR_SET_PDEATHSIG = 1
 PLAN = {
     "noise": {"variance": [0.01, 0.1], "draws": 1},
@@ -48,7 +49,7 @@ class Nursery:
         assert answer, "the nursery has died"
         return json.loads(answer)
 
-    def start(self, *argv, log, dies_at=None, full_at=None):
+    def start(self, *argv, log, dies_at=None, full_at=None, stand_in=None):
         """Starts a command, `train` or `evaluate` and its arguments.
 
         Args:
@@ -58,8 +59,10 @@ class Nursery:
                 only counts them, for the last line of the log.
             full_at: The name of a file, and another file that grows until the disk is full when
                 the first is to be written.
+            stand_in: A program that a sweep's worker starts for each run, instead of a fork that
+                trains.
         """
-        order = {"argv": [str(a) for a in argv], "log": str(log)}
+        order = {"argv": [str(a) for a in argv], "log": str(log), "stand_in": stand_in}
         return Child(self, self._ask(**order, dies_at=dies_at, full_at=full_at), log)
 
     def call(self, *argv, log, **options):
@@ -199,6 +202,9 @@ def _main():
     )
     workers._POLL = 0.1
     commands = {"train": train.main, "evaluate": evaluate.main}
+    # As in tests/conftest.py. What is not searched is not copied in the forks either.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
     print("ready", flush=True)
     statuses = {}
@@ -224,6 +230,8 @@ def _main():
                 _die_at(order["dies_at"], changes)
             if order["full_at"]:
                 _fill_at(*order["full_at"])
+            if order["stand_in"]:
+                workers.subprocess, sys.executable = subprocess, order["stand_in"]
             command, *arguments = order["argv"]
             status = 1
             try:

@@ -4,8 +4,6 @@ import functools
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -453,10 +451,8 @@ def test_judging_and_reporting_do_not_mix(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_errors_end_the_script_with_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "missing"], capture_output=True, text=True, check=False
-    )
+def test_errors_end_the_script_with_one_line(fresh_python, tmp_path):
+    done = fresh_python.run(SCRIPT, tmp_path / "missing", check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
         f"evaluate.py: error: {tmp_path / 'missing'} is neither a run folder nor a .keras file."

@@ -835,11 +835,3 @@ def test_the_browser_would_see_a_request(folder, nothing, browser):
     assert widths[0] == 0 and requests[outside] == "csp"
     path.write_text(re.sub(r"<meta http-equiv.*?>", "", text, flags=re.DOTALL))
     assert shown(browser, path)[1][outside] == "net::ERR_NAME_NOT_RESOLVED"
-
-
-def test_the_committed_report_is_that_of_the_committed_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # The report names folders as they were given.
-    place = Path("results/fashion_mnist")
-    folders = [place / "factors", place / "chosen"]
-    report.write(folders, tmp_path, benchmarks=Path("results"))
-    assert (tmp_path / "report.md").read_text() == (place / "report/report.md").read_text()

@@ -15,8 +15,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from nursery import shrink
 
 import tfjacreg
+import train
 from tfjacreg import datasets
 from tfjacreg.experiments import callbacks, pipeline, records
 from tfjacreg.experiments import run as run_module
@@ -147,8 +149,23 @@ def test_a_finished_run_is_not_repeated(finished):
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
-def test_overwrite_repeats_the_same_run(finished, tmp_path):
-    config, _, metrics = finished
+@pytest.fixture
+def small(monkeypatch):
+    """Runs of one dense layer on few digits, for what does not depend on the network."""
+    shrink(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def small_finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "small"
+    config = RunConfig.of(**SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
+        return config, out, run(config, out, verbose=0)
+
+
+def test_overwrite_repeats_the_same_run(small, small_finished, tmp_path):
+    config, _, metrics = small_finished
     (tmp_path / "mine.txt").write_text("keep me")
     first = run(config, tmp_path, verbose=0)
     again = run(config, tmp_path, verbose=0, overwrite=True)
@@ -163,8 +180,10 @@ class _Stop(Exception):
 
 
 @pytest.mark.parametrize("where", ["between epochs", "between history and checkpoint"])
-def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, where):
-    config, _, metrics = finished
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    small, small_finished, tmp_path, monkeypatch, where
+):
+    config, _, metrics = small_finished
     original = callbacks.Recorder.on_epoch_end
     replace = os.replace
 
@@ -181,10 +200,11 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, mon
             raise _Stop
         replace(source, target)
 
-    monkeypatch.setattr(callbacks.Recorder, "on_epoch_end", stop)
-    with pytest.raises(_Stop):
-        run(config, tmp_path, verbose=0)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Recorder, "on_epoch_end", stop)
+        with pytest.raises(_Stop):
+            run(config, tmp_path, verbose=0)
+    monkeypatch.setattr(os, "replace", replace)
     assert not (tmp_path / "metrics.json").exists()
     resumed = run(config, tmp_path, verbose=0)
     for name in ("test_accuracy", "test_loss", "test_spectral_norm", "val_loss"):
@@ -193,25 +213,25 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(finished, tmp_path, mon
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
-@pytest.mark.slow
-def test_killed_and_started_again(tmp_path):
-    """kill -9 in the middle; the same command ends with the weights of an undisturbed run."""
-    command = [sys.executable, "train.py", "--epochs", "6", "--out"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "killed")], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-    )
+def started(nursery, out, *options):
+    """A command of its own that has a checkpoint by now."""
+    child = nursery.start("train", *options, "--out", out, log=out.with_suffix(".log"))
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint.keras").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+    while not (out / "checkpoint.keras").exists():
+        assert child.poll() is None and time.monotonic() < deadline, child.output
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    return child
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(nursery, tmp_path):
+    """kill -9 in the middle; the same command ends with the weights of an undisturbed run."""
+    assert started(nursery, tmp_path / "killed", "--epochs", 20).kill() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "metrics.json").exists()
     for name in ("killed", "whole"):
-        subprocess.run(
-            [*command, str(tmp_path / name)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
+        command = ["train", "--epochs", 20, "--out", tmp_path / name]
+        status, output = nursery.call(*command, log=tmp_path / "log")
+        assert status == 0, output
     killed, whole = (
         keras.models.load_model(tmp_path / name / "classifier.keras").get_weights()
         for name in ("killed", "whole")
@@ -221,89 +241,61 @@ def test_killed_and_started_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--epochs", "500", "--out", str(tmp_path / "run")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint.keras").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "goes on from the last finished epoch" in output and "Traceback" not in output
+def test_ctrl_c_says_how_to_go_on(nursery, tmp_path):
+    child = started(nursery, tmp_path / "run", "--epochs", 500)
+    child.signal(signal.SIGINT)
+    assert child.wait() == 130
+    assert "goes on from the last finished epoch" in child.output
+    assert "Traceback" not in child.output
+
+
+# The classifier is loaded first; then TensorFlow's own command is given the SavedModel.
+ELSEWHERE = """
+import sys
+sys.modules["tfjacreg"] = None
+import keras, numpy
+classifier = keras.models.load_model(sys.argv.pop(1))
+numpy.save(sys.argv.pop(1), classifier(numpy.load("x.npy")))
+from tensorflow.python.tools import saved_model_cli
+saved_model_cli.main()
+"""
 
 
 @pytest.mark.slow
-def test_saved_model_cli_gives_the_logits_of_keras(finished, tmp_path):
+def test_what_is_exported_gives_the_logits_of_keras_without_tfjacreg(
+    fresh_python, finished, tmp_path
+):
+    """In a process that cannot import it: `classifier.keras` in Keras, and `saved_model_cli`."""
     _, out, _ = finished
     x = datasets.load("digits").test.x[:16]
     np.save(tmp_path / "x.npy", x)
-    cli = Path(sys.executable).with_name("saved_model_cli")
-    subprocess.run(
-        [
-            cli,
-            "run",
-            "--dir",
-            out / "saved_model",
-            "--tag_set",
-            "serve",
-            "--signature_def",
-            "serve",
-            "--inputs",
-            f"pixels={tmp_path / 'x.npy'}",
-            "--outdir",
-            tmp_path / "served",
-        ],
-        check=True,
-        capture_output=True,
-    )
+    command = ["run", "--dir", out / "saved_model", "--tag_set", "serve", "--signature_def"]
+    command += ["serve", "--inputs", "pixels=x.npy", "--outdir", "served"]
+    fresh_python.run(ELSEWHERE, out / "classifier.keras", "loaded.npy", *command, cwd=tmp_path)
     (served,) = (tmp_path / "served").glob("*.npy")
     expected = keras.models.load_model(out / "classifier.keras").predict(x, verbose=0)
-    np.testing.assert_allclose(np.load(served), expected, atol=1e-5)
+    for found in (tmp_path / "loaded.npy", served):
+        np.testing.assert_allclose(np.load(found), expected, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_classifier_loads_where_tfjacreg_cannot_be_imported(finished):
-    _, out, _ = finished
-    script = (
-        "import sys; sys.modules['tfjacreg'] = None; import keras, numpy; "
-        f"m = keras.models.load_model(r'{out / 'classifier.keras'}'); "
-        "print(m(numpy.zeros((2, 28, 28, 1), 'float32')).shape)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "(2, 10)" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_command(tmp_path):
-    """A fresh run, a repeated one, one with other settings in the same folder."""
-
-    def train(*arguments):
-        return subprocess.run(
-            [sys.executable, "train.py", "--out", str(tmp_path / "run"), *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-
-    first = train("--epochs", "1", "--regularizer", "none")
+def test_the_command(tmp_path, capsys):
+    """A fresh run in a process of its own, a repeated one, one with other settings there."""
+    out = ["--out", str(tmp_path / "run")]
+    settings = ["--epochs", "1", "--regularizer", "none"]
+    command = [sys.executable, "train.py", *out, *settings]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     for words in ("40/40", "val_loss", "test accuracy", "test loss", "mean exact sigma"):
         assert words in first.stdout
-    again = train("--epochs", "1", "--regularizer", "none")
-    assert again.returncode == 0 and "--overwrite repeats it" in again.stdout
-    other = train("--epochs", "1", "--factor", "0.5")
-    assert other.returncode == 2 and "another configuration" in other.stderr
-    assert "Traceback" not in other.stderr
-    assert train("--dataset", "mnist").returncode == 2
-    assert "fashion_mnist" in train("--dataset", "mnist").stderr
+    assert train.main([*out, *settings]) == 0
+    assert "--overwrite repeats it" in capsys.readouterr().out
+    assert train.main([*out, "--epochs", "1", "--factor", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "another configuration" in error and "Traceback" not in error
+    with pytest.raises(SystemExit) as caught:
+        train.main([*out, "--dataset", "mnist"])
+    assert caught.value.code == 2 and "fashion_mnist" in capsys.readouterr().err
 
 
 def cifar_shaped(folder):
@@ -324,15 +316,17 @@ def cifar_shaped(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("penalty", ["none", "spectral", "spectral_bound"])
-@pytest.mark.parametrize("network", ["vgg16", "resnet20"])
+@pytest.mark.parametrize(
+    ("network", "penalty"),
+    [
+        *(("vgg16", "spectral"), ("vgg16", "spectral_bound")),
+        *(("resnet20", "spectral"), ("resnet20", "none")),
+    ],
+)
 def test_networks_with_batch_norm_train_end_to_end(tmp_path, monkeypatch, network, penalty):
     """train.py on CIFAR-shaped files: crops and flips, cosine schedule, momentum, export."""
     cifar_shaped(tmp_path / "source")
     monkeypatch.setitem(datasets.VALIDATION_SIZES, "cifar10", 40)
-    monkeypatch.syspath_prepend(ROOT)
-    import train
-
     datasets.prepare("cifar10", tmp_path / "source", tmp_path / "data")
     # Of fewer than 8 channels, oneDNN's strided 1x1 convolution ruins memory (docs/layers.md).
     width = {"vgg16": "0.25", "resnet20": "0.5"}[network]
@@ -391,7 +385,7 @@ def test_pixels_that_are_no_numbers_are_refused(tmp_path, monkeypatch, value):
         run(RunConfig.of(**SHORT), tmp_path, verbose=0)
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(small, tmp_path, monkeypatch):
     config = RunConfig.of(**SHORT)
     original = callbacks.EpochClock.on_epoch_begin
 
@@ -443,7 +437,7 @@ POISONS = {
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("bad_epoch", [0, 1])
 def test_a_number_that_is_none_in_the_last_step_ends_the_run(
-    tmp_path, monkeypatch, poison, bad_epoch
+    small, tmp_path, monkeypatch, poison, bad_epoch
 ):
     config = RunConfig.of(**(SHORT | {"epochs": bad_epoch + 1}))
     original = callbacks.StopAtNaN.on_epoch_end
@@ -470,7 +464,7 @@ def _message_of_run(config, path):
     return str(caught.value)
 
 
-def test_a_spectral_norm_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+def test_a_spectral_norm_that_is_no_number_ends_the_run(small, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "mean_spectral_norm", lambda *_: np.nan)
     message = _message_of_run(RunConfig.of(**(SHORT | {"epochs": 1})), tmp_path)
     assert "diverged by epoch 1" in message and "spectral norm" in message
@@ -495,6 +489,7 @@ def begun(tmp_path_factory):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
         patch.setattr(callbacks.Recorder, "on_epoch_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run(RunConfig.of(**SHORT), out, verbose=0)
@@ -504,7 +499,7 @@ def begun(tmp_path_factory):
 @pytest.mark.parametrize(
     "name", ["tensorflow", "keras", "numpy", "python", "device", "floatx", "image_data_format"]
 )
-def test_a_run_does_not_go_on_elsewhere(begun, tmp_path, name):
+def test_a_run_does_not_go_on_elsewhere(small, begun, tmp_path, name):
     out = tmp_path / "run"
     shutil.copytree(begun, out)
     file = out / "config.json"

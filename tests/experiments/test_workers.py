@@ -2,9 +2,7 @@
 
 import csv
 import json
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,17 +17,18 @@ import train
 from tfjacreg import datasets
 from tfjacreg.experiments import workers
 from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.ledger import Ledger
 from tfjacreg.experiments.locks import server_url
 from tfjacreg.experiments.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 300
+DEADLINE = 120
 PYTHON = sys.executable  # Tests put the stand-in below in its place.
 
 SMALL = """
 dataset = "digits"
-epochs = 12
+epochs = 20
 repeats = 2
 [grid]
 batch_size = [128]
@@ -98,48 +97,40 @@ def _trials(out, storage):
     return optuna.load_study(study_name=name, storage=url).get_trials()
 
 
-def _start(path, out, storage, *, executable=None):
-    """A worker: train.py's own command, or the same with another process for the runs."""
-    options = ["--sweep", str(path), "--out", str(out)]
-    options += ["--storage", storage] if storage else []
-    command = [PYTHON, "train.py"]
-    if executable:
-        main = "import sys, train; sys.executable = sys.argv.pop(1); sys.exit(train.main())"
-        command = [PYTHON, "-c", main, executable]
-    log = Path(out).with_suffix(".log").open("a")
-    return subprocess.Popen([*command, *options], cwd=ROOT, stdout=log, stderr=log)
+def _start(nursery, number, path, out, storage, **options):
+    """So many workers: train.py's own command each, their log beside the folder."""
+    argv = ["train", "--sweep", path, "--out", out]
+    argv += ["--storage", storage] if storage else []
+    log = out.with_suffix(".log")
+    return [nursery.start(*argv, log=log, **options) for _ in range(number)]
 
 
-def _children(process):
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in path.read_text().split()]
+def _children(worker):
+    path = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+    return path.read_text().split() if path.exists() else []
 
 
-def _kill(processes):
+def _kill(crowd):
     """Kills workers; returns once the processes of their runs have ended by themselves."""
-    children = [pid for process in processes for pid in _children(process)]
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    children = [pid for worker in crowd for pid in _children(worker)]
+    for worker in crowd:
+        worker.kill()
     for pid in children:
         _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"end of the orphan {pid}")
 
 
-def _wait(processes, out):
-    for process in processes:
-        status = process.wait(DEADLINE)
-        assert status == 0, out.with_suffix(".log").read_text()
+def _wait(crowd):
+    for worker in crowd:
+        assert worker.wait() == 0, worker.output
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(nursery, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "small.toml").write_text(SMALL)
-    return (
-        folder / "small.toml",
-        workers.run_sweep(folder / "small.toml", folder / "out"),
-        folder / "out",
-    )
+    path, out = folder / "small.toml", folder / "out"
+    path.write_text(SMALL)
+    _wait(_start(nursery, 1, path, out, None))
+    return path, workers.run_sweep(path, out), out
 
 
 def _histories(out):
@@ -147,21 +138,26 @@ def _histories(out):
 
 
 @pytest.mark.slow
-def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, tmp_path, storage):
+def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(
+    nursery, moments, undisturbed, tmp_path, storage
+):
     path, summary, whole = undisturbed
-    out, moments = tmp_path / "out", random.Random(0)
-    seen = {}
+    out, seen = tmp_path / "out", {}
+
+    def goes_on(lines):
+        finished = len(list(out.glob("*/metrics.json"))) == 2
+        return finished or sum(map(len, _histories(out).values())) > lines
+
     for _ in range(3):
         lines = sum(map(len, seen.values()))
-        pair = [_start(path, out, storage) for _ in range(2)]
+        pair = _start(nursery, 2, path, out, storage)
         # At a random moment once it goes on: what a round has trained, the next must keep.
-        _until(lambda n=lines: sum(map(len, _histories(out).values())) > n, "epoch")
-        time.sleep(moments.uniform(0, 1.5))
+        _until(lambda n=lines: goes_on(n), "epoch")
+        time.sleep(moments.uniform(0, 0.5))
         _kill(pair)
         before, seen = seen, _histories(out)
         _assert_kept(before, seen)
-    pair = [_start(path, out, storage) for _ in range(2)]
-    _wait(pair, out)
+    _wait(_start(nursery, 2, path, out, storage))
     _assert_kept(seen, _histories(out))
 
     runs = {f"spectral-0.01-lr0.01-b128-seed{seed}" for seed in (0, 1)}
@@ -173,7 +169,7 @@ def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(undisturbed, 
         rows, expected = (
             list(csv.DictReader((folder / name / "history.csv").open())) for folder in (out, whole)
         )
-        assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 13)]
+        assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 21)]
         for row, other in zip(rows, expected, strict=True):
             for key in set(row) - {"step_seconds"}:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5), (name, key)
@@ -214,23 +210,22 @@ def test_the_undisturbed_table(undisturbed):
 
 
 @pytest.mark.slow
-def test_many_short_runs_and_many_kills(tmp_path, storage):
+def test_many_short_runs_and_many_kills(nursery, moments, tmp_path, storage):
     """Three workers ask at once, and are killed while they ask, claim, train and tell."""
-    path, out, moments = tmp_path / "many.toml", tmp_path / "out", random.Random(1)
+    path, out = tmp_path / "many.toml", tmp_path / "out"
     path.write_text(MANY)
-    executable = _stand_in(tmp_path)
-    notes = out / "notes"
+    stand_in, notes = _stand_in(tmp_path), out / "notes"
 
     def made():
         return notes.read_text().splitlines() if notes.exists() else []
 
     for _ in range(3):
         count = len(made())
-        crowd = [_start(path, out, storage, executable=executable) for _ in range(3)]
+        crowd = _start(nursery, 3, path, out, storage, stand_in=stand_in)
         _until(lambda n=count: len(made()) > n, "run")
         time.sleep(moments.uniform(0, 0.7))
         _kill(crowd)
-    _wait([_start(path, out, storage, executable=executable) for _ in range(3)], out)
+    _wait(_start(nursery, 3, path, out, storage, stand_in=stand_in))
     names = [Sweep.folder(config) for config in Sweep.load(path).configs().values()]
     assert sorted(made()) == sorted(f"made {name}" for name in names)
     complete = [t for t in _trials(out, storage) if t.state == optuna.trial.TrialState.COMPLETE]
@@ -435,18 +430,21 @@ def test_missing_data_is_no_failure_of_every_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_fails_where_a_run_diverges(tmp_path):
-    """A real failure: its error in the folder and in the table, and the exit status."""
-    text = 'dataset = "digits"\nepochs = 1\nrepeats = 1\n[grid]\nlearning_rate = [1e30]\n'
+def test_the_command_fails_where_a_run_diverges(tmp_path, capsys):
+    """Real processes: a failure's error in its folder, in the table and as exit status."""
+    text = 'dataset = "digits"\nepochs = 1\nrepeats = 1\n[grid]\nlearning_rate = [1e30, 0.01]\n'
     (tmp_path / "some.toml").write_text(text + "[methods.none]")
-    worker = _start(tmp_path / "some.toml", tmp_path / "out", None)
-    assert worker.wait(DEADLINE) == 1
+    out = tmp_path / "out"
+    assert train.main(["--sweep", str(tmp_path / "some.toml"), "--out", str(out)]) == 1
     assert (
         "failed: none-lr1e+30-b32-seed0: RunError: Training diverged in epoch 1"
-        in (tmp_path / "out.log").read_text()
+        in capsys.readouterr().out
     )
-    error = (tmp_path / "out" / "none-lr1e+30-b32-seed0" / "error.txt").read_text()
+    error = (out / "none-lr1e+30-b32-seed0" / "error.txt").read_text()
     assert "Traceback" in error and "RunError: Training diverged in epoch 1" in error
+    whole = FolderReader(out / "none-lr0.01-b32-seed0")
+    whole.check_products()
+    assert whole.read_metrics()["test_accuracy"] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 from reference import (
     dense_jacobian,
+    in_all_modes,
     operator,
     product_by_first_derivatives,
     random_like,
@@ -71,59 +72,36 @@ def test_products_and_sigma_against_the_dense_jacobian(name, float64):
     np.testing.assert_allclose(sigma, singular_values(jacobians)[:, 0], rtol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("name", "jit_compile"),
-    [*((name, False) for name in LAYERS), ("depthwise", True), ("two_groups", True)],
-)
-def test_gradient_of_the_penalty_by_finite_differences(name, jit_compile, float64):
+COMPILED = ["conv1d", "conv1d_causal", "depthwise", "two_groups", "conv3d"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradient_of_the_penalty_by_finite_differences(name, float64):
+    """Also of the tangent: in a graph TensorFlow loses what a compiled convolution has of it."""
     made = network(name)
     x = tf.constant(seeded_input(SHAPES.get(name, IMAGE)))
     u, v = random_like(made(x)), random_like(x)
     kernel = made.layers[0].kernel
     direction = random_like(kernel.value, seed=1)
 
-    @tf.function(jit_compile=jit_compile)
-    def gradient():
-        with tf.GradientTape() as tape:
+    def gradients():
+        with tf.GradientTape(persistent=True) as tape:
             op = JacobianOperator(made, x, tangent=v)
             back = tf.reduce_sum(op.rmatvec(u) * v)
             forth = tf.reduce_sum(op.tangent_out * u)
-        return back, forth, tape.gradient(back, kernel.value)
-
-    back, forth, got = gradient()
+        return (back, forth), [tape.gradient(value, kernel.value) for value in (back, forth)]
 
     def product_now():
         return product_by_first_derivatives(made, x, u, v)
 
-    np.testing.assert_allclose([back, forth], product_now(), rtol=1e-9)
+    product = product_now()
     expected = slope(product_now, [kernel], [direction], step=1e-5)
-    np.testing.assert_allclose(tf.reduce_sum(got * direction), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("name", ["conv1d", "conv1d_causal", "depthwise", "two_groups", "conv3d"])
-def test_the_gradient_of_a_tangent_in_a_graph(name, jit_compile, float64):
-    """In a graph TensorFlow loses what Keras' compiled convolution has of the kernel."""
-    made = network(name)
-    x = tf.constant(seeded_input(SHAPES.get(name, IMAGE)))
-    v, u = random_like(x, 1), random_like(made(x), 2)
-    kernel = made.trainable_weights[0].value
-    direction = random_like(kernel, 3)
-
-    @tf.function(jit_compile=jit_compile)
-    def gradient():
-        with tf.GradientTape() as tape:
-            op = JacobianOperator(made, x, tangent=v)
-            product = tf.reduce_sum(u * op.tangent_out)
-        return product, tape.gradient(product, kernel)
-
-    def product_now():
-        return product_by_first_derivatives(made, x, u, v)
-
-    product, got = gradient()
-    assert float(product) == pytest.approx(product_now(), rel=1e-9)
-    expected = slope(product_now, [kernel], [direction], step=1e-5)
-    np.testing.assert_allclose(tf.reduce_sum(got * direction), expected, rtol=1e-6)
+    for function in in_all_modes(gradients, ("graph", "xla") if name in COMPILED else ("graph",)):
+        products, found = function()
+        np.testing.assert_allclose(products, product, rtol=1e-9)
+        # That of the tangent through a `convolution_op` of one's own is not right yet.
+        for got in found[:1] if name == "subclass" else found:
+            np.testing.assert_allclose(tf.reduce_sum(got * direction), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["depthwise", "two_groups", "conv3d"])

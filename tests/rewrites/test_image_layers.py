@@ -5,6 +5,7 @@ zero and on a basis. TensorFlow computes them in float32, also for float64 image
 """
 
 import contextlib
+import functools
 import inspect
 
 import keras
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from reference import dense_jacobian, rewritten, singular_values
+from reference import dense_jacobian, in_all_modes, rewritten, singular_values
 
 from tfjacreg import check_network, spectral_norm
 from tfjacreg.rewrites.image_layers import LAYERS, linear_image_map
@@ -117,12 +118,10 @@ def linear_maps(network):
         assert vars(owner).get(name) is before[owner].get(name)
 
 
-def compiled(function, mode):
-    return {
-        "eager": lambda f: f,
-        "graph": tf.function,
-        "xla": lambda f: tf.function(f, jit_compile=True),
-    }[mode](function)
+def in_its_modes(name, function):
+    """Under XLA only where Keras compiles the layer."""
+    compiled = ("xla",) if name in RESIZES else ()
+    return in_all_modes(function, ("eager", "graph", *compiled))
 
 
 def restart(layer):
@@ -148,6 +147,13 @@ def plain_affine_map(layer, shape=SHAPE):
         values = plain(layer, basis.reshape(BATCH, *shape)).reshape(BATCH, -1)
         columns.append(values - constant)
     return np.stack(columns, axis=-1), constant
+
+
+@functools.cache
+def plain_affine_map_of(name):
+    """The same of a case in float64, once for all tests of it."""
+    assert keras.config.dtype_policy().name == "float64"
+    return plain_affine_map(CASES[name]())
 
 
 def normal(shape, seed=0):
@@ -193,36 +199,34 @@ def test_values(name):
         assert not np.allclose(first, second)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("name", CASES)
-def test_products(name, mode, double):
-    """`J v` both ways and `J^T u`, of all examples at once: also that they do not mix."""
-    if mode == "xla" and name not in RESIZES:
-        pytest.skip("Keras does not compile this layer")
+def test_products(name, double):
+    """`J v` both ways and `J^T u`, of all examples at once: also that they do not mix.
+
+    Eagerly, in a graph and, where Keras compiles the layer, under XLA.
+    """
     layer = CASES[name]()
-    matrices, constants = plain_affine_map(layer)
+    matrices, constants = plain_affine_map_of(name)
     x, v = normal((BATCH, *SHAPE), 1), normal((BATCH, *SHAPE), 2)
     u = normal(plain(layer, x).shape, 3)
-    restart(layer)
-    with linear_maps(layer):
-        y, forward, transposed, backward = compiled(lambda x, v, u: products(layer, x, v, u), mode)(
-            *map(tf.constant, (x, v, u))
-        )
     # Rounded to float32 by the plain layer: products of two weights, and sums with a fill value.
     tolerance = 1e-6 if name in RESIZES or getattr(layer, "fill_value", 0) else 1e-12
     expected = np.einsum("bij,bj->bi", matrices, flat(v))
-    np.testing.assert_allclose(flat(forward), expected, atol=tolerance)
-    np.testing.assert_allclose(flat(transposed), flat(forward), atol=1e-12)
-    np.testing.assert_allclose(
-        flat(backward), np.einsum("bij,bi->bj", matrices, flat(u)), atol=tolerance
-    )
-    np.testing.assert_allclose(
-        np.sum(flat(u) * flat(forward), axis=1),
-        np.sum(flat(backward) * flat(v), axis=1),
-        atol=1e-12,
-    )
+    expected_back = np.einsum("bij,bi->bj", matrices, flat(u))
     values = np.einsum("bij,bj->bi", matrices, flat(x)) + constants
-    np.testing.assert_allclose(flat(y), values, atol=1e-6)
+    for function in in_its_modes(name, lambda x, v, u: products(layer, x, v, u)):
+        restart(layer)
+        with linear_maps(layer):
+            y, forward, transposed, backward = function(*map(tf.constant, (x, v, u)))
+        np.testing.assert_allclose(flat(forward), expected, atol=tolerance)
+        np.testing.assert_allclose(flat(transposed), flat(forward), atol=1e-12)
+        np.testing.assert_allclose(flat(backward), expected_back, atol=tolerance)
+        np.testing.assert_allclose(
+            np.sum(flat(u) * flat(forward), axis=1),
+            np.sum(flat(backward) * flat(v), axis=1),
+            atol=1e-12,
+        )
+        np.testing.assert_allclose(flat(y), values, atol=1e-6)
 
 
 class Scaled(layers.Layer):
@@ -235,14 +239,11 @@ class Scaled(layers.Layer):
         return keras.ops.tanh(self.scale * x)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("name", [name for name in SECOND_ORDER if name in CASES])
-def test_second_order(name, mode, double):
+def test_second_order(name, double):
     """The gradient of `u^T J v` in a weight before the layer, with a nonlinearity behind it."""
-    if mode == "xla" and name not in RESIZES:
-        pytest.skip("Keras does not compile this layer")
     layer, before = CASES[name](), Scaled()
-    matrices, constants = plain_affine_map(layer)
+    matrices, constants = plain_affine_map_of(name)
     x, v = normal((BATCH, *SHAPE), 1), normal((BATCH, *SHAPE), 2)
     u = normal(plain(layer, x).shape, 3)
     before.build(x.shape)
@@ -274,12 +275,13 @@ def test_second_order(name, mode, double):
             ]
         return [(value, tape.gradient(value, weight)) for value in values]
 
-    restart(layer)
-    with linear_maps(layer):
-        found = compiled(values_and_gradients, mode)(*map(tf.constant, (x, v, u)))
-    for value, gradient in found:
-        np.testing.assert_allclose(value, oracle(scale), rtol=1e-5)
-        np.testing.assert_allclose(gradient, expected, atol=2e-6, rtol=1e-5)
+    for function in in_its_modes(name, values_and_gradients):
+        restart(layer)
+        with linear_maps(layer):
+            found = function(*map(tf.constant, (x, v, u)))
+        for value, gradient in found:
+            np.testing.assert_allclose(value, oracle(scale), rtol=1e-5)
+            np.testing.assert_allclose(gradient, expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["upsample_bilinear", "resize_crop", "resize_pad", "zoom"])

@@ -189,7 +189,7 @@ def _fit(
 def mean_spectral_norm(network: keras.Model, x: np.ndarray) -> float:
     """The mean of the exact `||J||_2` over standardized inputs `x`, `[N, *in]`."""
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def sigma(batch: tf.Tensor) -> tf.Tensor:
         return norms.spectral_norm(network, batch, method="exact").sigma
 
