@@ -142,6 +142,12 @@ def path(name: str, value: Any) -> Path:
     found = Path(value)
     if not str(value) or "\0" in str(found):
         raise ValueError(f"`{name}` must be a path. Received: {name}={value!r}")
+    try:
+        str(found).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{name}` must be a path in UTF-8, which TensorFlow needs. Received: {name}={value!r}"
+        ) from error
     return found
 
 
