@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfjacreg import attacks, datasets
+from tfjacreg import atomic_files, attacks, datasets
 from tfjacreg.experiments import (
     checkpoint,
     curves,
@@ -164,6 +164,11 @@ def judge(
             classifier cannot be loaded or judged.
         OSError: If a file cannot be written.
     """
+    drawn = [*(["robustness"] if perturbations else []), *pointwise]
+    atomic_files.check_files(*(out / f"{name}.png" for name in drawn))
+    for target in targets:
+        reader = target.folder.reader
+        atomic_files.check_files(reader.evaluation_file, reader.examples_file)
     places = dict.fromkeys((target.dataset, target.data_dir) for target in targets)
     tests = {place: datasets.load(*place).test for place in places}
     judged = []

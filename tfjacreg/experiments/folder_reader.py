@@ -67,6 +67,14 @@ class FolderReader:
             self.history_file,
         )
 
+    def refuse_link(self) -> None:
+        """Refuses a folder of a sweep that is elsewhere; raises RunError."""
+        if self.path.is_symlink():
+            raise RunError(
+                f"{self.path} must be a folder in that of its sweep. Received: a symbolic link. "
+                "Put the run itself there."
+            )
+
     # --- whose the folder is, and how far the run has come ---
 
     @property
@@ -105,6 +113,20 @@ class FolderReader:
             return CLEARING in files.read_json(self.config_file)
         except ValueError:  # Missing or damaged, which other readers report.
             return False
+
+    def check_kinds(self) -> None:
+        """Refuses a folder that is named like a file that a run writes, and the other way round.
+
+        Raises:
+            RunError: If one is there: the run would end when it comes to it.
+        """
+        for path in (self.config_file, *self.products, self.error_file):
+            if path == self.saved_model:
+                wrong, kind = path.exists() and not path.is_dir(), "a folder. Received: a file"
+            else:
+                wrong, kind = path.is_dir(), "a file. Received: a folder"
+            if wrong:
+                raise RunError(f"{path} must be {kind} of that name. Move it out of the way.")
 
     def check_claim(self, config: RunConfig) -> None:
         """Refuses the folder of another run.

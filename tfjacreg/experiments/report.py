@@ -63,6 +63,7 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
             planned, or a file is damaged; the message names the file.
         OSError: If the report cannot be written.
     """
+    atomic_files.check_files(out / "report.md", out / "report.html")
     sweeps = selection.read(folders)
     command = shlex.join(["python", "-m", "tfjacreg", "report", *map(str, folders)])
     blocks = [

@@ -79,6 +79,7 @@ def train(
         if folder.reader.finished:
             return _finished(config, folder.reader)
 
+    folder.reader.check_kinds()
     _check_settings_of_keras()
     # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
@@ -89,6 +90,7 @@ def train(
     model, history = folder.reader.read_state(steps)
     if model is None:
         model = fresh
+        folder.note_environment()  # It may have been begun elsewhere, and killed at once.
     else:
         _refuse_another_machine(folder.reader)
     if len(history) < config.epochs:
