@@ -28,6 +28,13 @@ _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
+def pytest_addoption(parser):
+    kills = "how many processes test_kills.py kills at random moments"
+    parser.addoption("--kills", type=int, default=16, help=kills)
+    moments = "the seed of these and other random moments; the default is another one each time"
+    parser.addoption("--moments", type=int, help=moments)
+
+
 def pytest_collection_modifyitems(items):
     """Tests that must run alone come last, so that few others wait for them."""
     items.sort(key=_is_alone)

@@ -70,8 +70,10 @@ def nursery():
 
 
 @pytest.fixture
-def moments():
-    """Random numbers; a test that fails shows their seed."""
-    seed = random.SystemRandom().randrange(10**9)
-    print("seed of the moments:", seed)
-    return random.Random(seed)
+def moments(request):
+    """Random numbers; a test that fails shows their seed, which `--moments` sets."""
+    seed = request.config.getoption("moments")
+    if seed is None:
+        seed = random.SystemRandom().randrange(10**9)
+    print(f"seed of the moments: --moments {seed}")
+    return random.Random(f"{seed} {request.node.name}")

@@ -20,6 +20,7 @@ from tfjacreg.experiments.environment import differences, environment
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.model import RegularizedModel
+from tfjacreg.printable import shown
 
 MOMENTUM = 0.8  # Appendix A.2, for every network.
 # Steps that `fit` hands to TensorFlow at once: enough to hide Keras' own work between steps, few
@@ -125,8 +126,9 @@ def _refuse_another_machine(reader: FolderReader) -> None:
     before = reader.read_config().get("environment", {})
     for name, (there, here) in differences(before, environment()).items():
         raise RunError(
-            f"{reader.path} was begun with {name}={there!r}. Received: {name}={here!r}, of which "
-            "its later epochs would be. Go on where it was begun, choose another --out, or "
+            f"{reader.config_file}: the run was begun with {name}={shown(there)}. Received: "
+            f"{name}={here!r}, of which its later epochs would be. Go on where it was begun, choose "
+            "another --out, or "
             "--overwrite to start anew."
         )
 
