@@ -673,7 +673,7 @@ def write_text(name, text):
         (change_json("config.json", epochs=9), rf"{ONE}/config.json .*epochs is 9 there, 4 here"),
         (
             change_json("metrics.json", lowest_test_loss={"test_loss": 0.1}),
-            rf"{ONE}/metrics.json must .*lowest_test_loss.test_accuracy, from 0 to 1. Received: None",
+            rf"{ONE}/metrics.json must .*lowest_test_loss.test_accuracy, .*. Received: None",
         ),
         (lambda f: (f / ONE / "history.csv").unlink(), rf"{ONE}/history.csv must hold a line"),
         (write_text(f"{ONE}/history.csv", "val_loss\n1\n"), "step_seconds"),

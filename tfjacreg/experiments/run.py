@@ -127,9 +127,8 @@ def _refuse_another_machine(reader: FolderReader) -> None:
     for name, (there, here) in differences(before, environment()).items():
         raise RunError(
             f"{reader.config_file}: the run was begun with {name}={shown(there)}. Received: "
-            f"{name}={here!r}, of which its later epochs would be. Go on where it was begun, choose "
-            "another --out, or "
-            "--overwrite to start anew."
+            f"{name}={here!r}, of which its later epochs would be. Go on where it was begun, "
+            "choose another --out, or --overwrite to start anew."
         )
 
 
