@@ -21,9 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NEWER = ("3.12", "3.13")
-# Quick ones, of the library, the experiments and the files beside them.
-PART = [f"tests/{name}" for name in ("test_norms.py", "test_structure.py", "test_startup.py")]
-PART += ["tests/experiments/test_archives.py", "tests/experiments/test_reading.py"]
+# Quick ones, of the package, of the files beside it and of the experiments.
+PART = ["tests/test_structure.py", "tests/test_signature.py", "tests/experiments/test_reading.py"]
 
 
 def call(*command: object, folder: Path, path: Path | None = None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tfjacreg import cli, optional_packages
+from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder_reader import FolderReader
 
 ROOT = Path(__file__).parents[1]
@@ -181,6 +182,18 @@ def test_messages_have_no_password_and_command_no_terminal(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert caught.value.code == 2 and "hunter2" not in shown and "\x1b" not in shown
     assert shown.count("postgresql://me:***@host/db") == 2
+
+
+def test_a_url_with_a_password_is_no_path(capsys, tmp_path):
+    """Whichever option it was given to by mistake: it would stand in config.json."""
+    url = "postgresql://me:hunter2@host/db"
+    parser = cli.Parser(prog="name")
+    parser.add_argument("--data-dir", type=cli.path)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data-dir", url])
+    assert "hunter2" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`data_dir` must be a path. Received: a URL with a p"):
+        RunConfig.of(data_dir=url)
 
 
 @pytest.mark.parametrize("text", ["", "a\udcff", "\ud800"])

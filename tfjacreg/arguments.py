@@ -12,6 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tfjacreg_startup
+
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_UNROLLED = 1000
 _LARGEST_SINGLE = float(np.finfo(np.float32).max)
@@ -158,6 +160,8 @@ def path(name: str, value: Any) -> Path:
     found = Path(value)
     if not str(value) or "\0" in str(found):
         raise ValueError(f"`{name}` must be a path. Received: {name}={value!r}")
+    if "://" in str(value) and tfjacreg_startup.redacted(str(value)) != str(value):
+        raise ValueError(f"`{name}` must be a path. Received: a URL with a password")
     try:
         str(found).encode()
     except UnicodeEncodeError as error:

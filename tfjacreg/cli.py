@@ -67,6 +67,8 @@ def path(text: str) -> Path:
     """The type of an option that names a file or folder, which TensorFlow must be able to name."""
     if not text:  # A variable that is not set.
         raise argparse.ArgumentTypeError("must be a path. Received: an empty one.")
+    if "://" in text and tfjacreg_startup.redacted(text) != text:
+        raise argparse.ArgumentTypeError("must be a path. Received: a URL with a password.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -25,7 +25,7 @@ from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.judging.classifiers import check_classifier, predict
-from tfjacreg.printable import shown
+from tfjacreg.printable import printable, shown
 
 
 class Target(NamedTuple):
@@ -340,6 +340,10 @@ def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, An
     different |= environment.differences(before.get("environment", {}), now["environment"])
     for name, (there, here) in different.items():
         raise ValueError(
-            f"{path} was made with {name}={shown(there)}, now it is {here}. "
+            f"{path} was made with {name}={_quoted(there)}, now it is {here}. "
             "Ask for the same, or start afresh with --overwrite."
         )
+
+
+def _quoted(value: Any) -> str:
+    return printable(value, limit=200) if isinstance(value, str) else shown(value)
