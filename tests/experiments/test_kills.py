@@ -4,6 +4,7 @@
 """
 
 import gzip
+import shutil
 import signal
 import time
 import zipfile
@@ -61,7 +62,7 @@ def contents(folder):
 
 
 class Killer:
-    """Kills a command as often as it should be.
+    """Kills a command as often as it should be; a process that was over before does not count.
 
     Attributes:
         left: How many kills are to come.
@@ -69,6 +70,7 @@ class Killer:
 
     def __init__(self, name, nursery, moments, log, kills):
         self.left = max(round(SHARES[name] * kills), 2)
+        self._tries = 10 * self.left
         self._name, self._nursery, self._moments, self._log = name, nursery, moments, log
 
     def undisturbed(self, argv):
@@ -82,8 +84,14 @@ class Killer:
         assert self._changes > 5
 
     def kill(self, argv, *, workers=1):
-        """Before some change of files, or at some other time; checks how the processes end."""
-        started = []
+        """Before some change of files, or at some other time; checks how the processes end.
+
+        Returns:
+            Whether all of them were over before.
+        """
+        started, before = [], self.left
+        self._tries -= 1
+        assert self._tries >= 0, "nearly all of them are over before the signal"
         for _ in range(workers):
             number, log = self._moments.choice(SIGNALS), self._log.with_suffix(f".{len(started)}")
             log.unlink(missing_ok=True)
@@ -106,7 +114,7 @@ class Killer:
         for child, number, delay, moment in started:
             if delay is None:
                 self._ended(child, number, moment, [])
-        self.left -= workers
+        return self.left == before
 
     @staticmethod
     def _runs(child):
@@ -116,11 +124,13 @@ class Killer:
     def _ended(self, child, number, moment, runs):
         started = time.monotonic()
         status = child.wait()
-        print(f"kill: {self._name}, {number.name} {moment}: status {status}")
+        if status != 0:
+            print(f"kill: {self._name}, {number.name} {moment}: status {status}")
         assert "Traceback" not in child.output and "Exception ignored" not in child.output
         if moment.startswith("after"):
             assert time.monotonic() - started < 10
-        if status != 0:  # It was not over.
+        if status != 0:
+            self.left -= 1
             assert status == (130 if number in STOPPING else -number), child.output
             assert child.output.count("Stopped.") == (number in STOPPING), child.output
         deadline = time.monotonic() + 10
@@ -159,7 +169,8 @@ def test_train(nursery, killer, undisturbed, moments, tmp_path):
     killer.undisturbed(command(tmp_path / "first", 0))
     out, seed = tmp_path / "run", 0
     while killer.left > 0:
-        overwrite = ["--overwrite"] if moments.random() < 0.3 else []
+        again = FolderReader(out).finished or moments.random() < 0.3
+        overwrite = ["--overwrite"] if again else []
         # What is still there of a run that was being thrown away does not count.
         previous, before = seed, [] if FolderReader(out).is_clearing else lines(out)
         seed = 1 - seed if overwrite else seed
@@ -193,10 +204,14 @@ def test_evaluate(nursery, killer, undisturbed, tmp_path):
     (out / "evaluation.json").unlink()
     known: set[str] = set()
     while killer.left > 0:
-        killer.kill(argv)
+        over = killer.kill(argv)
         found = FolderReader(out).read_evaluation() or {}
         assert known <= found.keys()
         known = set(found)
+        if over:  # Once more from the start.
+            assert [contents(out), contents(tmp_path / "figures")] == whole
+            (out / "evaluation.json").unlink()
+            known = set()
     status, output = nursery.call(*argv, log=tmp_path / "log")
     assert status == 0, output
     assert [contents(out), contents(tmp_path / "figures")] == whole
@@ -217,7 +232,10 @@ def test_sweep(nursery, killer, undisturbed, tmp_path):
     argv = ["train", "--sweep", path, "--out", out]
     seen: dict[str, list[str]] = {}
     while killer.left > 0:
-        killer.kill(argv, workers=2)
+        if killer.kill(argv, workers=2):  # Once more from the start.
+            shutil.rmtree(out)
+            seen = {}
+            continue
         before, seen = seen, {p.name: lines(p) for p in out.glob("*-seed*")}
         for name, rows in before.items():
             assert seen[name][: max(len(rows) - 1, 0)] == rows[:-1]
