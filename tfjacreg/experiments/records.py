@@ -104,7 +104,9 @@ def read_history(path: Path, *, validated: bool) -> tuple[str, list[dict[str, fl
             for name, value in row.items():
                 low = 0 if name.endswith(("accuracy", "seconds")) else -LARGEST
                 if not is_number(value, low, 1 if name.endswith("accuracy") else LARGEST):
-                    raise ValueError(f"{value:g} as {name[:50]!r} in line {number}")
+                    raise ValueError(
+                        f"{value:g} as {name[:50]!r}, out of range or not finite in line {number}"
+                    )
             if row.setdefault("epoch", number) != number:
                 raise ValueError(f"epoch {row['epoch']:g} in line {number}")
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
