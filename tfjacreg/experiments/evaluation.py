@@ -340,10 +340,11 @@ def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, An
     different |= environment.differences(before.get("environment", {}), now["environment"])
     for name, (there, here) in different.items():
         raise ValueError(
-            f"{path} was made with {name}={_quoted(there)}, now it is {here}. "
+            f"{path} was made with {name}={_unquoted(there)}, now it is {here}. "
             "Ask for the same, or start afresh with --overwrite."
         )
 
 
-def _quoted(value: Any) -> str:
-    return printable(value, limit=200) if isinstance(value, str) else shown(value)
+def _unquoted(value: Any) -> str:
+    """A setting in one line, a name without its quotes."""
+    return printable(repr(value)[1:-1], limit=200) if isinstance(value, str) else shown(value)
