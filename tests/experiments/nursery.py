@@ -17,7 +17,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 120
+DEADLINE = 300
 PR_SET_PDEATHSIG = 1
 PLAN = {
     "noise": {"variance": [0.01, 0.1], "draws": 1},
