@@ -8,16 +8,17 @@ python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import tfjacreg_startup
+
+    tfjacreg_startup.prepare()
+
 import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    import startup
-
-    startup.prepare()
-
 from tfjacreg import cli, datasets, optional_packages
+from tfjacreg.printable import printable
 
 with optional_packages.script_importing("experiments", "evaluate.py"):
     from tfjacreg.experiments import evaluation, measures
@@ -25,10 +26,10 @@ with optional_packages.script_importing("experiments", "evaluate.py"):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="+", type=cli.path, metavar="RUN", help="run folder or .keras file"
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder or .keras file")
     parser.add_argument(
         "--attacks",
         nargs="*",
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=cli.path, default=Path("out"), help="folder of the figures (out)"
     )
     parser.add_argument("--dataset", choices=datasets.NAMES, help="data set of bare .keras files")
-    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument("--data-dir", type=cli.path, help="folder of the data sets")
     parser.add_argument(
         "--adversarial-examples",
         type=_count,
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             overwrite=args.overwrite,
         )
-    print(tables)
+    print(printable(tables))
 
 
 def main(argv: list[str] | None = None) -> int:

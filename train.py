@@ -7,17 +7,18 @@
 The same command goes on where it was interrupted. docs/training.md says what a run folder holds.
 """
 
+if __name__ == "__main__":
+    import tfjacreg_startup
+
+    tfjacreg_startup.prepare()
+
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    import startup
-
-    startup.prepare()
-
 from tfjacreg import cli, datasets, networks, optional_packages, regularizers
+from tfjacreg.printable import printable
 
 with optional_packages.script_importing("experiments", "train.py"):
     from tfjacreg.experiments.config import SCHEDULES, RunConfig
@@ -28,13 +29,17 @@ with optional_packages.script_importing("experiments", "train.py"):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; only what was given is in the result."""
     default = RunConfig.of()
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--data-dir", help="of tensorflow-datasets; its own default is ~/tensorflow_datasets")
+    add(
+        "--data-dir",
+        type=cli.path,
+        help="of tensorflow-datasets; its own default is ~/tensorflow_datasets",
+    )
     add(
         "--out",
         type=cli.path,
@@ -76,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wait", action="store_true", help="wait for a process that works in --out")
     many = parser.add_argument_group("many runs")
     add = many.add_argument
-    add("--sweep", metavar="FILE", type=Path, help="TOML that names the runs; goes with --out")
+    add("--sweep", metavar="FILE", type=cli.path, help="TOML that names the runs; goes with --out")
     add("--storage", metavar="URL", help="postgresql://..., for workers on several machines")
     add("--retry-failed", action="store_true", help="try runs once more that failed before")
     args = parser.parse_args(argv)
@@ -112,7 +117,7 @@ def _one(
     verbose = 1 if sys.stdout.isatty() else 2
     metrics = run(config, out, overwrite=overwrite, wait=wait, verbose=verbose)
     if finished:
-        print(f"{out} has this run, finished; --overwrite repeats it.")
+        print(printable(f"{out} has this run, finished; --overwrite repeats it."))
     print(f"\n{config.dataset}, {config.network}, {config.regularizer}, factor {config.factor:g}")
     for label, value in (
         ("test accuracy", f"{metrics['test_accuracy']:.4f}"),
@@ -121,7 +126,7 @@ def _one(
         ("seconds per step", f"{metrics['step_seconds']:.5f}"),
     ):
         print(f"  {label:<17} {value:>8}")
-    print(f"  in {out}")
+    print(printable(f"  in {out}"))
     return 0
 
 
@@ -130,7 +135,7 @@ def _sweep(*, sweep: Path, out: Path, **options: Any) -> int:
         from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
 
     summary = workers.run_sweep(sweep, out, **options)
-    print(f"\n{summary}\n  in {out}")
+    print(printable(f"\n{summary}\n  in {out}"))
     return 1 if summary.failures else 0
 
 

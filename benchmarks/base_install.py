@@ -43,7 +43,7 @@ def install(folder: Path, requirements: list[str]) -> Path:
     source = folder / "source"
     source.mkdir()
     # A copy: a build folder that an earlier build left would go into the package.
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "tfjacreg_startup.py"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(
         ROOT / "tfjacreg", source / "tfjacreg", ignore=shutil.ignore_patterns("__pycache__")

@@ -31,7 +31,9 @@ tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfigu
 
 
 def pytest_addoption(parser):
-    moments = "the seed of random moments; the default is another one each time"
+    kills = "how many processes test_kills.py kills at random moments"
+    parser.addoption("--kills", type=int, default=16, help=kills)
+    moments = "the seed of these and other random moments; the default is another one each time"
     parser.addoption("--moments", type=int, help=moments)
 
 
@@ -83,6 +85,14 @@ def fresh_python():
     python = FreshPython()
     yield python
     python.close()
+
+
+@pytest.fixture
+def any_files(monkeypatch):
+    """`prepare` takes small files that a test has made for those of a data set."""
+    from tfjacreg import published
+
+    monkeypatch.setattr(published, "check", lambda *_: None)
 
 
 @pytest.fixture

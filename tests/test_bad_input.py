@@ -27,6 +27,8 @@ NOT_NUMBERS = [None, "0.1", b"1", 1j, [0.1, 0.2], np.array([0.1, 0.2]), {}, obje
 NOT_POSITIVE = [*NOT_NUMBERS, 0, 0.0, -1, NAN, INF, -INF, HUGE, 1e300, 1e-300, np.float64("nan")]
 NOT_FACTORS = [*NOT_NUMBERS, -1, -0.1, NAN, INF, HUGE, 1e300, np.float32("inf")]
 NOT_COUNTS = [None, "2", 1j, [1], {}, True, 0, -1, 2.5, 1.0, NAN, INF, 2**31, HUGE, np.float32(2)]
+# Of what is written into a graph once for each.
+NOT_UNROLLED = [*NOT_COUNTS, 1001, 10**9]
 NOT_SEEDS = ["0", 1j, [1], {}, True, -1, 2.5, NAN, 2**63, HUGE, np.float32(1)]
 NOT_FRACTIONS = [*NOT_NUMBERS, 0, -0.5, 1.5, NAN, INF, HUGE]
 NOT_BOOLEANS = [None, "no", "True", 0, 1, 1.0, [True], np.array([True, False])]
@@ -139,22 +141,22 @@ TABLE = {
     "hold_constant": ({}, {}),
     "norms.spectral_norm": (
         dict(network=small, x=X),
-        MEASURED | {"method": NOT_CHOICES, "iterations": NOT_COUNTS, "seed": NOT_SEEDS},
+        MEASURED | {"method": NOT_CHOICES, "iterations": NOT_UNROLLED, "seed": NOT_SEEDS},
     ),
     "norms.frobenius_norm": (
         dict(network=small, x=X, num_projections=1),
-        MEASURED | {"num_projections": NOT_COUNTS[1:], "seed": NOT_SEEDS},
+        MEASURED | {"num_projections": NOT_UNROLLED[1:], "seed": NOT_SEEDS},
     ),
     "norms.spectral_bound": (
         dict(network=small),
-        {"network": [*NOT_NETWORKS, two_outputs], "iterations": NOT_COUNTS},
+        {"network": [*NOT_NETWORKS, two_outputs], "iterations": NOT_UNROLLED},
     ),
     "callbacks.SpectralNormMonitor": (
         dict(x=X),
         {
             "x": NOT_TENSORS,
             "method": NOT_CHOICES,
-            "iterations": NOT_COUNTS,
+            "iterations": NOT_UNROLLED,
             "every": NOT_COUNTS,
             "input": NO_NAMES,
             "output": NO_NAMES,
@@ -231,13 +233,13 @@ TABLE = {
     "regularizers.SpectralNorm": (
         dict(factor=1),
         PENALTY
-        | {"method": NOT_CHOICES, "iterations": NOT_COUNTS, "squared": NOT_BOOLEANS}
+        | {"method": NOT_CHOICES, "iterations": NOT_UNROLLED, "squared": NOT_BOOLEANS}
         | {"forward_mode": NOT_CHOICES, "threshold": NOT_FACTORS},
     ),
-    "regularizers.FrobeniusNorm": (dict(factor=1), PENALTY | {"num_projections": NOT_COUNTS}),
+    "regularizers.FrobeniusNorm": (dict(factor=1), PENALTY | {"num_projections": NOT_UNROLLED}),
     "regularizers.SpectralBound": (
         dict(factor=1),
-        {"factor": NOT_FACTORS, "iterations": NOT_COUNTS, "seed": NOT_SEEDS},
+        {"factor": NOT_FACTORS, "iterations": NOT_UNROLLED, "seed": NOT_SEEDS},
     ),
     "regularizers.WeightDecay": (dict(factor=1), {"factor": NOT_FACTORS}),
     "regularizers.get": (

@@ -1,6 +1,7 @@
 """How a command ends: one message and a status, at whatever moment it is told to stop."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tfjacreg import cli, optional_packages
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.folder_reader import FolderReader
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -111,25 +114,94 @@ def test_it_ends_within_seconds_whatever_is_computed(fresh_python, number, kind)
     assert (done.returncode, done.stdout) == (130, "working\n\nStopped.\n")
 
 
+COMMANDS = {
+    "train.py": ["train.py", "--epochs", "500", "--out"],
+    "evaluate.py": ["evaluate.py"],
+    "python -m tfjacreg": ["-m", "tfjacreg", "report"],
+}
+
+
+def _catches(process, number):
+    """Whether a process has a handler of its own for a signal."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-@pytest.mark.parametrize("delay", [0.3, 1.5])
-def test_in_the_first_seconds(tmp_path, script, number, delay):
-    """While TensorFlow is imported: no traceback, and nothing was begun."""
-    out = tmp_path / "out"
-    arguments = ["--epochs", "500", "--out", out] if script == "train.py" else [out]
+@pytest.mark.parametrize("stream", ["pipe", "closed", "nobody reads"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_in_the_first_seconds(tmp_path, command, stream):
+    """While TensorFlow is imported: one sentence, and nothing was begun; whatever the streams."""
+    seed = random.SystemRandom().randrange(10**9)
+    print("seed of the moment:", seed)
+    moments = random.Random(seed)
+    number, delay = moments.choice(SIGNALS), moments.uniform(0, 2)
+    print(f"{number.name} after {delay:.2f} s")
+    arguments = [sys.executable, *COMMANDS[command], str(tmp_path / "out")]
+    if stream == "closed":
+        arguments = ["sh", "-c", 'exec "$@" <&- >&-', "sh", *arguments]
     process = subprocess.Popen(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    if stream == "nobody reads":
+        process.stdout.close()
+    # Python itself has none for SIGTERM: from here on it is our code that runs.
+    while not _catches(process, signal.SIGTERM):
+        assert process.poll() is None
+        time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(number)
     started = time.monotonic()
-    output, _ = process.communicate(timeout=60)
+    output = "" if stream == "nobody reads" else process.stdout.read()
+    errors = process.stderr.read()
+    status = process.wait(60)
     assert time.monotonic() - started < 15
-    assert process.returncode == 130, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output + errors and "Exception ignored" not in errors
+    if command != "train.py" and status == 2:  # It had ended: there is no such folder.
+        assert errors.count(": error: ") == 1
+        return
+    assert status == 130, errors
+    assert output.count("Stopped") == (stream == "pipe") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_closed_streams_lose_nothing_and_get_nothing(tmp_path):
+    """The next file that is opened gets the number of a stream that is closed, and its text."""
+    run = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "train.py"]
+    run += ["--epochs", "1", "--regularizer", "none", "--out", str(tmp_path / "run")]
+    assert subprocess.run(run, cwd=ROOT, check=False).returncode == 0
+    FolderReader(tmp_path / "run").check_products()
+
+
+def test_messages_have_no_password_and_command_no_terminal(capsys, monkeypatch):
+    url = "postgresql://me:hunter2\x1b[2J@host/db"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", url])
+    assert cli.run("name", fails(ValueError(f"{url} is wrong")), "Stopped.") == 2
+    with pytest.raises(SystemExit) as caught:
+        cli.Parser(prog="name").parse_args(sys.argv[1:])
+    shown = capsys.readouterr().err
+    assert caught.value.code == 2 and "hunter2" not in shown and "\x1b" not in shown
+    assert shown.count("postgresql://me:***@host/db") == 2
+
+
+def test_a_url_with_a_password_is_no_path(capsys, tmp_path):
+    """Whichever option it was given to by mistake: it would stand in config.json."""
+    url = "postgresql://me:hunter2@host/db"
+    parser = cli.Parser(prog="name")
+    parser.add_argument("--data-dir", type=cli.path)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data-dir", url])
+    assert "hunter2" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="`data_dir` must be a path. Received: a URL with a p"):
+        RunConfig.of(data_dir=url)
+
+
+@pytest.mark.parametrize("text", ["", "a\udcff", "\ud800"])
+def test_a_path_that_tensorflow_cannot_name_is_refused(capsys, text):
+    parser = cli.Parser(prog="name")
+    parser.add_argument("--out", type=cli.path)
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--out", text])
+    assert caught.value.code == 2 and "--out: must be a path" in capsys.readouterr().err

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_datasets import SMALL_PREPARE
 
-from tfjacreg import dataset_files, datasets
+from tfjacreg import dataset_files, datasets, published
 
 ROOT = Path(__file__).parents[1]
 FILES = ("data_batch_1.bin", *(f"data_batch_{n}.bin" for n in range(2, 6)), "test_batch.bin")
@@ -121,7 +122,9 @@ def test_counts_that_cannot_be(tmp_path, shape):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     place = tmp_path_factory.mktemp("prepared")
-    return datasets.prepare("kmnist", kmnist_files(place / "source"), place / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "check", lambda *_: None)
+        return datasets.prepare("kmnist", kmnist_files(place / "source"), place / "data")
 
 
 def cut(path):
@@ -152,7 +155,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["train", "test", "dataset_info.json"])
-def test_prepared_data_that_is_damaged(prepared, tmp_path, monkeypatch, name, damage):
+def test_prepared_data_that_is_damaged(prepared, tmp_path, monkeypatch, any_files, name, damage):
     """It is named with the command that makes it again, and that command does."""
 
     def unreachable(_):
@@ -180,7 +183,7 @@ def test_prepared_data_that_is_damaged(prepared, tmp_path, monkeypatch, name, da
 @pytest.mark.slow
 def test_a_killed_prepare_leaves_nothing_that_the_next_does_not_clear(tmp_path):
     source = kmnist_files(tmp_path / "source", train=6000, test=200)
-    command = [sys.executable, "-m", "tfjacreg", "prepare", "kmnist", source]
+    command = [sys.executable, "-c", SMALL_PREPARE, "prepare", "kmnist", source]
     command += ["--data-dir", tmp_path / "data"]
     for _ in range(2):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -1,4 +1,6 @@
+import dataclasses
 import gzip
+import hashlib
 import io
 import os
 import tarfile
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from tfjacreg import __main__ as command
-from tfjacreg import dataset_files, datasets
+from tfjacreg import dataset_files, datasets, published
 
 RNG = np.random.default_rng(0)
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -69,7 +71,7 @@ def match(images, originals):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, any_files):
     """Validation splits that fit data sets of 40 or 50 images."""
     for name in datasets.DOWNLOADED:
         monkeypatch.setitem(datasets.VALIDATION_SIZES, name, 10)
@@ -183,7 +185,7 @@ def test_prepare_cifar10(tmp_path, small, archive):
     np.testing.assert_allclose(data.std, train.std(axis=(0, 1, 2)), rtol=1e-6)
 
 
-def test_prepare_leaves_what_is_there(tmp_path):
+def test_prepare_leaves_what_is_there(tmp_path, any_files):
     mnist_files(tmp_path / "source")
     folder = datasets.prepare("kmnist", tmp_path / "source", tmp_path / "data")
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -311,14 +313,14 @@ def test_unknown_names(tmp_path):
         datasets.prepare("digits", tmp_path)
 
 
-def test_a_data_set_too_small_for_its_validation_split(tmp_path):
+def test_a_data_set_too_small_for_its_validation_split(tmp_path, any_files):
     mnist_files(tmp_path / "source")
     datasets.prepare("kmnist", tmp_path / "source", tmp_path / "data")
     with pytest.raises(ValueError, match=r"more than 500 examples of every class.*Received: 4"):
         datasets.load("kmnist", tmp_path / "data")
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, any_files):
     def prepare(*arguments):
         status = command.main(["prepare", *map(str, arguments)])
         return (status, *capsys.readouterr())
@@ -342,3 +344,75 @@ def test_the_real_fashion_mnist(tmp_path):
     # The published statistics of the whole training set.
     np.testing.assert_allclose(data.mean, 0.2860, atol=2e-3)
     np.testing.assert_allclose(data.std, 0.3530, atol=2e-3)
+
+
+def files_of(owner, folder, compress):
+    """A data set's files: Debian's of Fashion-MNIST; of others what is like them."""
+    folder.mkdir()
+    if owner == "fashion_mnist":
+        for file in DEBIAN.glob("*.gz"):
+            content = gzip.decompress(file.read_bytes())
+            if compress:
+                (folder / file.name).write_bytes(gzip.compress(content, compresslevel=1))
+            else:
+                (folder / file.stem).write_bytes(content)
+        return
+    # MNIST has from 5,421 to 6,742 images of a class, where the others have 6,000 of each.
+    for split, size in (("train", 60_000), ("t10k", 10_000)):
+        labels = np.arange(size) % 10
+        labels[:50] = 1
+        contents = {"images-idx3": idx(np.zeros((size, 28, 28), "u1")), "labels-idx1": idx(labels)}
+        for kind, content in contents.items():
+            name, data = f"{split}-{kind}-ubyte", content
+            if compress:
+                name, data = f"{name}.gz", gzip.compress(content, compresslevel=1)
+            (folder / name).write_bytes(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "name", "message"),
+    [
+        ("fashion_mnist", "kmnist", "a file of kmnist. Received: one of fashion_mnist, by its ch"),
+        ("mnist", "fashion_mnist", "a file of fashion_mnist. Received: one with another checksum"),
+        ("mnist", "kmnist", r"6000 images of each class. Received: \[5995, 6045"),
+    ],
+)
+def test_the_files_of_another_set_are_refused(tmp_path, owner, name, message, compress):
+    """However they are compressed, and before anything is written."""
+    if owner == "fashion_mnist" and not DEBIAN.exists() and not os.environ.get("CI"):
+        pytest.skip("needs the original files: apt-get install dataset-fashion-mnist")
+    files_of(owner, tmp_path / "source", compress)
+    with pytest.raises(ValueError, match=message):
+        datasets.prepare(name, tmp_path / "source", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_published_checksums_are_compared(tmp_path, monkeypatch):
+    """As tensorflow-datasets has them: of MNIST too, which is none of these sets."""
+    import tensorflow_datasets as tfds
+
+    mnist_files(tmp_path / "source")
+    labels = {"train": np.arange(40) % 10, "test": np.arange(20) % 10}
+    monkeypatch.setitem(published.COUNTS, "kmnist", {"train": 40, "test": 20})
+    published.check("kmnist", tmp_path / "source", labels, tfds)
+    with pytest.raises(ValueError, match=r"source: expected the test split of kmnist, 2 images"):
+        published.check("kmnist", tmp_path / "source", labels | {"test": np.arange(19)}, tfds)
+    path = tmp_path / "source" / "train-labels-idx1-ubyte.gz"
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    builder = tfds.builder_cls("mnist")
+    (info, *_) = builder.url_infos.values()
+    changed = {"url": dataclasses.replace(info, checksum=checksum)}
+    monkeypatch.setattr(builder, "url_infos", changed)
+    with pytest.raises(ValueError, match=rf"{path}: expected a file of kmnist. Received: one of m"):
+        published.check("kmnist", tmp_path / "source", labels, tfds)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_source_that_is_no_file_is_refused(tmp_path, make):
+    for name in ("train-images-idx3-ubyte.gz", dataset_files.CIFAR_ARCHIVE):
+        make(tmp_path / name)
+    for name in ("kmnist", "cifar10"):
+        with pytest.raises(ValueError, match="expected a file. Received: a folder or a device"):
+            datasets.prepare(name, tmp_path, tmp_path / "data")

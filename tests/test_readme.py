@@ -59,6 +59,24 @@ def test_every_page_is_in_the_index():
         assert f"(docs/{page.name})" in README, page.name
 
 
+def test_every_promise_about_files_from_others_names_its_test():
+    """A sentence in each row, a test for each sentence, and nothing else on the page but limits."""
+    text = (ROOT / "docs" / "files_from_others.md").read_text()
+    promised, limits = text.split("## What we do not promise")
+    intro, *sections = re.split(r"^## ", promised, flags=re.M)
+    assert len(sections) == 6 and intro.count(". ") + intro.count(".\n") <= 4 and limits
+    for section in sections:
+        _, _, head, rule, *rows = section.strip().splitlines()
+        assert (head, rule) == ("| promise | test |", "|---|---|") and rows
+        for row in rows:
+            sentence, tests = re.fullmatch(r"\| (.+\.) \| (.+) \|", row).groups()
+            assert not re.search(r"[.!?] [A-Z]", sentence), sentence
+            for name in tests.split(", "):
+                file, function = re.fullmatch(r"`([\w/]+\.py)::(test_\w+)`", name).groups()
+                code = (ROOT / "tests" / file).read_text()
+                assert f"\ndef {function}(" in code, name
+
+
 def test_tests_that_the_page_of_layers_names():
     text = (ROOT / "docs" / "layers.md").read_text()
     files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}

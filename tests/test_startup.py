@@ -3,46 +3,94 @@
 import itertools
 
 import pytest
-import sqlalchemy
 
-import startup
+import tfjacreg_startup as startup
 
-DRIVERS = ["postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2", "PostgreSQL"]
-PASSWORDS = ["hunter2", "a%20b%40c", "with:colon", "with/slash", "with?mark"]
-
-
-@pytest.mark.parametrize("option", ["", "--storage=", "--stor="])
-@pytest.mark.parametrize(("driver", "password"), list(itertools.product(DRIVERS, PASSWORDS)))
-@pytest.mark.parametrize("user", ["me", ""])
-def test_a_password_before_the_host_is_split_off(option, driver, password, user):
-    argument = f"{option}{driver}://{user}:{password}@host:9/db?connect_timeout=3"
-    without, found = startup.split_password(argument)
-    assert without == f"{option}{driver}://{user}@host:9/db?connect_timeout=3"
-    assert found == sqlalchemy.make_url(f"{driver}://{user}:{password}@host/db").password
+DRIVERS = ["postgresql", "postgres", "postgresql+psycopg", "PostgreSQL+psycopg2", "mysql", "x+y"]
+PASSWORDS = [
+    *("hunter2", "a%20b%40hunter2", "hunter2:colon", "hunter2/slash", "hunter2?mark", "hunter2#a"),
+    *("p@hunter2", "%ZZhunter2", "hunter2&a=b", "hunter2\udcff", "hunter2 space", "://hunter2"),
+]
 
 
-@pytest.mark.parametrize("start", ["me@host/db", "host/db", "host:9/db", "/db", "me:first@host/db"])
-@pytest.mark.parametrize("name", ["password", "pass%77ord"])
+@pytest.mark.parametrize("start", ["--storage=", "--stor=", "--storage", "--st", None])
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_a_password_before_the_host_is_hidden(start, password):
+    """In a command line, and in a message that quotes it."""
+    for driver, user in itertools.product(DRIVERS, ["me", ""]):
+        url = f"{driver}://{user}:{password}@host:9/db?connect_timeout=3"
+        given = [url] if start is None else [start + url] if "=" in start else [start, url]
+        shown = startup.without_secrets(["--sweep", "f.toml", *given, "--out", "a"])
+        assert shown[:2] == ["--sweep", "f.toml"] and shown[-2:] == ["--out", "a"]
+        text = " ".join(shown)
+        assert (
+            "hunter2" not in text and f"{driver}://{user}:***@host:9/db?connect_timeout=3" in text
+        )
+        assert startup.without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize("name", ["password", "pass%77ord", "sslpassword", "PASSWD", "SSLPassWord"])
 @pytest.mark.parametrize(
     ("before", "after"), [("", ""), ("a=1&", ""), ("", "&a=1"), ("a=1&", "&b=2")]
 )
-def test_a_password_in_the_query_is_split_off(start, name, before, after):
-    url = f"postgresql+psycopg://{start}?{before}{name}=hunter2%21+x{after}"
-    without, password = startup.split_password(url)
-    assert password == "hunter2! x" == sqlalchemy.make_url(url).query["password"]
-    assert "hunter2" not in without and "first" not in without
-    rest = sqlalchemy.make_url(without)
-    expected = {k: v for k, v in sqlalchemy.make_url(url).query.items() if k != "password"}
-    assert dict(rest.query) == expected
-    assert rest.host == sqlalchemy.make_url(url).host and rest.database == "db"
+def test_a_password_in_the_query_is_hidden(name, before, after):
+    for start in ("me@host/db", "host/db", "host:9/db", "/db", "me:hunter2@host/db", "[::1]:9/db"):
+        url = f"postgresql+psycopg://{start}?{before}{name}=hunter2%21+x{after}"
+        (shown,) = startup.without_secrets([url])
+        assert "hunter2" not in shown and shown.startswith("postgresql+psycopg://")
+        assert "9/db" in shown or ":9" not in start
+        assert startup.without_secrets([shown]) == [shown]
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        *("host=h password=hunter2", "host=h passwd='hunter2 x'", "password = hunter2 host=h"),
+        *("me:hunter2@host/db", "postgresql:/me:hunter2@h/db", "postgresql:me:hunter2"),
+        *("postgresql://me:hunter2", "postgresql://me:hunter2/db", "sslpassword=hunter2"),
+        *("PGPASSWORD=hunter2", "postgresql://h/db;password=hunter2", "//me:hunter2@h"),
+        *("postgresql:\\\\me:hunter2@h", "jdbc:postgresql://h/db?user=me&password=hunter2"),
+        "postgresql://a:b@postgresql://me:hunter2@host/db",
+    ],
+)
+def test_a_password_in_what_is_no_url_is_hidden(storage, monkeypatch):
+    for given in (["--storage", storage], [f"--storage={storage}"]):
+        shown = startup.without_secrets(given)
+        assert "hunter2" not in " ".join(shown)
+        monkeypatch.setattr(startup.sys, "argv", ["train.py", *given])
+        for message in (f"unrecognized: {' '.join(given)}", f"Received: {storage}.", repr(storage)):
+            assert "hunter2" not in startup.hide_arguments(message)
 
 
 @pytest.mark.parametrize(
     "argument",
-    ["postgresql://me@host/db", "postgresql://host:9/db?a=1", "--out", "train.py", "a:b@c", ""],
+    [
+        *("postgresql://me@host/db", "postgresql://host:9/db?a=1", "postgresql://[::1]:9/db"),
+        *("--out", "train.py", "a:b@c", "", "gs://bucket/a", "--storage", "runs/a=1", "a/passing"),
+    ],
 )
 def test_what_has_no_password_stays(argument):
-    assert startup.split_password(argument) == (argument, None)
+    assert startup.without_secrets([argument]) == [argument]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["-m", "prepare", "-m"], True),
+        (["-m"], True),
+        (["x.py", "-m"], False),
+        (["-c"], False),
+        ([], False),
+    ],
+)
+def test_python_m_tfjacreg_is_known_while_it_is_imported(monkeypatch, arguments, command):
+    monkeypatch.setattr(startup.sys, "argv", arguments)
+    for start in (["-P", "-m", "tfjacreg"], ["-mtfjacreg"]):
+        monkeypatch.setattr(startup.sys, "orig_argv", ["python", *start, *arguments[1:]])
+        assert startup.is_module_command() == command
+    other = ["python", "-m", "tfjacreg.experiments.workers", *arguments[1:]]
+    monkeypatch.setattr(startup.sys, "orig_argv", other)
+    assert not startup.is_module_command()
 
 
 @pytest.mark.parametrize(

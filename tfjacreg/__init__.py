@@ -4,6 +4,11 @@ After "Exact Spectral Norm Regularization for Neural Networks" (Johansson, Engsn
 Mostad 2022).
 """
 
+import tfjacreg_startup
+
+if tfjacreg_startup.is_module_command():
+    tfjacreg_startup.prepare()
+
 from tfjacreg import attacks, callbacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.checks import check_network
 from tfjacreg.jacobian import JacobianOperator

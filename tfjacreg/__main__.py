@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 from tfjacreg import cli, datasets
+from tfjacreg.printable import printable
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `run` in the result is the command."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m tfjacreg",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -22,19 +23,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     prepare = commands.add_parser("prepare", help="make a data set out of its original files")
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("name", choices=datasets.DOWNLOADED)
-    prepare.add_argument("source_dir", help="where the original files are")
-    prepare.add_argument("--data-dir", help="default: ~/tensorflow_datasets")
+    prepare.add_argument("source_dir", type=cli.path, help="where the original files are")
+    prepare.add_argument("--data-dir", type=cli.path, help="default: ~/tensorflow_datasets")
     report = commands.add_parser("report", help="compare the methods of finished or running sweeps")
     report.set_defaults(run=_report)
-    report.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP", help="folder of a sweep")
+    report.add_argument(
+        "sweeps", nargs="+", type=cli.path, metavar="SWEEP", help="folder of a sweep"
+    )
     report.add_argument(
         "--benchmarks",
-        type=Path,
+        type=cli.path,
         metavar="DIR",
         help="folder of the benchmarks' JSON files, for Figure 5 (results)",
     )
     report.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the report (report, in the first SWEEP)"
+        "--out",
+        type=cli.path,
+        metavar="DIR",
+        help="folder of the report (report, in the first SWEEP)",
     )
     return parser.parse_args(argv)
 
@@ -44,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
 
     def main() -> int:
-        print(arguments.run(arguments))
+        print(printable(arguments.run(arguments)))
         return 0
 
     return cli.run("tfjacreg", main, "Stopped. What was there before is as it was.")

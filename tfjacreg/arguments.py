@@ -12,7 +12,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import tfjacreg_startup
+
 _LARGEST_COUNT = 2**31 - 1
+_LARGEST_UNROLLED = 1000
 _LARGEST_SINGLE = float(np.finfo(np.float32).max)
 _SMALLEST_SINGLE = float(np.finfo(np.float32).tiny)
 
@@ -41,6 +44,21 @@ def positive_integer(name: str, value: Any) -> int:
         limit = "" if not _is_integer(value) or value < 1 else " (and < 2**31)"
         raise ValueError(f"`{name}` must be an integer >= 1{limit}. Received: {name}={value!r}")
     return int(value)
+
+
+def unrolled_count(name: str, value: Any) -> int:
+    """Returns an integer from 1 to 1000, NumPy's too, as Python's: a graph holds each iteration.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    count = positive_integer(name, value)
+    if count > _LARGEST_UNROLLED:
+        raise ValueError(
+            f"`{name}` must be at most {_LARGEST_UNROLLED}: each is written into the graph of a "
+            f"step. Received: {name}={value!r}"
+        )
+    return count
 
 
 def seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int | None:
@@ -142,6 +160,14 @@ def path(name: str, value: Any) -> Path:
     found = Path(value)
     if not str(value) or "\0" in str(found):
         raise ValueError(f"`{name}` must be a path. Received: {name}={value!r}")
+    if "://" in str(value) and tfjacreg_startup.redacted(str(value)) != str(value):
+        raise ValueError(f"`{name}` must be a path. Received: a URL with a password")
+    try:
+        str(found).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{name}` must be a path in UTF-8, which TensorFlow needs. Received: {name}={value!r}"
+        ) from error
     return found
 
 

@@ -51,6 +51,20 @@ def _lives(process: int) -> bool:
     return True
 
 
+def check_files(*paths: Path) -> None:
+    """Checks, before the work for them, that files of these names can be there; raises OSError."""
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"{path} must be a file. Received: a folder of that name. Move it out of the way."
+            )
+        above = next(folder for folder in path.parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise NotADirectoryError(
+                f"{above} must be a folder. Received: a file of that name. Move it out of the way."
+            )
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name in the same folder to write to, and then puts the result in place.

@@ -47,7 +47,7 @@ class SpectralNormMonitor(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.method = arguments.one_of("method", method, estimators.METHODS)
-        self.iterations = arguments.positive_integer("iterations", iterations)
+        self.iterations = arguments.unrolled_count("iterations", iterations)
         self.every = arguments.positive_integer("every", every)
         self.x = keras.tree.map_structure(np.asarray, x)
         sizes = {len(leaf) if leaf.ndim else 0 for leaf in keras.tree.flatten(self.x)}

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn, TextIO
 
+import tfjacreg_startup
 from tfjacreg import optional_packages
 from tfjacreg.printable import printable
 
@@ -38,37 +40,62 @@ def run(name: str, main: Callable[[], int], stopped: str) -> int:
     try:
         with _interruptible(stopped):
             status = main()
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return status
     except KeyboardInterrupt:
         _say(stopped)
         return STOPPED
     except (ValueError, OSError, optional_packages.MissingExtraError) as error:
-        _give_up_stdout()
         with contextlib.suppress(OSError):
-            print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
+            print(f"{name}: error: {_shown(str(error))}", file=sys.stderr)
         return FAILED
+    finally:
+        _give_up(sys.stdout)
+        _give_up(sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages have no password and command no terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong with the command line, and ends with status 2."""
+        super().error(_shown(message))
 
 
 def path(text: str) -> Path:
-    """The type of an option that names a folder: an empty text is a variable that is not set."""
-    if not text:
+    """The type of an option that names a file or folder, which TensorFlow must be able to name."""
+    if not text:  # A variable that is not set.
         raise argparse.ArgumentTypeError("must be a path. Received: an empty one.")
+    if "://" in text and tfjacreg_startup.redacted(text) != text:
+        raise argparse.ArgumentTypeError("must be a path. Received: a URL with a password.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a path in UTF-8, which TensorFlow needs. Received: {text!r}. Rename it."
+        ) from error
     return Path(text)
 
 
-def _give_up_stdout() -> None:
+def _shown(message: str) -> str:
+    return printable(tfjacreg_startup.hide_arguments(message))
+
+
+def _give_up(stream: TextIO | None) -> None:
     """Python writes what is left at its end: where that fails there would be a second message."""
+    if stream is None:
+        return
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):
-        print(f"\n{text}", flush=True)
+        print(f"\n{printable(text)}", flush=True)
 
 
 @contextlib.contextmanager

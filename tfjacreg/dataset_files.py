@@ -30,6 +30,7 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 _MOST_IDX = {"train": 60_000, "test": 10_000}
 _MOST_CIFAR = 10_000
 # Six files, and a megabyte for what tar and its authors put around them.
+LARGEST = 16 + 28 * 28 * _MOST_IDX["train"]  # Bytes of an idx file.
 _LARGEST_ARCHIVE = 6 * _MOST_CIFAR * _CIFAR_RECORD + 2**20
 
 
@@ -51,6 +52,22 @@ def read(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return _read_cifar(folder, split) if name == "cifar10" else _read_mnist(folder, split)
 
 
+def paths(name: str, folder: Path) -> list[Path]:
+    """The files that `read` reads; of `cifar10` the archive, or none where it is unpacked.
+
+    Args:
+        name: The data set.
+        folder: Where its original files are.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one is no file.
+    """
+    if name == "cifar10":
+        return [path for path in [folder / CIFAR_ARCHIVE] if path.exists()]
+    return [_find(folder, file) for pair in IDX_FILES.values() for file in pair]
+
+
 def _read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     image_file, label_file = (_find(folder, name) for name in IDX_FILES[split])
     images = _read_idx(image_file, _MOST_IDX[split], (28, 28))
@@ -67,15 +84,22 @@ def _read_mnist(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def _find(folder: Path, name: str) -> Path:
     for candidate in (folder / f"{name}.gz", folder / name):
         if candidate.exists():
-            return candidate
+            return _file(candidate)
     raise FileNotFoundError(f"Expected {name}.gz or {name} in {folder}. Received: neither is there")
+
+
+def _file(path: Path) -> Path:
+    """A path that is a file's: of a pipe the end might never come."""
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file. Received: a folder or a device of that name")
+    return path
 
 
 def _read_idx(path: Path, most: int, example: tuple[int, ...]) -> np.ndarray:
     """Reads an idx file of bytes: magic number, sizes (big-endian int32), data."""
     rank = 1 + len(example)
     header = 4 + 4 * rank
-    content = _content(path, header + most * math.prod(example))
+    content = content_of(path, header + most * math.prod(example))
     magic = bytes((0, 0, 8, rank))
     if content[:4] != magic or len(content) < header:
         raise ValueError(
@@ -98,8 +122,13 @@ def _read_idx(path: Path, most: int, example: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _content(path: Path, largest: int) -> bytes:
-    """What a file holds, decompressed if it ends in `.gz`; no more of it than it can be."""
+def content_of(path: Path, largest: int = LARGEST) -> bytes:
+    """What a file holds, decompressed if it ends in `.gz`; raises ValueError if that is too much.
+
+    Args:
+        path: The file.
+        largest: How many bytes it can have.
+    """
     if path.suffix == ".gz":
         return _gunzip(path, largest)
     with path.open("rb") as file:
@@ -157,10 +186,10 @@ def _cifar_files(folder: Path, split: str) -> Iterator[tuple[Path, bytes]]:
                     f"Expected {CIFAR_ARCHIVE} or, unpacked, {name} in {folder}. "
                     "Received: neither is there"
                 )
-            yield inner / name, _content(inner / name, largest)
+            yield inner / name, content_of(_file(inner / name), largest)
         return
     # Not tarfile's own decompression: it stops before the checksum at the end.
-    content = io.BytesIO(_gunzip(archive, _LARGEST_ARCHIVE))
+    content = io.BytesIO(_gunzip(_file(archive), _LARGEST_ARCHIVE))
     try:
         with tarfile.open(fileobj=content, mode="r:") as opened:
             members = _members(archive, opened)

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import arguments, atomic_files, dataset_files, error_causes, optional_packages
+from tfjacreg import (
+    arguments,
+    atomic_files,
+    dataset_files,
+    error_causes,
+    optional_packages,
+    published,
+)
 from tfjacreg.dataset_files import NUM_CLASSES
 
 DOWNLOADED = ("fashion_mnist", "kmnist", "cifar10")
@@ -122,11 +129,12 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     The files are those of the data set's authors: for `fashion_mnist` and `kmnist` the four idx
     files, compressed (`.gz`) or not, as Debian's package `dataset-fashion-mnist` has them in
     `/usr/share/datasets/fashion-mnist`; for `cifar10` the binary version, as
-    `cifar-10-binary.tar.gz` or unpacked. Keep `fashion_mnist` and `kmnist` apart: their files have
-    the same names. All files are checked before anything is written, and the result is put in place
-    whole; a data set that is already there is left as it is, unless it is damaged. The examples
-    come in the order in which tensorflow-datasets stores what it downloads: one seed holds out the
-    same images of both.
+    `cifar-10-binary.tar.gz` or unpacked. The files of `fashion_mnist` and `kmnist` have the same
+    names: those of another set are refused by their published checksums and by how many images
+    they have of each class. All files are checked before anything is written, and the result is put
+    in place whole; a data set that is already there is left as it is, unless it is damaged. The
+    examples come in the order in which tensorflow-datasets stores what it downloads: one seed holds
+    out the same images of both.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
@@ -137,7 +145,8 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
         The folder of the prepared data set.
 
     Raises:
-        ValueError: If `name` is not one of the three, or a file is damaged; the message names it.
+        ValueError: If `name` is not one of the three, or a file is damaged or another set's; the
+            message names it.
         FileNotFoundError: If a file is missing.
         OSError: If the data set cannot be written.
         ImportError: If tensorflow-datasets is not installed.
@@ -156,6 +165,7 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
             _stored(name, builder)
             return target
     arrays = {split: dataset_files.read(name, source, split) for split in ("train", "test")}
+    published.check(name, source, {split: labels for split, (_, labels) in arrays.items()}, tfds)
     blank = _blank(name)
     try:
         with (

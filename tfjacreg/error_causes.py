@@ -1,8 +1,8 @@
 """What an error came from."""
 
 
-def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
-    """Whether the error, or one that it was made of, is of these kinds.
+def find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """The error, or the first that it was made of, that is of these kinds; None if none is.
 
     TensorFlow, Keras and tensorflow-datasets wrap what was raised inside of them.
 
@@ -13,7 +13,17 @@ def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
     link: BaseException | None = error
     while link is not None and not isinstance(link, kinds):
         link = link.__cause__ or link.__context__
-    return link is not None
+    return link
+
+
+def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
+    """Whether `find` finds one.
+
+    Args:
+        error: What was caught.
+        kinds: Classes of exceptions.
+    """
+    return find(error, *kinds) is not None
 
 
 def raise_an_interrupt(error: BaseException) -> None:

@@ -53,10 +53,10 @@ def validate_method(method: str, iterations: int) -> int:
         The iterations, as Python's integer.
 
     Raises:
-        ValueError: If `method` is unknown or `iterations` is not a positive integer.
+        ValueError: If `method` is unknown or `iterations` is not an integer from 1 to 1000.
     """
     arguments.one_of("method", method, METHODS)
-    return arguments.positive_integer("iterations", iterations)
+    return arguments.unrolled_count("iterations", iterations)
 
 
 def singular_value(op: LinearOperator, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -15,6 +15,10 @@ from keras import layers
 from tfjacreg import arguments
 
 INITIALIZATIONS = ("keras", "pytorch")
+# Beyond these a layer has more weights than machines have room for.
+_WIDEST = 16
+_MOST_PIXELS = 2**24
+_MOST_CLASSES = 2**20
 
 # Channels of the 13 convolutions; "pool" halves both sides of the image (appendix A.1).
 _VGG16: tuple[int | str, ...] = (
@@ -169,8 +173,8 @@ def _conv_norm(x: Any, filters: int, *, kernel_size: int = 3, strides: int = 1) 
 
 
 def _scaled(channels: int, width: float) -> int:
-    if arguments.positive("width", width) >= 1e3:
-        raise ValueError(f"`width` must be below 1000. Received: width={width!r}")
+    if arguments.positive("width", width) > _WIDEST:
+        raise ValueError(f"`width` must be at most {_WIDEST}. Received: width={width!r}")
     return max(1, round(channels * float(width)))
 
 
@@ -181,14 +185,18 @@ def _validate(input_shape: Any, num_classes: Any, smallest: int) -> tuple[Any, i
         or len(input_shape) != 3
         or not all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in input_shape)
         or any(isinstance(n, bool) for n in input_shape)
-        or math.prod(map(int, input_shape)) >= 2**31
+        or math.prod(map(int, input_shape)) > _MOST_PIXELS
         or min(input_shape[:2]) < smallest
     ):
         raise ValueError(
-            f"`input_shape` must be (height, width, channels), at least {smallest}x{smallest}. "
-            f"Received: input_shape={input_shape!r}"
+            f"`input_shape` must be (height, width, channels), at least {smallest}x{smallest} and "
+            f"at most {_MOST_PIXELS} numbers. Received: input_shape={input_shape!r}"
         )
     num_classes = arguments.positive_integer("num_classes", num_classes)
+    if num_classes > _MOST_CLASSES:
+        raise ValueError(
+            f"`num_classes` must be at most {_MOST_CLASSES}. Received: num_classes={num_classes}"
+        )
     return tuple(int(n) for n in input_shape), num_classes
 
 

@@ -119,7 +119,7 @@ def frobenius_norm(
         ValueError: If `num_projections` is not a positive integer or None, or `x` is empty.
     """
     if num_projections is not None:
-        arguments.positive_integer("num_projections", num_projections)
+        arguments.unrolled_count("num_projections", num_projections)
     key = fresh_seed(seed), 0
     op = _operator(network, x, input, output)
     if num_projections is None:
@@ -161,7 +161,7 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
             whose linear map is not known: the message names it.
     """
     arguments.network(network)
-    arguments.positive_integer("iterations", iterations)
+    arguments.unrolled_count("iterations", iterations)
     bound = 1.0
     for linear_map in chained_maps(network):
         start = random_unit(linear_map.x, (0, 0))

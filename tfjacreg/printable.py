@@ -1,6 +1,7 @@
 """Text that may be anybody's, for a terminal or a page."""
 
 import unicodedata
+from typing import Any
 
 # Controls, direction marks and other invisible ones, surrogates, and separators of lines.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -18,3 +19,11 @@ def printable(text: str, *, limit: int | None = None) -> str:
     return "".join(
         repr(c)[1:-1] if unicodedata.category(c) in _HIDDEN and c not in "\n\t" else c for c in text
     )
+
+
+def shown(value: Any) -> str:
+    """A value of a file as Python writes it, for a message, which it does not fill."""
+    try:
+        return printable(repr(value), limit=200)
+    except (RecursionError, ValueError):  # Too deep, or an integer of too many digits.
+        return f"one that is too long to show, of type {type(value).__name__}"

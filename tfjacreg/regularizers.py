@@ -292,7 +292,7 @@ class FrobeniusNorm(JacobianRegularizer):
         fraction: float = 1.0,
     ) -> None:
         super().__init__(factor, seed, fraction)
-        self.num_projections = arguments.positive_integer("num_projections", num_projections)
+        self.num_projections = arguments.unrolled_count("num_projections", num_projections)
 
     def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
         """The estimate of every example; see the base class."""
@@ -322,7 +322,7 @@ class SpectralBound(WeightRegularizer):
 
     def __init__(self, factor: Factor, iterations: int = 1, seed: int | None = None) -> None:
         super().__init__(factor)
-        self.iterations = arguments.positive_integer("iterations", iterations)
+        self.iterations = arguments.unrolled_count("iterations", iterations)
         self.seed = arguments.seed(seed)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:

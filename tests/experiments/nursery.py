@@ -49,21 +49,23 @@ class Nursery:
         assert answer, "the nursery has died"
         return json.loads(answer)
 
-    def start(self, *argv, log, dies_at=None, full_at=None, stand_in=None):
-        """Starts a command, `train` or `evaluate` and its arguments.
+    def start(self, *argv, log, dies_at=None, dies_by=signal.SIGKILL, full_at=None, stand_in=None):
+        """Starts a command: `train`, `evaluate` or `tfjacreg`, and its arguments.
 
         Args:
             argv: The command line.
             log: The file that its output goes to.
-            dies_at: Kills itself before the change of files of that number, counted from 0; -1
+            dies_at: Signals itself before the change of files of that number, counted from 0; -1
                 only counts them, for the last line of the log.
+            dies_by: The signal.
             full_at: The name of a file, and another file that grows until the disk is full when
                 the first is to be written.
             stand_in: A program that a sweep's worker starts for each run, instead of a fork that
                 trains.
         """
         order = {"argv": [str(a) for a in argv], "log": str(log), "stand_in": stand_in}
-        return Child(self, self._ask(**order, dies_at=dies_at, full_at=full_at), log)
+        order |= {"dies_at": dies_at, "dies_by": dies_by, "full_at": full_at}
+        return Child(self, self._ask(**order), log)
 
     def call(self, *argv, log, **options):
         """Runs a command to its end; returns its exit status and its output."""
@@ -118,7 +120,7 @@ def shrink(set_attribute=setattr):
     from keras import layers
     from sklearn.datasets import load_digits
 
-    from tfjacreg import datasets, networks
+    from tfjacreg import datasets, networks, published
     from tfjacreg.experiments import measures
 
     # Without TensorFlow's resizing: it must not compute anything before a fork.
@@ -136,6 +138,7 @@ def shrink(set_attribute=setattr):
         pooled = layers.Flatten()(layers.AveragePooling2D(7)(inputs))
         return keras.Model(inputs, layers.Dense(num_classes)(pooled))
 
+    set_attribute(published, "check", lambda *_: None)
     set_attribute(datasets, "_digits", lambda: splits)
     set_attribute(datasets, "VALIDATION_SIZES", datasets.VALIDATION_SIZES | {"digits": 20})
     set_attribute(networks, "_BY_NAME", networks._BY_NAME | {"lenet": dense})
@@ -192,16 +195,19 @@ class _Forked:
 
 
 def _main():
+    import tensorflow_datasets  # noqa: F401
+
     import evaluate
     import train
-    from tfjacreg.experiments import figures, workers  # noqa: F401
+    from tfjacreg import __main__
+    from tfjacreg.experiments import figures, report, workers  # noqa: F401
 
     shrink()
     workers.subprocess = types.SimpleNamespace(
         Popen=_Forked, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired
     )
     workers._POLL = 0.1
-    commands = {"train": train.main, "evaluate": evaluate.main}
+    commands = {"train": train.main, "evaluate": evaluate.main, "tfjacreg": __main__.main}
     # As in tests/conftest.py. What is not searched is not copied in the forks either.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
@@ -227,7 +233,7 @@ def _main():
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             changes = [0]
             if order["dies_at"] is not None:
-                _die_at(order["dies_at"], changes)
+                _die_at(order["dies_at"], order["dies_by"], changes)
             if order["full_at"]:
                 _fill_at(*order["full_at"])
             if order["stand_in"]:
@@ -245,17 +251,20 @@ def _main():
         print(pid, flush=True)
 
 
-def _die_at(number, seen):
-    """Kills this process before the change of files of that number, and counts them."""
+def _die_at(number, by, seen):
+    """Signals this process before the change of files of that number, and counts them."""
+    process = os.getpid()
 
     def count(event, arguments):
+        if os.getpid() != process:  # That of a run, which a worker has started.
+            return
         changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
         if event == "open" and isinstance(arguments[2], int):
             changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if changes:
-            if seen[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
             seen[0] += 1
+            if seen[0] == number + 1:
+                os.kill(os.getpid(), by)
 
     sys.addaudithook(count)
 

@@ -1,7 +1,9 @@
 """A `.keras` file of a stranger: what it may hold is known before any of it is made an object."""
 
+import copy
 import io
 import json
+import stat
 import zipfile
 
 import h5py
@@ -99,6 +101,29 @@ def test_parts_have_bounds(parts, message):
         archives.check(archive(more=parts))
 
 
+def test_parts_are_files_that_anybody_can_read():
+    """Neither links, which lead somewhere, nor encrypted."""
+    for mode in (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO, stat.S_IFSOCK):
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (mode | 0o777) << 16
+        with pytest.raises(ValueError, match="'link', a link or device"):
+            archives.check(archive(more=[(link, "/etc/passwd")]))
+    content = bytearray(archive(more=[("secret", b"x")]).getvalue())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # The flags of the last part.
+        content[content.rindex(mark) + place] |= 1
+    with pytest.raises(ValueError, match="must not be encrypted. Received: 'secret'"):
+        archives.check(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_is_cut_is_refused(tmp_path, cut):
+    keras.Sequential([keras.Input((3,)), layers.Dense(2)]).save(tmp_path / "a.keras")
+    content = (tmp_path / "a.keras").read_bytes()
+    (tmp_path / "a.keras").write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(ValueError, match="a.keras cannot be loaded: it is no whole .keras file"):
+        checkpoint.load(tmp_path / "a.keras")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_part_that_is_there_twice_is_refused():
     with pytest.raises(ValueError, match=r"Received: 'config.json' again"):
@@ -110,6 +135,55 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ValueError, match="100 times what they take up"):
         archives.check(bomb)
+
+
+def test_a_bomb_of_numbers_or_of_parts_that_share_their_bytes_is_refused():
+    """As `.npz` and overlapping parts: what is told of sizes is added up before it is read."""
+    with pytest.raises(ValueError, match="at most"):
+        archives.check(archive(more=[("x.npy", bytes(70 << 20))], compression=zipfile.ZIP_LZMA))
+    content = archive(more=[("one", bytes(1 << 20))], compression=zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(content, "a") as opened:
+        (one,) = (part for part in opened.infolist() if part.filename == "one")
+        for number in range(200):  # Further names for the same bytes.
+            other = copy.copy(one)
+            other.filename = f"one{number}"
+            opened.filelist.append(other)
+            opened.NameToInfo[other.filename] = other
+        opened._didModify = True
+    with pytest.raises(ValueError, match="100 times what they take up"):
+        archives.check(content)
+
+
+def test_layers_are_no_larger_than_the_weights_that_come_along(tmp_path):
+    """A few bytes of description can ask for terabytes: it is refused before they are taken."""
+    pixels = keras.Input((4, 4, 1))
+    x = layers.Conv2D(2, 3, name="large")(layers.UpSampling2D(2, name="wide")(pixels))
+    keras.Model(pixels, layers.Dense(3)(layers.GlobalAveragePooling2D()(x))).save(
+        tmp_path / "good.keras"
+    )
+    checkpoint.load(tmp_path / "good.keras")
+
+    def change(old, new):
+        with (
+            zipfile.ZipFile(tmp_path / "good.keras") as good,
+            zipfile.ZipFile(tmp_path / "mine.keras", "w") as mine,
+        ):
+            for part in good.namelist():
+                content = good.read(part)
+                if part == "config.json":
+                    assert old in content
+                    content = content.replace(old, new)
+                mine.writestr(part, content)
+        return tmp_path / "mine.keras"
+
+    for old, new, message in (
+        (b'"filters": 2', b'"filters": 2000000000', "the layer 'large', which would have"),
+        (b'"units": 3', b'"units": 100000000', "the layer 'dense.*', which would have"),
+        (b'"size": [2, 2]', b'"size": [100000, 100000]', "the layer 'wide', which would give"),
+    ):
+        with pytest.raises(ValueError, match=rf"mine.keras cannot be loaded.*{message}"):
+            checkpoint.load(change(old, new))
+    assert keras.Layer.add_weight.__module__.startswith("keras.")
 
 
 def weights(make):
@@ -136,6 +210,7 @@ def virtual(file):
         ),
         (virtual, "in another file"),
         (lambda f: f.create_dataset("x", (1 << 40,), "f4", chunks=(1024,)), "at most"),
+        (lambda f: f.create_dataset("x", (1 << 25,), "f4", compression="gzip"), "at most"),
     ],
 )
 def test_weights_lie_in_the_file_itself(make, message):

@@ -55,10 +55,8 @@ def damages(content, moments, *, positions):
     found["an accent"] = text.replace("e", "é", 1).encode("latin-1")
     if text.startswith("{"):
         values = json.loads(text)
-        for name in values:
+        for name in values:  # Each field with wrong values: test_wrong_values.py.
             found[f"without {name}"] = _json({k: v for k, v in values.items() if k != name})
-            for kind in (None, "x", [1], {"a": 1}, True, 1e999):
-                found[f"{name} is {kind!r}"] = _json(values | {name: kind})
     else:
         first, *rows = text.splitlines(keepends=True)
         found["a row less"] = "".join([first, *rows[:-1]]).encode()

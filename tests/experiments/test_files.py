@@ -53,6 +53,16 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
+def test_names_are_checked_before_the_work(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "file").write_text("")
+    atomic_files.check_files(tmp_path / "b.png", tmp_path / "new" / "folder" / "b.png")
+    with pytest.raises(IsADirectoryError, match="a.png must be a file. Received: a folder"):
+        atomic_files.check_files(tmp_path / "b.png", tmp_path / "a.png")
+    with pytest.raises(NotADirectoryError, match="file must be a folder. Received: a file"):
+        atomic_files.check_files(tmp_path / "file" / "new" / "a.png")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -13,6 +13,7 @@ from tfjacreg.experiments import files
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
+from tfjacreg.experiments.run import run
 
 CONFIG = RunConfig.of(epochs=2)
 ROW = {"epoch": 1, "val_loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.7, "step_seconds": 0.1}
@@ -181,11 +182,11 @@ def test_damaged_settings(folder, reader, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"val_loss": None}, "as val_loss. Received: None"),
-        ({"test_loss": math.nan}, "as test_loss. Received: nan"),
-        ({"test_accuracy": "high"}, "as test_accuracy. Received: 'high'"),
-        ({"lowest_val_loss": 3}, "as lowest_val_loss.test_accuracy. Received: None"),
-        ({"lowest_test_loss": {}}, "as lowest_test_loss.test_loss. Received: None"),
+        ({"val_loss": None}, "as val_loss, .*. Received: None"),
+        ({"test_loss": math.nan}, "as test_loss, .*. Received: nan"),
+        ({"test_accuracy": "high"}, "as test_accuracy, .*. Received: 'high'"),
+        ({"lowest_val_loss": 3}, "as lowest_val_loss.test_accuracy, .*. Received: None"),
+        ({"lowest_test_loss": {}}, "as lowest_test_loss.test_loss, .*. Received: None"),
     ],
 )
 def test_damaged_figures(folder, reader, change, message):
@@ -231,6 +232,23 @@ def test_a_damaged_state(folder, reader, model):
     reader.checkpoint_file.write_text("no zip file")
     with pytest.raises(RunError, match="checkpoint.keras cannot be loaded.*--overwrite"):
         reader.read_state(steps_per_epoch=3)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", [*PRODUCTS, "config.json"])
+def test_a_folder_named_like_a_file_is_refused_before_the_first_epoch(tmp_path, name, overwrite):
+    """And a file named like a folder; nothing of it is removed, with --overwrite neither."""
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    if name == "saved_model":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    with pytest.raises(RunError, match=f"{name} |'{name}'"):
+        run(CONFIG, tmp_path / "run", overwrite=overwrite, verbose=0)
+    assert [p.name for p in path.parent.iterdir()] == [name]
+    assert (path if path.is_file() else path / "mine").read_text() == "mine"
 
 
 def test_why_a_run_has_not_finished(tmp_path):

@@ -100,6 +100,17 @@ def test_a_sweep(nursery, tmp_path):
         assert status == 0, output
         assert all(FolderReader(p).problem is None for p in out.glob("*-seed*"))
 
+        # The database itself: whoever is told to remove it loses it for nothing.
+        (out / "sweep.sqlite3").unlink()
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"0" * 512):
+                pass
+        status, output = nursery.call(*sweep, log=log)
+        assert status == 2 and output.count(": error: ") == 1 and "Traceback" not in output, output
+        assert "the disk is full. Make room" in output and "remove" not in output
+        filler.unlink()
+        assert nursery.call(*sweep, log=log)[0] == 0
+
 
 def test_standard_output_that_cannot_be_written(nursery, tmp_path):
     """As `train.py ... > /dev/full`: a status, and no second message at the end."""
@@ -109,7 +120,7 @@ def test_standard_output_that_cannot_be_written(nursery, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["100k", "300k"])
-def test_prepare(tmp_path, monkeypatch, size):
+def test_prepare(tmp_path, monkeypatch, any_files, size):
     """TFDS' own writers: one message; with room the same command makes the data set."""
     monkeypatch.setitem(datasets.VALIDATION_SIZES, "kmnist", 20)
     source = tmp_path / "source"

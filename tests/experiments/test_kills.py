@@ -1,8 +1,17 @@
-"""kill -9 at random moments: nothing twice, nothing lost beyond an epoch, nothing left behind."""
+"""Every signal at random moments of every command: nothing twice, nothing lost, nothing left.
 
-import json
+`--kills` says how many, `--moments` replays a seed; benchmarks/random_kills.py makes a record.
+"""
+
+import gzip
+import shutil
+import signal
 import time
+import zipfile
+from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from tfjacreg.experiments.config import RunConfig
@@ -12,43 +21,140 @@ from tfjacreg.experiments.sweep import Sweep
 pytestmark = pytest.mark.slow
 EPOCHS = 4
 FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "saved_model"}
-FIGURES = ("test_accuracy", "test_loss", "test_spectral_norm", "val_loss", "val_accuracy")
+# Of these a command knows, and says so; the others end it at once.
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*STOPPING, signal.SIGKILL, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT)
+# Of the kills, what each command gets.
+SHARES = {"train": 0.3, "evaluate": 0.2, "sweep": 0.2, "report": 0.15, "prepare": 0.15}
 
 
 def command(out, seed):
     return ["train", "--epochs", EPOCHS, "--seed", seed, "--out", out]
 
 
+def result(path):
+    """What a run came to, to the byte: figures, history and weights, but no times."""
+    folder = FolderReader(path)
+    folder.check_products()
+    metrics = folder.read_metrics()
+    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in folder.read_history()]
+    del metrics["files"], metrics["sha256"], metrics["step_seconds"], metrics["training_seconds"]
+    for split in ("val", "test"):
+        del metrics[f"lowest_{split}_loss"]["step_seconds"]
+    weights = {}
+
+    def add(name, item):
+        if isinstance(item, h5py.Dataset):
+            weights[name] = item[()].tobytes()
+
+    with (
+        zipfile.ZipFile(folder.classifier_file) as archive,
+        archive.open("model.weights.h5") as part,
+        h5py.File(part, "r") as file,
+    ):
+        file.visititems(add)
+    assert weights
+    return metrics, rows, weights
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Killer:
+    """Kills a command as often as it should be; a process that was over before does not count.
+
+    Attributes:
+        left: How many kills are to come.
+    """
+
+    def __init__(self, name, nursery, moments, log, kills):
+        self.left = max(round(SHARES[name] * kills), 2)
+        self._tries = 10 * self.left
+        self._name, self._nursery, self._moments, self._log = name, nursery, moments, log
+
+    def undisturbed(self, argv):
+        """Runs the command to its end; how long it takes and what it changes is known then."""
+        started = time.monotonic()
+        status, output = self._nursery.call(*argv, log=self._log, dies_at=-1)
+        assert status == 0, output
+        self._seconds = time.monotonic() - started
+        self._changes = int(output.rpartition("changes of files: ")[2].split()[0])
+        print(f"{self._name} takes {self._seconds:.1f} s, {self._changes} changes of files")
+        assert self._changes > 5
+
+    def kill(self, argv, *, workers=1):
+        """Before some change of files, or at some other time; checks how the processes end.
+
+        Returns:
+            Whether all of them were over before.
+        """
+        started, before = [], self.left
+        self._tries -= 1
+        assert self._tries >= 0, "nearly all of them are over before the signal"
+        for _ in range(workers):
+            number, log = self._moments.choice(SIGNALS), self._log.with_suffix(f".{len(started)}")
+            log.unlink(missing_ok=True)
+            if self._moments.random() < 0.5:
+                change = self._moments.randrange(self._changes)
+                moment = f"before change {change}"
+                child = self._nursery.start(*argv, log=log, dies_at=change, dies_by=number)
+                delay = None
+            else:
+                delay = self._moments.uniform(0, self._seconds)
+                moment = f"after {delay:.2f} s"
+                child = self._nursery.start(*argv, log=log)
+            started.append((child, number, delay, moment))
+        for child, number, delay, moment in started:
+            if delay is not None:
+                time.sleep(delay)
+                runs = self._runs(child)
+                child.signal(number)
+                self._ended(child, number, moment, runs)
+        for child, number, delay, moment in started:
+            if delay is None:
+                self._ended(child, number, moment, [])
+        return self.left == before
+
+    @staticmethod
+    def _runs(child):
+        children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        return children.read_text().split() if children.exists() else []
+
+    def _ended(self, child, number, moment, runs):
+        started = time.monotonic()
+        status = child.wait()
+        if status != 0:
+            print(f"kill: {self._name}, {number.name} {moment}: status {status}")
+        assert "Traceback" not in child.output and "Exception ignored" not in child.output
+        if moment.startswith("after"):
+            assert time.monotonic() - started < 10
+        if status != 0:
+            self.left -= 1
+            assert status == (130 if number in STOPPING else -number), child.output
+            assert child.output.count("Stopped.") == (number in STOPPING), child.output
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in runs):  # They end with their worker.
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def killer(request, nursery, moments, tmp_path):
+    name = request.node.name.removeprefix("test_")
+    return Killer(name, nursery, moments, tmp_path / "log", request.config.getoption("kills"))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
-    """The figures of two runs by seed, the seconds and the changes of files of one."""
-    folder, figures = tmp_path_factory.mktemp("undisturbed"), {}
-    started = time.monotonic()
+    """The results of two runs, by seed, and the folder in which they are."""
+    folder, results = tmp_path_factory.mktemp("undisturbed"), {}
     for seed in (0, 1):
-        log = folder / "log"
-        status, output = nursery.call(*command(folder / str(seed), seed), log=log, dies_at=-1)
+        status, output = nursery.call(*command(folder / str(seed), seed), log=folder / "log")
         assert status == 0, output
-        metrics = json.loads((folder / str(seed) / "metrics.json").read_text())
-        figures[seed] = {name: metrics[name] for name in FIGURES}
-    seconds = (time.monotonic() - started) / 2
-    changes = int(output.rpartition("changes of files: ")[2].split()[0])
-    print(f"a run takes {seconds:.1f} s and makes {changes} changes of files")
-    assert changes > 20
-    return figures, seconds, changes
-
-
-def start_and_kill(nursery, moments, argv, log, seconds, changes):
-    """Kills a command before some change of files, or at some other time; says when."""
-    if moments.random() < 0.6:
-        number = moments.randrange(changes)
-        child = nursery.start(*argv, log=log, dies_at=number)
-        print(f"before change {number}:", child.wait())
-    else:
-        delay = moments.uniform(0, seconds)
-        child = nursery.start(*argv, log=log)
-        time.sleep(delay)
-        print(f"after {delay:.2f} s:", child.kill())
-    assert child.poll() in (0, -9), child.output
+        results[seed] = result(folder / str(seed))
+    assert results[0] != results[1]
+    return results, folder
 
 
 def lines(path):
@@ -58,23 +164,17 @@ def lines(path):
         return []
 
 
-def assert_figures(path, expected):
-    folder = FolderReader(path)
-    folder.check_products()
-    metrics = folder.read_metrics()
-    assert {name: metrics[name] for name in FIGURES} == pytest.approx(expected, rel=1e-5)
-
-
-def test_train_py(nursery, undisturbed, moments, tmp_path):
-    figures, seconds, changes = undisturbed
+def test_train(nursery, killer, undisturbed, moments, tmp_path):
+    results, _ = undisturbed
+    killer.undisturbed(command(tmp_path / "first", 0))
     out, seed = tmp_path / "run", 0
-    for _number in range(10):
-        overwrite = ["--overwrite"] if moments.random() < 0.3 else []
+    while killer.left > 0:
+        again = FolderReader(out).finished or moments.random() < 0.3
+        overwrite = ["--overwrite"] if again else []
         # What is still there of a run that was being thrown away does not count.
         previous, before = seed, [] if FolderReader(out).is_clearing else lines(out)
         seed = 1 - seed if overwrite else seed
-        argv = [*command(out, seed), *overwrite]
-        start_and_kill(nursery, moments, argv, tmp_path / "log", seconds, changes)
+        killer.kill([*command(out, seed), *overwrite])
         folder = FolderReader(out)
         if not folder.claimed:
             assert not before and set(p.name[:9] for p in out.glob("*")) <= {".partial-", ".lock"}
@@ -88,53 +188,54 @@ def test_train_py(nursery, undisturbed, moments, tmp_path):
             # The last line may be that of an epoch that was not yet in the checkpoint.
             assert config.seed == seed and lines(out)[: max(len(before) - 1, 0)] == before[:-1]
         if folder.finished:
-            assert_figures(out, figures[config.seed])
+            assert result(out) == results[config.seed]
     status, output = nursery.call(*command(out, seed), log=tmp_path / "log")
     assert status == 0, output
-    assert_figures(out, figures[seed])
+    assert result(out) == results[seed]
     assert {p.name for p in out.iterdir()} == FILES
 
 
-def test_evaluate_py(nursery, undisturbed, moments, tmp_path):
-    out = tmp_path / "run"
-    assert nursery.call(*command(out, 0), log=tmp_path / "log")[0] == 0
-    argv = ["evaluate", out, "--attacks", "noise", "pgd", "square", "--out", tmp_path / "figures"]
-    argv += ["--adversarial-examples", 2]
-    started = time.monotonic()
-    status, output = nursery.call(*argv, log=tmp_path / "log", dies_at=-1)
-    assert status == 0, output
-    seconds = time.monotonic() - started
-    changes = int(output.rpartition("changes of files: ")[2].split()[0])
-    whole = (out / "evaluation.json").read_bytes()
+def test_evaluate(nursery, killer, undisturbed, tmp_path):
+    out = undisturbed[1] / "0"
+    argv = ["evaluate", out, "--attacks", "noise", "pgd", "square", "--boundary", "--sigma"]
+    argv += ["--adversarial-examples", 2, "--out", tmp_path / "figures"]
+    killer.undisturbed(argv)
+    whole = [contents(out), contents(tmp_path / "figures")]
     (out / "evaluation.json").unlink()
     known: set[str] = set()
-    for _ in range(6):
-        start_and_kill(nursery, moments, argv, tmp_path / "log", seconds, changes)
+    while killer.left > 0:
+        over = killer.kill(argv)
         found = FolderReader(out).read_evaluation() or {}
         assert known <= found.keys()
         known = set(found)
+        if over:  # Once more from the start.
+            assert [contents(out), contents(tmp_path / "figures")] == whole
+            (out / "evaluation.json").unlink()
+            known = set()
     status, output = nursery.call(*argv, log=tmp_path / "log")
     assert status == 0, output
-    assert (out / "evaluation.json").read_bytes() == whole
+    assert [contents(out), contents(tmp_path / "figures")] == whole
     examples = {"evaluation.json", "adversarial_examples.png"}
     assert {p.name for p in out.iterdir()} == FILES | examples
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"robustness.png"}
+    figures = {"robustness.png", "boundary.png", "sigma.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == figures
 
 
-def test_a_sweep_with_two_workers(nursery, undisturbed, moments, tmp_path):
-    figures, seconds, _ = undisturbed
+def test_sweep(nursery, killer, undisturbed, tmp_path):
+    """Two workers, killed both."""
+    results, _ = undisturbed
     path, out = tmp_path / "four.toml", tmp_path / "four"
     path.write_text(
         f'dataset = "digits"\nepochs = {EPOCHS}\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'
     )
+    killer.undisturbed(["train", "--sweep", path, "--out", tmp_path / "undisturbed"])
     argv = ["train", "--sweep", path, "--out", out]
     seen: dict[str, list[str]] = {}
-    for _ in range(3):
-        pair = [nursery.start(*argv, log=tmp_path / f"log{number}") for number in range(2)]
-        for child in pair:
-            delay = moments.uniform(0, 1.5 * seconds)
-            time.sleep(delay)
-            print(f"{delay:.2f} s later:", child.kill())
+    while killer.left > 0:
+        if killer.kill(argv, workers=2):  # Once more from the start.
+            shutil.rmtree(out)
+            seen = {}
+            continue
         before, seen = seen, {p.name: lines(p) for p in out.glob("*-seed*")}
         for name, rows in before.items():
             assert seen[name][: max(len(rows) - 1, 0)] == rows[:-1]
@@ -145,12 +246,58 @@ def test_a_sweep_with_two_workers(nursery, undisturbed, moments, tmp_path):
         folder = out / Sweep.folder(config)
         assert {p.name for p in folder.iterdir()} == FILES
         FolderReader(folder).check_claim(config)
-        FolderReader(folder).check_products()
+        assert result(folder) == result(tmp_path / "undisturbed" / folder.name)
         if config.regularizer == "spectral":
-            assert_figures(folder, figures[config.seed])
+            assert result(folder) == results[config.seed]
         kept = seen.get(folder.name, [])
         assert (
             lines(folder)[: max(len(kept) - 1, 0)] == kept[:-1] and len(lines(folder)) == EPOCHS + 1
         )
     names = {Sweep.folder(config) for config in configs}
     assert {p.name for p in out.iterdir()} == names | {"sweep.toml", "sweep.sqlite3", ".sweep.lock"}
+
+
+def test_report(nursery, killer, tmp_path):
+    sweep, out = tmp_path / "two", tmp_path / "report"
+    (tmp_path / "two.toml").write_text(
+        f'dataset = "digits"\nepochs = {EPOCHS}\nrepeats = 2\n[methods.none]\n'
+    )
+    (tmp_path / "nothing").mkdir()
+    for argv in (
+        ["train", "--sweep", tmp_path / "two.toml", "--out", sweep],
+        ["evaluate", sweep / "none-lr0.01-b32-seed0", "--attacks", "noise", "--out", sweep / "f"],
+    ):
+        status, output = nursery.call(*argv, log=tmp_path / "log")
+        assert status == 0, output
+    argv = ["tfjacreg", "report", sweep, "--out", out, "--benchmarks", tmp_path / "nothing"]
+    killer.undisturbed(argv)
+    whole, read = contents(out), contents(sweep)
+    while killer.left > 0:
+        killer.kill(argv)
+        # What is there is whole: the last report's, until the next one's takes its place.
+        assert {k: v for k, v in contents(out).items() if not k.name.startswith(".")} == whole
+    assert nursery.call(*argv, log=tmp_path / "log")[0] == 0
+    assert contents(out) == whole and contents(sweep) == read
+
+
+def test_prepare(nursery, killer, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 600), ("t10k", 100)):
+        images, labels = rng.integers(0, 256, (count, 28, 28)), np.arange(count) % 10
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+            content = gzip.compress(header + array.astype("uint8").tobytes())
+            (source / f"{name}-{kind}-ubyte.gz").write_bytes(content)
+    argv = ["tfjacreg", "prepare", "kmnist", source, "--data-dir"]
+    killer.undisturbed([*argv, tmp_path / "whole"])
+    whole, data = contents(tmp_path / "whole"), tmp_path / "data"
+    while killer.left > 0:
+        killer.kill([*argv, data])
+        found = {k: v for k, v in contents(data).items() if not k.parts[1].startswith(".")}
+        assert found in ({}, whole)
+        if found:  # Once more from the start.
+            shutil.rmtree(data / "kmnist")
+    assert nursery.call(*argv, data, log=tmp_path / "log")[0] == 0
+    assert contents(data) == whole

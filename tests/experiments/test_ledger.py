@@ -1,14 +1,18 @@
 """The ledger of a sweep: each run is handed out once, whoever dies when."""
 
+import os
 import random
+import sqlite3
 import threading
 
 import optuna
 import pytest
+import sqlalchemy
 
-from tfjacreg.experiments import workers
+from tfjacreg.experiments import selection
 from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.ledger import Ledger
+from tfjacreg.experiments.storage_errors import STORAGE_ERRORS, DatabaseFile, Server
 from tfjacreg.experiments.sweep import Sweep
 
 MANY = """
@@ -134,10 +138,88 @@ def test_a_damaged_database_is_named_with_the_way_out(few, tmp_path):
             with Ledger.open(sweep, out, None, None) as ledger:
                 ledger.check_folders()
                 ledger.summary()
-        except (RunError, *workers.STORAGE_ERRORS) as found:  # `run_sweep` names it in the others.
+        except RunError as found:
             error = found
-        if isinstance(error, RunError):
+        except STORAGE_ERRORS as found:
+            error = DatabaseFile(out / "sweep.sqlite3").explained(found)
+        if error is not None:
             assert "sweep.sqlite3" in str(error) and "damaged" in str(error)
             assert "remove it" in str(error)
         refused += error is not None
     assert refused >= 2
+
+
+def sqlite_error(name):
+    error = sqlite3.OperationalError("some reason")
+    error.sqlite_errorcode, error.sqlite_errorname = getattr(sqlite3, name), name
+    wrapped = optuna.exceptions.StorageInternalError("An exception is raised during the commit.")
+    wrapped.__cause__ = sqlalchemy.exc.OperationalError("INSERT ...\nlines", {}, error)
+    wrapped.__cause__.__cause__ = error
+    return wrapped
+
+
+WAYS_OUT = {
+    "SQLITE_BUSY": "is locked by another program. Wait",
+    "SQLITE_BUSY_SNAPSHOT": "is locked by another program. Wait",
+    "SQLITE_LOCKED": "is locked by another program. Wait",
+    "SQLITE_FULL": "the disk is full. Make room",
+    "SQLITE_READONLY": "cannot be written. Make it and its folder writable",
+    "SQLITE_READONLY_DIRECTORY": "cannot be written. Make it and its folder writable",
+    "SQLITE_READONLY_DBMOVED": "was removed or replaced while this command used it",
+    "SQLITE_PERM": "cannot be written. Make it and its folder writable",
+    "SQLITE_CANTOPEN": "cannot be opened. Make it and its folder writable",
+    "SQLITE_IOERR_FSYNC": "See to its disk",
+    "SQLITE_CORRUPT": "damaged: some reason. Put it back, or remove it",
+    "SQLITE_NOTADB": "damaged: some reason. Put it back, or remove it",
+    "SQLITE_ERROR": "damaged: some reason. Put it back, or remove it",
+}
+
+
+@pytest.mark.parametrize("name", WAYS_OUT)
+def test_every_error_of_sqlite_has_its_way_out(tmp_path, name):
+    """Nobody is told to remove what is whole."""
+    message = str(DatabaseFile(tmp_path / "sweep.sqlite3").explained(sqlite_error(name)))
+    assert str(tmp_path / "sweep.sqlite3") in message and WAYS_OUT[name] in message
+    assert ("remove it" in message) == ("damaged" in message)
+    assert "\n" not in message and "INSERT" not in message
+
+
+def test_an_error_of_a_server_has_no_password():
+    url = "postgresql://me:hunter2@host/db?sslpassword=hunter3"
+    error = sqlalchemy.exc.OperationalError("x", {}, Exception("no hunter2\nand no hunter3"))
+    message = str(Server(url).explained(error))
+    assert "\n" not in message and "same command goes on" in message and "hunter" not in message
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "folder", "pipe"])
+def test_a_database_that_is_no_file_is_refused(few, tmp_path, kind):
+    """SQLite would follow the link and write there, or wait for the pipe's other end."""
+    path = few[1] / "sweep.sqlite3"
+    (tmp_path / "mine").write_bytes(b"")
+    {"symbolic link": lambda: path.symlink_to(tmp_path / "mine"), "folder": path.mkdir,
+     "pipe": lambda: os.mkfifo(path)}[kind]()  # fmt: skip
+    with pytest.raises(OSError, match=f"a {kind}"), Ledger.open(*few, None, None):
+        pass
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
+def test_a_run_folder_that_is_a_link_is_refused(few, tmp_path):
+    """A stranger's sweep would have another folder's files written, removed or shown."""
+    sweep, out = few
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".partial-a").write_text("mine")
+    name = [sweep.folder(config) for config in sweep.configs().values()][2]
+    (out / name).symlink_to(tmp_path / "mine")
+    refused = pytest.raises(RunError, match=f"{name} must be a folder.*a symbolic link")
+    with refused, Ledger.open(sweep, out, None, None):
+        pass
+    with pytest.raises(RunError, match=f"{name} must be a folder.*a symbolic link"):
+        selection.read_cells(out, sweep)
+    (out / name).unlink()
+    with Ledger.open(sweep, out, None, None) as ledger:
+        (out / name).symlink_to(tmp_path / "mine")  # While a worker is at work.
+        claims = [ledger.take(), ledger.take()]
+        assert name not in [claim.name for claim in claims]
+        with pytest.raises(RunError, match=f"{name} must be a folder"):
+            ledger.take()
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == [".partial-a"]

@@ -323,7 +323,9 @@ def cifar_shaped(folder):
         *(("resnet20", "spectral"), ("resnet20", "none")),
     ],
 )
-def test_networks_with_batch_norm_train_end_to_end(tmp_path, monkeypatch, network, penalty):
+def test_networks_with_batch_norm_train_end_to_end(
+    tmp_path, monkeypatch, any_files, network, penalty
+):
     """train.py on CIFAR-shaped files: crops and flips, cosine schedule, momentum, export."""
     cifar_shaped(tmp_path / "source")
     monkeypatch.setitem(datasets.VALIDATION_SIZES, "cifar10", 40)
@@ -509,6 +511,18 @@ def test_a_run_does_not_go_on_elsewhere(small, begun, tmp_path, name):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert f"was begun with {name}='another'" in _message_of_run(RunConfig.of(**SHORT), out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_killed_before_its_first_epoch_is_of_the_machine_that_makes_it(begun, tmp_path):
+    """Its config.json names where it was begun, where nothing of it was made."""
+    out = tmp_path / "run"
+    out.mkdir()
+    settings = json.loads((begun / "config.json").read_text())
+    elsewhere = settings["environment"] | {"tensorflow": "2.18.0", "device": "Tesla K80"}
+    (out / "config.json").write_text(json.dumps(settings | {"environment": elsewhere}))
+    run(RunConfig.of(**SHORT), out, verbose=0)
+    assert json.loads((out / "config.json").read_text()) == settings
+    FolderReader(out).check_products()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Workers of a sweep: each run once, whoever is killed when; failures; one table at the end."""
 
+import contextlib
 import csv
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import sqlalchemy
 
 import train
 from tfjacreg import datasets
-from tfjacreg.experiments import workers
+from tfjacreg.experiments import ledger, workers
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.ledger import Ledger
@@ -381,9 +383,7 @@ def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, se
     thread = threading.Thread(target=cut)
     thread.start()
     special = 'open(folder + "/../pid", "w").write(str(os.getpid())); time.sleep(60)'
-    with pytest.raises(
-        RunError, match="Cannot use the sweep's storage.*\n*.*same command"
-    ) as error:
+    with pytest.raises(RunError, match="Cannot use the sweep's storage: .*same command") as error:
         _work(tmp_path, FEW, monkeypatch, special, storage=server)
     thread.join()
     assert "secret" not in str(error.value)
@@ -396,6 +396,47 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="Cannot use the sweep's storage") as error:
         _work(tmp_path, FEW, monkeypatch, storage="postgresql://tester:secret@127.0.0.1:9/none")
     assert "secret" not in str(error.value)
+
+
+DISTURBED = {
+    "removed": ("os.remove(file)", "was removed or replaced while"),
+    "replaced": (
+        "open(file + '2', 'wb').write(open(file, 'rb').read()); os.replace(file + '2', file)",
+        "was removed or replaced while",
+    ),
+    "replaced by a folder": ("os.remove(file); os.mkdir(file)", "was removed or replaced while"),
+    "emptied": ("open(file, 'w').close()", "is damaged"),
+    "overwritten": ("open(file, 'r+b').write(b'x' * 50000)", "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DISTURBED)
+def test_a_database_that_is_disturbed_while_a_worker_uses_it(tmp_path, monkeypatch, case):
+    """One sentence with its name; then, if need be without it, the same command goes on."""
+    code, message = DISTURBED[case]
+    special = f"file = folder + '/../sweep.sqlite3'\n{code}"
+    with pytest.raises(RunError, match=message) as caught:
+        _work(tmp_path, FEW, monkeypatch, special)
+    database = tmp_path / "out" / "sweep.sqlite3"
+    assert str(database) in str(caught.value) and "\n" not in str(caught.value)
+    if database.is_dir():
+        database.rmdir()
+    if "remove it" in str(caught.value):
+        database.unlink()
+    summary = _work(tmp_path, FEW, monkeypatch)
+    assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
+    assert len((tmp_path / "out" / "notes").read_text().splitlines()) == 4
+
+
+def test_a_database_that_another_program_has_locked(tmp_path, monkeypatch):
+    _work(tmp_path, FEW, monkeypatch)
+    monkeypatch.setattr(ledger, "_PATIENCE", 0.1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "out" / "sweep.sqlite3")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RunError, match="sweep.sqlite3, is locked by another program") as caught:
+            _work(tmp_path, FEW, monkeypatch)
+        assert "remove" not in str(caught.value)
+    _work(tmp_path, FEW, monkeypatch)
 
 
 @pytest.mark.parametrize("url", ["mysql://host/name", "sqlite:///file", "nonsense"])

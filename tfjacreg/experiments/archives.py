@@ -6,7 +6,10 @@ version. Here a file may name Keras' own layers, and what belongs to them, and n
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import stat
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +17,8 @@ from typing import Any, BinaryIO
 
 import h5py
 import keras
+
+from tfjacreg.printable import shown
 
 PARTS = 1000  # Keras writes three, and this project one more.
 # What the parts of an archive may have, unpacked. Keras does not compress them.
@@ -23,6 +28,10 @@ _SMALL = 64 << 20  # Up to here the ratio does not matter.
 DESCRIPTION = 64 << 20  # Bytes of a part that is JSON.
 DEPTH = 200  # Of lists and objects in each other. A model in a model takes about six.
 OBJECTS = 1_000_000  # Lists and objects in a description.
+
+# Beyond what the file has as weights, a layer may make some when it is built.
+_SPARE = 1_000_000
+OUTPUT = 1 << 27  # Numbers that a layer may give for an example.
 
 _SPACES = (
     *("layers", "models", "initializers", "regularizers", "constraints", "optimizers"),
@@ -47,39 +56,58 @@ _KINDS = (
 )
 
 
-def check(file: BinaryIO) -> None:
+def check(file: BinaryIO) -> int:
     """Checks the parts of an archive, the classes that it names, and its weights.
 
     Args:
         file: The archive, open.
 
+    Returns:
+        How many numbers its weights are.
+
     Raises:
         ValueError: If one is not allowed.
         OSError: If the file is no archive or cannot be read.
     """
+    numbers = 0
     with zipfile.ZipFile(file) as archive:
-        _check_parts(archive)
+        check_parts(archive)
         damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"its part {damaged!r} is damaged")
+            raise ValueError(f"its part {shown(damaged)} is damaged")
         for part in archive.infolist():
             if part.filename.endswith(".json"):
                 _check_description(archive.read(part))
             elif part.filename.endswith(".h5") and part.file_size:
                 with archive.open(part) as weights:
-                    _check_weights(weights)
+                    numbers += check_weights(weights, part.file_size)
+    return numbers
 
 
-def _check_parts(archive: zipfile.ZipFile) -> None:
+def check_parts(archive: zipfile.ZipFile) -> None:
+    """Checks number, names, kinds and sizes of the parts of a zip file, of which none is unpacked.
+
+    Args:
+        archive: The file, open; a `.npz` is one too.
+
+    Raises:
+        ValueError: If one is not allowed.
+    """
     parts = archive.infolist()
     if len(parts) > PARTS:
         raise ValueError(f"it must have at most {PARTS} parts. Received: {len(parts)}")
-    names = [part.filename for part in parts]
-    for name in names:
+    names = set()
+    for part in parts:
+        name = part.filename
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-            raise ValueError(f"the names of its parts must stay inside it. Received: {name!r}")
-        if names.count(name) > 1:
-            raise ValueError(f"each of its parts must be there once. Received: {name!r} again")
+            raise ValueError(f"the names of its parts must stay inside it. Received: {shown(name)}")
+        if name in names:
+            raise ValueError(f"each of its parts must be there once. Received: {shown(name)} again")
+        if part.flag_bits & 1:
+            raise ValueError(f"its parts must not be encrypted. Received: {shown(name)}, which is")
+        if stat.S_IFMT(part.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ValueError(f"its parts must be files. Received: {shown(name)}, a link or device")
+        names.add(name)
     unpacked = sum(part.file_size for part in parts)
     packed = sum(part.compress_size for part in parts)
     if unpacked > UNPACKED or unpacked > max(RATIO * packed, _SMALL):
@@ -188,12 +216,23 @@ def _is_keras_own(module: str | None, name: str) -> bool:
     )
 
 
-def _check_weights(file: Any) -> None:
-    """Weights lie in the file: HDF5 can refer to others, or to room that it does not have."""
-    total = 0
+def check_weights(file: Any, size: int) -> int:
+    """Checks that weights lie in their file: HDF5 can refer to others, or to room it does not have.
+
+    Args:
+        file: The HDF5 file, open.
+        size: How many bytes it has.
+
+    Returns:
+        How many numbers there are in it.
+
+    Raises:
+        ValueError: If they do not, or it cannot be read.
+    """
+    total, numbers, most = 0, 0, min(UNPACKED, max(RATIO * size, _SMALL))
 
     def problem(name: str, link: Any) -> str | None:  # Raised in here, h5py would lose it.
-        nonlocal total
+        nonlocal total, numbers
         elsewhere = f"lie in it. Received: {name!r}, in another file"
         if isinstance(link, h5py.ExternalLink):
             return elsewhere
@@ -202,7 +241,8 @@ def _check_weights(file: Any) -> None:
             if item.is_virtual or item.external:
                 return elsewhere
             total += item.nbytes
-        return f"have at most {UNPACKED} bytes. Received: more" if total > UNPACKED else None
+            numbers += item.size
+        return f"have at most {most} bytes. Received: more" if total > most else None
 
     try:
         with h5py.File(file, "r") as weights:
@@ -211,3 +251,51 @@ def _check_weights(file: Any) -> None:
         raise ValueError(f"its weights cannot be read: {error}") from error
     if found:
         raise ValueError(f"its weights must {found}")
+    return numbers
+
+
+@contextlib.contextmanager
+def layers_limited(numbers: int) -> Iterator[None]:
+    """Has layers that are built have no more weights, together, than a file has for them.
+
+    Args:
+        numbers: How many numbers the file's weights are.
+    """
+    original, left = keras.Layer.add_weight, numbers + _SPARE
+
+    def add_weight(self: keras.Layer, shape: Any = None, *args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= math.prod(int(n) for n in shape or ())
+        if left < 0:
+            raise ValueError(
+                f"its layers must have the weights that are in it, {numbers} numbers. Received: "
+                f"the layer {shown(self.name)}, which would have {shown(shape)}"
+            )
+        return original(self, shape, *args, **options)
+
+    keras.Layer.add_weight = add_weight
+    try:
+        yield
+    finally:
+        keras.Layer.add_weight = original
+
+
+def check_outputs(model: keras.Model) -> None:
+    """Refuses a model in which a layer gives more numbers than an example can take up.
+
+    Args:
+        model: What was loaded; nothing has been computed with it.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for layer in model._flatten_layers():
+        outputs = []
+        with contextlib.suppress(AttributeError, ValueError):  # Never called, or more than once.
+            outputs = keras.tree.flatten(layer.output)
+        for tensor in outputs:
+            if math.prod(n or 1 for n in tensor.shape) > OUTPUT:
+                raise ValueError(
+                    f"its layers must give at most {OUTPUT} numbers for an example. Received: the "
+                    f"layer {shown(layer.name)}, which would give {tensor.shape}"
+                )

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from tfjacreg.experiments import archives, reading
+from tfjacreg.printable import printable
 
 _NOTE = "run.json"  # Keras leaves members that it does not know alone.
 
@@ -38,20 +39,27 @@ def load(path: Path, **options: Any) -> keras.Model:
         ValueError: If that fails, for whatever reason.
     """
     # Keras jumps about in a file, past the checksums, and names one that is cut "not found".
-    check_whole(path)
+    numbers = check_whole(path)
     try:
-        return keras.models.load_model(path, safe_mode=True, **options)
+        with archives.layers_limited(numbers):
+            model = keras.models.load_model(path, safe_mode=True, **options)
+        archives.check_outputs(model)
+        return model
     except Exception as error:
         # Keras answers a broken file with errors of many kinds.
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(" ".join(str(error).split()), limit=1000) or type(error).__name__
         raise ValueError(f"{path} cannot be loaded as a Keras model: {reason}") from error
 
 
-def check_whole(path: Path) -> None:
-    """Checks that a `.keras` file is whole and may be loaded: see `archives`; raises ValueError."""
+def check_whole(path: Path) -> int:
+    """Checks that a `.keras` file is whole and may be loaded: see `archives`; raises ValueError.
+
+    Returns:
+        How many numbers its weights are.
+    """
     try:
         with reading.open_regular(path) as file:
-            archives.check(file)
+            return archives.check(file)
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     except Exception as error:  # Of many kinds.

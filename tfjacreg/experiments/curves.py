@@ -21,7 +21,7 @@ _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
 # marked: the attack has not tested it.
 FADED = 0.01
 # Where evaluation.json has the distances: at random directions, and to the nearest image found.
-_DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
+DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
 _MEANINGS = {
     "boundary": "distance to the decision boundary along random directions",
     "distance": "distance to the nearest adversarial image found",
@@ -193,7 +193,7 @@ def _count(dataset: str, runs: Sequence[Evaluation], key: str) -> int:
 
 def _shared(dataset: str, runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.bool_]:
     """Which points every run classifies correctly, `[P]`."""
-    shared = np.ones(_count(dataset, runs, _DISTANCES[name]), bool)
+    shared = np.ones(_count(dataset, runs, DISTANCES[name]), bool)
     for run in runs:
         shared[run.result[name]["misclassified"]] = False
     if not shared.any():
@@ -203,7 +203,7 @@ def _shared(dataset: str, runs: Sequence[Evaluation], name: str) -> npt.NDArray[
 
 def _distances(runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.float64]:
     # null marks the misclassified and those where none was found.
-    listed = [e.result[_DISTANCES[name]] for e in runs]
+    listed = [e.result[DISTANCES[name]] for e in runs]
     return np.array([[np.inf if d is None else d for d in row] for row in listed], float)
 
 

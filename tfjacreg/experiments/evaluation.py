@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfjacreg import attacks, datasets
+from tfjacreg import atomic_files, attacks, datasets
 from tfjacreg.experiments import (
     checkpoint,
     curves,
@@ -25,6 +25,7 @@ from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.judging.classifiers import check_classifier, predict
+from tfjacreg.printable import printable, shown
 
 
 class Target(NamedTuple):
@@ -164,6 +165,11 @@ def judge(
             classifier cannot be loaded or judged.
         OSError: If a file cannot be written.
     """
+    drawn = [*(["robustness"] if perturbations else []), *pointwise]
+    atomic_files.check_files(*(out / f"{name}.png" for name in drawn))
+    for target in targets:
+        reader = target.folder.reader
+        atomic_files.check_files(reader.evaluation_file, reader.examples_file)
     places = dict.fromkeys((target.dataset, target.data_dir) for target in targets)
     tests = {place: datasets.load(*place).test for place in places}
     judged = []
@@ -334,6 +340,11 @@ def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, An
     different |= environment.differences(before.get("environment", {}), now["environment"])
     for name, (there, here) in different.items():
         raise ValueError(
-            f"{path} was made with {name}={there}, now it is {here}. "
+            f"{path} was made with {name}={_unquoted(there)}, now it is {here}. "
             "Ask for the same, or start afresh with --overwrite."
         )
+
+
+def _unquoted(value: Any) -> str:
+    """A setting in one line, a name without its quotes."""
+    return printable(repr(value)[1:-1], limit=200) if isinstance(value, str) else shown(value)

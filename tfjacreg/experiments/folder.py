@@ -91,6 +91,18 @@ class RunFolder:
             elif not reader.claimed:
                 files.write_json(reader.config_file, settings)
 
+    def note_environment(self) -> None:
+        """Makes the environment in the settings this process's; raises RunError.
+
+        Of a run without a finished epoch: all of it will be made here.
+        """
+        settings = self.reader.read_config()
+        if settings.get("environment") != environment():
+            with self._write_errors_as_run_errors():
+                # As it is in the file: what was no setting then must not become one.
+                content = files.read_json(self.reader.config_file)
+                files.write_json(self.reader.config_file, {**content, "environment": environment()})
+
     # --- writers: what was there before stays until the new file is whole ---
 
     def write_epoch(self, history: Sequence[dict[str, float]], model: keras.Model) -> None:

@@ -10,11 +10,13 @@ from typing import Any, Self
 
 import keras
 
-from tfjacreg.experiments import checkpoint, files, reading, records
+from tfjacreg.experiments import checkpoint, evaluation_records, files, reading, records
 from tfjacreg.experiments.config import EARLIER, RunConfig, RunError
+from tfjacreg.printable import printable, shown
 
 CLEARING = "clearing"  # In config.json while the files of an earlier run are being removed.
 SETTINGS_DIGEST = "settings"  # Beside those of the files in metrics.json.
+_NAME = 1000  # Characters of a version or a device.
 _AGAIN = "Train that run again, with train.py --overwrite."
 _ANEW = "Put the file back as it was, or use --overwrite to start anew."
 # What every config.json says, since the first version.
@@ -67,6 +69,14 @@ class FolderReader:
             self.history_file,
         )
 
+    def refuse_link(self) -> None:
+        """Refuses a folder of a sweep that is elsewhere; raises RunError."""
+        if self.path.is_symlink():
+            raise RunError(
+                f"{self.path} must be a folder in that of its sweep. Received: a symbolic link. "
+                "Put the run itself there."
+            )
+
     # --- whose the folder is, and how far the run has come ---
 
     @property
@@ -105,6 +115,20 @@ class FolderReader:
             return CLEARING in files.read_json(self.config_file)
         except ValueError:  # Missing or damaged, which other readers report.
             return False
+
+    def check_kinds(self) -> None:
+        """Refuses a folder that is named like a file that a run writes, and the other way round.
+
+        Raises:
+            RunError: If one is there: the run would end when it comes to it.
+        """
+        for path in (self.config_file, *self.products, self.error_file):
+            if path == self.saved_model:
+                wrong, kind = path.exists() and not path.is_dir(), "a folder. Received: a file"
+            else:
+                wrong, kind = path.is_dir(), "a file. Received: a folder"
+            if wrong:
+                raise RunError(f"{path} must be {kind} of that name. Move it out of the way.")
 
     def check_claim(self, config: RunConfig) -> None:
         """Refuses the folder of another run.
@@ -166,13 +190,22 @@ class FolderReader:
         try:
             RunConfig.of(**{k: content[k] for k in RunConfig.names() if k in content})
         except (TypeError, ValueError) as error:
-            raise RunError(f"{self.config_file}: {error} {way_out}") from error
-        if not isinstance(content.get("environment", {}), dict):
-            raise RunError(
-                f"{self.config_file} must hold an object as environment. Received: "
-                f"{content['environment']!r}. {way_out}"
-            )
+            reason = printable(str(error), limit=500)
+            raise RunError(f"{self.config_file}: {reason} {way_out}") from error
+        self._check_environment(self.config_file, content, way_out)
         return content
+
+    @staticmethod
+    def _check_environment(path: Path, content: dict[str, Any], way_out: str) -> None:
+        found = content.get("environment", {})
+        if not isinstance(found, dict):
+            raise RunError(
+                f"{path} must hold an object as environment. Received: {shown(found)}. {way_out}"
+            )
+        if not all(isinstance(text, str) and len(text) <= _NAME for text in found.values()):
+            raise RunError(
+                f"{path} must hold short names as environment. Received: {shown(found)}. {way_out}"
+            )
 
     def read_metrics(self) -> dict[str, Any]:
         """The figures of the finished run.
@@ -214,12 +247,13 @@ class FolderReader:
             return None
         way_out = "Judge that run again, with evaluate.py --overwrite."
         content = self._read_json(self.evaluation_file, way_out, sealed=True)
-        for name in ("settings", "environment"):
-            if not isinstance(content.get(name, {}), dict):
-                raise RunError(
-                    f"{self.evaluation_file} must hold an object as {name}. Received: "
-                    f"{content[name]!r}. {way_out}"
-                )
+        self._check_environment(self.evaluation_file, content, way_out)
+        try:
+            evaluation_records.check_evaluation(content)
+        except ValueError as error:
+            raise RunError(
+                f"{self.evaluation_file} must be as evaluate.py writes it: {error}. {way_out}"
+            ) from error
         return files.unsealed(content)
 
     def classifier_digest(self) -> str | None:

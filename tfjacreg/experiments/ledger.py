@@ -25,9 +25,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
+from tfjacreg.experiments.storage_errors import DatabaseFile, Server
 from tfjacreg.experiments.sweep import Cell, Sweep
 
 DATABASE = "sweep.sqlite3"
+_PATIENCE = 60.0  # Seconds to wait for another program that has locked it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +107,14 @@ class Ledger:
         configs: dict[str, RunConfig],
         locks: FileLocks,
         study: optuna.Study,
+        database: DatabaseFile | Server,
     ) -> None:
         self.sweep = sweep
         self.out = out
         self.configs = configs
         self.locks = locks
         self._study = study
+        self._database = database
 
     @classmethod
     @contextlib.contextmanager
@@ -127,20 +131,26 @@ class Ledger:
 
         Raises:
             ValueError: If the URL is not valid.
+            RunError: If a run folder is a link, or the database is damaged.
+            OSError: If the database is no file.
         """
         configs = {sweep.folder(c): c for c in sweep.configs(data_dir).values()}
+        for run in configs:
+            FolderReader(out / run).refuse_link()
+        database = database_of(out, storage)
         digest = hashlib.sha256(sweep.content).hexdigest()[:16]
         name = f"{sweep.any_config.dataset}-{sweep.any_config.network}-{digest}"
         locks: FileLocks
-        if storage is None:
-            url = sqlalchemy.URL.create("sqlite", database=str(out / DATABASE))
-            locks, options = FileLocks(out), {"connect_args": {"timeout": 60}}
+        if isinstance(database, DatabaseFile):
+            database.check_kind()
+            url = sqlalchemy.URL.create("sqlite", database=str(database.path))
+            locks, options = FileLocks(out), {"connect_args": {"timeout": _PATIENCE}}
         else:
-            url = server_url(storage)
+            url = server_url(database.storage)
             locks, options = PostgresLocks(out, url, name), {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with contextlib.closing(locks):
-            with locks.exclusive(), _errors_name(out if storage is None else None):
+            with locks.exclusive(), database.errors_named():
                 tables = optuna.storages.RDBStorage(
                     url.render_as_string(hide_password=False), engine_kwargs=options
                 )
@@ -150,13 +160,26 @@ class Ledger:
                     sampler=optuna.samplers.RandomSampler(),  # Nothing is left to sample.
                     load_if_exists=True,
                 )
-                ledger = cls(sweep, out, configs, locks, study)
+                ledger = cls(sweep, out, configs, locks, study, database)
                 # All of them at first; later what a first worker did not come to before it died.
                 ledger._add(configs.keys() - ledger.latest().keys())
             try:
                 yield ledger
             finally:
                 tables.engine.dispose()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Around every look at the study: its file is still the one that was opened."""
+        self._database.check()
+        with self._database.errors_named():
+            yield
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around every change of the study."""
+        with self.locks.exclusive(), self._reading():
+            yield
 
     def _add(self, names: set[str]) -> None:
         """Adds a waiting trial for each of these runs, in the sweep's order."""
@@ -176,8 +199,9 @@ class Ledger:
 
     def latest(self) -> dict[str, FrozenTrial]:
         """The last trial of each run. A run tried again has several."""
-        named = ((_name(trial), trial) for trial in self._study.get_trials(deepcopy=False))
-        return {name: trial for name, trial in named if name is not None}
+        with self._reading():
+            named = {_name(trial): trial for trial in self._study.get_trials(deepcopy=False)}
+            return {name: trial for name, trial in named.items() if name is not None}
 
     def finished(self) -> bool:
         """Whether every run is, by success or by failure."""
@@ -190,7 +214,7 @@ class Ledger:
             failed: Those that failed.
             lost: Those that succeeded and whose folder was removed since.
         """
-        with self.locks.exclusive():
+        with self._changing():
             again = set()
             for name, trial in self.latest().items():
                 gone = not FolderReader(self.out / name).finished
@@ -216,7 +240,7 @@ class Ledger:
                 not isinstance(trial.user_attrs.get("test_accuracy"), int | float)
                 or not trial.values
             ):
-                raise _damaged(self.out, f"{name} has no result")
+                raise self._database.damaged(f"{name} has no result")
             if not folder.finished:
                 continue
             folder.check_settings(self.configs[name], "Move that run out of the sweep's folder.")
@@ -230,7 +254,7 @@ class Ledger:
 
     def take(self) -> Claim | None:
         """A run that a dead worker left or nobody has begun; None if there is none."""
-        with self.locks.exclusive():
+        with self._changing():
             running = (TrialState.RUNNING,)
             for trial in self._study.get_trials(deepcopy=False, states=running):
                 claim = self._claim(Trial(self._study, trial._trial_id))
@@ -242,14 +266,17 @@ class Ledger:
 
     def _claim(self, trial: Trial) -> Claim | None:
         name = _name(trial)
-        descriptor = None if name is None else self.locks.acquire(name)
-        if name is None or descriptor is None:
+        if name is None:
+            return None
+        FolderReader(self.out / name).refuse_link()
+        descriptor = self.locks.acquire(name)
+        if descriptor is None:
             return None
         return Claim(name, trial, descriptor)
 
     def succeed(self, claim: Claim, metrics: dict[str, Any]) -> None:
         """Records what a run came to."""
-        with self.locks.exclusive():
+        with self._changing():
             claim.trial.set_user_attr("test_accuracy", metrics["test_accuracy"])
             # A trial needs a value, and runs on the whole training set have no validation loss.
             loss = metrics.get("val_loss", metrics["test_loss"])
@@ -258,7 +285,7 @@ class Ledger:
 
     def fail(self, claim: Claim, error: str) -> None:
         """Records why a run failed."""
-        with self.locks.exclusive():
+        with self._changing():
             claim.trial.set_user_attr("error", error)
             self._study.tell(claim.trial, state=TrialState.FAIL)
 
@@ -289,24 +316,14 @@ class Ledger:
         return Summary(self.sweep.repeats, list(results.values()), failures)
 
 
-@contextlib.contextmanager
-def _errors_name(out: Path | None) -> Iterator[None]:
-    """Optuna answers a damaged file with errors of many kinds."""
-    try:
-        yield
-    except (OSError, sqlalchemy.exc.SQLAlchemyError):
-        raise
-    except Exception as error:
-        if out is None:
-            raise
-        raise _damaged(out, repr(error)) from error
+def database_of(out: Path, storage: str | None) -> DatabaseFile | Server:
+    """The database of a sweep.
 
-
-def _damaged(out: Path, reason: str) -> RunError:
-    return RunError(
-        f"The sweep's study ({out / DATABASE}, if it is not on a server) is damaged: {reason}. Put "
-        "it back, or remove it: finished runs are found by their folders."
-    )
+    Args:
+        out: The sweep's folder.
+        storage: A `postgresql://` URL, or None for a file in the folder.
+    """
+    return DatabaseFile(out / DATABASE) if storage is None else Server(storage)
 
 
 def _name(trial: FrozenTrial | Trial) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import sqlalchemy
 
+import tfjacreg_startup
 from tfjacreg import optional_packages
 from tfjacreg.experiments import folder_lock
 
@@ -130,22 +130,11 @@ def server_url(storage: str) -> sqlalchemy.URL:
             with optional_packages.importing("postgresql", "A sweep on a PostgreSQL server"):
                 import psycopg  # noqa: F401
             return url.set(drivername="postgresql+psycopg")
+    shown = tfjacreg_startup.redacted(storage)
     raise ValueError(
         "`--storage` must be the URL of a PostgreSQL database, such as postgresql://user@host/name."
-        f" Received: {_without_password(storage)}. Leave it out for an SQLite file in the sweep's "
-        "folder."
+        f" Received: {shown}. Leave it out for an SQLite file in the sweep's folder."
     )
-
-
-def _without_password(text: str) -> str:
-    """A URL, or what was meant as one, without what may be a password."""
-    scheme, separator, rest = text.rpartition("://")
-    rest = rest.partition("?")[0]
-    _, at, host = rest.rpartition("@")
-    if at:
-        return f"{scheme}{separator}***@{host}"
-    host, colon, _ = re.sub(r"(?is)passw.*", "***", rest).partition(":")
-    return f"{scheme}{separator}{host}{colon}{'***' * bool(colon)}"
 
 
 def hidden(text: str, storage: str | None) -> str:
@@ -153,7 +142,9 @@ def hidden(text: str, storage: str | None) -> str:
     secrets: list[str] = []
     with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
         url = sqlalchemy.make_url(storage or "")
-        secrets = [str(url.password or ""), *url.normalized_query.get("password", ())]
+        secrets = [str(url.password or "")]
+        for name, values in url.normalized_query.items():
+            secrets += values if "pass" in name.lower() else ()
     for secret in filter(None, secrets):
         for spelling in (secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote(secret)):
             text = text.replace(spelling, "***")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tfjacreg.experiments import reading
+from tfjacreg.printable import shown
 
 # Keys into metrics.json.
 _Keys = tuple[str, ...]
@@ -25,6 +25,13 @@ _VALIDATION_NUMBERS: tuple[_Keys, ...] = (
     ("val_loss",),
     ("lowest_val_loss", "test_accuracy"),
 )
+# Whatever is measured: the largest number in single precision.
+LARGEST = 3.5e38
+
+
+def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
+    """Whether a value of JSON is a number within limits; NaN, infinity and true are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def check_metrics(metrics: dict[str, Any], *, validated: bool) -> None:
@@ -45,23 +52,24 @@ def check_metrics(metrics: dict[str, Any], *, validated: bool) -> None:
         value: Any = metrics
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
-            raise ValueError(f"must hold a finite number as {'.'.join(keys)}. Received: {value!r}")
+        share = keys[-1].endswith("accuracy")
+        if not is_number(value, 0, 1 if share else LARGEST):
+            limits = "from 0 to 1" if share else f"from 0 to {LARGEST:g}"
+            raise ValueError(
+                f"must hold a finite number as {'.'.join(keys)}, {limits}. Received: {shown(value)}"
+            )
+    for name, row in metrics.items():
+        values = row.values() if isinstance(row, dict) else [row]
+        if name.startswith("lowest_") and not all(map(is_number, values)):
+            raise ValueError(f"must hold finite numbers as {name}. Received: {shown(row)}")
 
 
 def digests(metrics: dict[str, Any]) -> dict[str, str]:
     """The digests in `metrics.json` by file; none in one of version 0.1.0; or raises ValueError."""
     found = metrics.get("files", {})
     if not isinstance(found, dict):
-        raise ValueError(f"must hold digests as files. Received: {found!r}")
+        raise ValueError(f"must hold digests as files. Received: {shown(found)}")
     return found
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # An integer beyond every float.
-        return False
 
 
 def history_text(rows: Sequence[dict[str, float]]) -> str:
@@ -93,13 +101,17 @@ def read_history(path: Path, *, validated: bool) -> tuple[str, list[dict[str, fl
         for number, row in enumerate(rows, start=1):
             for name in needed:
                 row[name]
-            if not all(map(math.isfinite, row.values())):
-                raise ValueError(f"a number that is not finite in line {number}")
+            for name, value in row.items():
+                low = 0 if name.endswith(("accuracy", "seconds")) else -LARGEST
+                if not is_number(value, low, 1 if name.endswith("accuracy") else LARGEST):
+                    raise ValueError(
+                        f"{value:g} as {name[:50]!r}, out of range or not finite in line {number}"
+                    )
             if row.setdefault("epoch", number) != number:
                 raise ValueError(f"epoch {row['epoch']:g} in line {number}")
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"must hold a line of numbers per epoch, among them {needed}. Received: {error!r}"
+            f"must hold a line of numbers per epoch, among them {needed}. Received: {shown(error)}"
         ) from error
     return text, [row | {"epoch": int(row["epoch"])} for row in rows]
 
@@ -120,5 +132,6 @@ def check_same(text: str, kept: Any, epochs: int) -> None:
         if lines[number : number + 1] != expected[number : number + 1]:
             raise ValueError(
                 f"is not the history of the checkpoint beside it: line {number + 1} was "
-                f"{expected[number : number + 1]}. Received: {lines[number : number + 1]}"
+                f"{shown(expected[number : number + 1])}. Received: "
+                f"{shown(lines[number : number + 1])}"
             )

@@ -20,6 +20,7 @@ from tfjacreg.experiments.environment import differences, environment
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.model import RegularizedModel
+from tfjacreg.printable import shown
 
 MOMENTUM = 0.8  # Appendix A.2, for every network.
 # Steps that `fit` hands to TensorFlow at once: enough to hide Keras' own work between steps, few
@@ -79,6 +80,7 @@ def train(
         if folder.reader.finished:
             return _finished(config, folder.reader)
 
+    folder.reader.check_kinds()
     _check_settings_of_keras()
     # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
@@ -89,6 +91,7 @@ def train(
     model, history = folder.reader.read_state(steps)
     if model is None:
         model = fresh
+        folder.note_environment()  # It may have been begun elsewhere, and killed at once.
     else:
         _refuse_another_machine(folder.reader)
     if len(history) < config.epochs:
@@ -123,9 +126,9 @@ def _refuse_another_machine(reader: FolderReader) -> None:
     before = reader.read_config().get("environment", {})
     for name, (there, here) in differences(before, environment()).items():
         raise RunError(
-            f"{reader.path} was begun with {name}={there!r}. Received: {name}={here!r}, of which "
-            "its later epochs would be. Go on where it was begun, choose another --out, or "
-            "--overwrite to start anew."
+            f"{reader.config_file}: the run was begun with {name}={shown(there)}. Received: "
+            f"{name}={here!r}, of which its later epochs would be. Go on where it was begun, "
+            "choose another --out, or --overwrite to start anew."
         )
 
 

@@ -235,6 +235,7 @@ def choose(cells: Sequence[CellResults], loss: Sequence[str]) -> CellResults | N
 
 
 def _read_run(folder: FolderReader, config: RunConfig) -> RunResult:
+    folder.refuse_link()
     if folder.claimed:
         folder.check_settings(config, "Move that run out of the sweep's folder.")
     problem = folder.problem

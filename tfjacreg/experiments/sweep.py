@@ -29,7 +29,7 @@ from typing import Any
 from tfjacreg import arguments, regularizers
 from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunConfig
-from tfjacreg.printable import printable
+from tfjacreg.printable import printable, shown
 
 SWEEP_FILE = "sweep.toml"  # In the sweep's folder, a copy of the file that was given.
 MOST_RUNS = 100_000
@@ -120,7 +120,7 @@ class Sweep:
         try:
             return _parsed(path.stem, content, table)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {printable(str(error), limit=1000)}") from error
 
     def configs(self, data_dir: str | None = None) -> dict[tuple[Cell, int], RunConfig]:
         """The configuration of every run, by cell and repeat; repeats of a cell are neighbours.
@@ -202,7 +202,7 @@ def _axes(where: str, table: dict[str, Any], names: tuple[str, ...]) -> dict[str
         if not isinstance(values, list) or not values:
             raise ValueError(
                 f"{where} `{name}` must be a list of at least one value, such as "
-                f"`{name} = [{getattr(RunConfig.of(), name)}]`. Received: {_shown(values)}"
+                f"`{name} = [{getattr(RunConfig.of(), name)}]`. Received: {shown(values)}"
             )
     return {
         name: [_typed(f"{where} {name}", value) for value in values]
@@ -215,26 +215,18 @@ def _typed(where: str, value: Any) -> Any:
     kind = _TYPES[where.split()[-1]]
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"`{where}` must be {_KINDS[kind]}. Received: {_shown(value)}")
+        raise ValueError(f"`{where}` must be {_KINDS[kind]}. Received: {shown(value)}")
     try:
         return kind(value)
     except OverflowError as error:
         raise ValueError(
-            f"`{where}` must be a number below 1.8e308. Received: {_shown(value)}"
+            f"`{where}` must be a number below 1.8e308. Received: {shown(value)}"
         ) from error
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, which it does not fill."""
-    try:
-        return printable(repr(value), limit=200)
-    except (RecursionError, ValueError):  # Too deep, or an integer of too many digits.
-        return f"one that is too long to show, of type {type(value).__name__}"
 
 
 def _table(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a table. Received: {_shown(value)}")
+        raise ValueError(f"{where} must be a table. Received: {shown(value)}")
     return value
 
 

@@ -19,8 +19,6 @@ import time
 import traceback
 from pathlib import Path
 
-import optuna
-import sqlalchemy
 import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
@@ -30,13 +28,13 @@ from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
-from tfjacreg.experiments.ledger import DATABASE, Claim, Ledger, Summary
-from tfjacreg.experiments.locks import FileLocks, hidden
+from tfjacreg.experiments.ledger import Claim, Ledger, Summary, database_of
+from tfjacreg.experiments.locks import FileLocks
 from tfjacreg.experiments.run import train
+from tfjacreg.experiments.storage_errors import STORAGE_ERRORS
 from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
 from tfjacreg.printable import printable
 
-STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _POLL = 2.0  # Seconds between looks at the other workers.
 _NO_LOG = "the run's process ended without a word; its disk may be full"
 
@@ -92,14 +90,7 @@ def run_sweep(
             f"Cannot write the sweep's folder {out}: {error}. Choose a writable --out."
         ) from error
     except STORAGE_ERRORS as error:
-        reason = hidden(str(error), storage)
-        way_out = "The same command goes on when it is there."
-        if storage is None:
-            way_out = (
-                f"A damaged {out / DATABASE} can be removed: finished runs are found by their "
-                "folders."
-            )
-        raise RunError(f"Cannot use the sweep's storage: {reason}\n{way_out}") from error
+        raise database_of(out, storage).explained(error) from error
 
 
 def claim_folder(sweep: Sweep, out: Path) -> None:

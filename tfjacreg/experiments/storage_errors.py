@@ -1,0 +1,123 @@
+"""What is wrong with the database of a sweep, and what to do about it, in a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+
+from tfjacreg import error_causes
+from tfjacreg.experiments import reading
+from tfjacreg.experiments.config import RunError
+from tfjacreg.experiments.locks import hidden
+
+STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
+_AGAIN = "and give the same command again"
+# By SQLite's primary result codes.
+_WAYS_OUT = {
+    sqlite3.SQLITE_BUSY: f"is locked by another program. Wait for its end, or end it, {_AGAIN}",
+    sqlite3.SQLITE_LOCKED: f"is locked by another program. Wait for its end, or end it, {_AGAIN}",
+    sqlite3.SQLITE_FULL: f"cannot grow: the disk is full. Make room, {_AGAIN}",
+    sqlite3.SQLITE_READONLY: f"cannot be written. Make it and its folder writable, {_AGAIN}",
+    sqlite3.SQLITE_PERM: f"cannot be written. Make it and its folder writable, {_AGAIN}",
+    sqlite3.SQLITE_CANTOPEN: f"cannot be opened. Make it and its folder writable, {_AGAIN}",
+    sqlite3.SQLITE_IOERR: f"cannot be read or written. See to its disk, {_AGAIN}",
+}
+
+
+class Server:
+    """A database on a PostgreSQL server.
+
+    Attributes:
+        storage: Its URL.
+    """
+
+    def __init__(self, storage: str) -> None:
+        self.storage = storage
+
+    def check(self) -> None:
+        """Nobody can put another in its place."""
+
+    @contextlib.contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Around what uses the study: errors that are not the storage's stay what they are."""
+        yield
+
+    def damaged(self, reason: str) -> RunError:
+        """The error of a study whose content makes no sense."""
+        return RunError(f"The sweep's study on the server is damaged: {reason}.")
+
+    def explained(self, error: Exception) -> RunError:
+        """One of `STORAGE_ERRORS` as a sentence with the way out."""
+        reason = str(error_causes.find(error, sqlalchemy.exc.DBAPIError) or error)
+        reason = " ".join(hidden(reason.partition("(Background on")[0], self.storage).split())
+        return RunError(
+            f"Cannot use the sweep's storage: {reason} The same command goes on when it is there."
+        )
+
+
+class DatabaseFile:
+    """The SQLite file of a sweep, which is to stay the same file while a worker uses it.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: tuple[int, int] | None = None
+
+    def check_kind(self) -> None:
+        """Refuses a link, a folder or a pipe of that name; raises OSError."""
+        if os.path.lexists(self.path):
+            reading.open_regular(self.path, None).close()
+
+    def check(self) -> None:
+        """Raises RunError if the file is no longer there, or another than at the first call."""
+        now = None
+        with contextlib.suppress(OSError):
+            status = os.lstat(self.path)
+            now = status.st_dev, status.st_ino
+        if now is None or self._file not in (None, now):
+            raise self._replaced()
+        self._file = now
+
+    def _replaced(self) -> RunError:
+        return RunError(
+            f"{self.path} was removed or replaced while this command used it. Give the same "
+            "command again: finished runs are found by their folders."
+        )
+
+    @contextlib.contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Around what uses the study: Optuna answers a damaged file with errors of many kinds."""
+        try:
+            yield
+        except (OSError, RunError, *STORAGE_ERRORS):
+            raise
+        except Exception as error:
+            raise self.damaged(repr(error)) from error
+
+    def damaged(self, reason: str) -> RunError:
+        """The error of a file whose content makes no sense."""
+        return RunError(
+            f"The sweep's study, {self.path}, is damaged: {reason}. Put it back, or remove it: "
+            "finished runs are found by their folders."
+        )
+
+    def explained(self, error: Exception) -> RunError:
+        """One of `STORAGE_ERRORS` as a sentence with the way out."""
+        cause = error_causes.find(error, sqlite3.Error)
+        code = getattr(cause, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_READONLY_DBMOVED:
+            return self._replaced()
+        # The first byte; the others say more of the same.
+        way_out = None if code is None else _WAYS_OUT.get(code & 0xFF)
+        if way_out is None:
+            return self.damaged(" ".join(str(cause or error).split()))
+        return RunError(f"The sweep's study, {self.path}, {way_out} ({cause}).")

@@ -1,0 +1,161 @@
+"""What a command does before TensorFlow is imported, which takes seconds.
+
+Not in the package `tfjacreg`: whoever imports that has imported TensorFlow.
+"""
+
+import os
+import signal
+import sys
+
+# What a command was called with, for the process that begins anew without it.
+_ARGUMENTS = "TFJACREG_ARGUMENTS"
+
+
+def prepare() -> None:
+    """Readies streams and signals, hides passwords, and makes TensorFlow fast and quiet."""
+    # Until `cli.run` replaces them: while TensorFlow is imported there is nothing to save.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    _open_streams()
+    _hide_secrets()
+    backend = configured_backend()
+    if backend not in (None, "tensorflow"):
+        # Keras would be imported with it, or fail to be, in its own words.
+        name = os.path.basename(sys.argv[0])
+        sys.stderr.write(
+            f"{name}: error: Keras' backend must be 'tensorflow'. Received: {backend!r}. Set "
+            "KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json.\n"
+        )
+        sys.exit(2)
+    # TensorFlow leaves oneDNN off on some processors, at a third of the speed.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def is_module_command() -> bool:
+    """Whether this process is `python -m tfjacreg`, which is being imported."""
+    return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "tfjacreg"
+
+
+def _stop(*_: object) -> None:
+    try:
+        os.write(1, b"\nStopped: nothing was under way.\n")
+    finally:
+        os._exit(130)
+
+
+def _open_streams() -> None:
+    """Opens streams that are closed: else the next file would get their number, and their text."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # The lowest free number.
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def configured_backend() -> object:
+    """The backend that Keras will take: of KERAS_BACKEND, or of its file; None for its default."""
+    import json
+
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+    try:
+        with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError):  # As Keras does.
+        return None
+    return settings.get("backend") if isinstance(settings, dict) else None
+
+
+def _hide_secrets() -> None:
+    """Begins anew with a command line that has no passwords: `ps` shows it to everybody.
+
+    What was given comes along in the environment, which only its owner can read.
+    """
+    import json
+
+    told = os.environ.pop(_ARGUMENTS, None)
+    if told is not None:
+        sys.argv[1:] = json.loads(told)
+        return
+    given = sys.argv[1:]
+    shown = without_secrets(given)
+    if shown != given:
+        os.environ[_ARGUMENTS] = json.dumps(given)
+        start = sys.orig_argv[: len(sys.orig_argv) - len(given)]
+        os.execv(sys.executable, [*start, *shown])
+
+
+def without_secrets(arguments: list[str]) -> list[str]:
+    """A command line without what may be a password, in a URL or as `--storage`.
+
+    Args:
+        arguments: Its arguments.
+    """
+    shown, follows = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and _is_storage(option):
+            argument = f"{option}={redacted(value)}"
+        elif follows or "://" in argument or "pass" in argument.lower():
+            # A file may have a colon in its name.
+            argument = redacted(argument) if follows or _is_url(argument) else argument
+        shown.append(argument)
+        follows = not equals and _is_storage(argument)
+    return shown
+
+
+def _is_storage(option: str) -> bool:
+    """Whether argparse takes it for `--storage`: the beginnings of options count."""
+    return len(option) > 3 and "--storage".startswith(option)
+
+
+def _is_url(argument: str) -> bool:
+    import re
+
+    return re.search(r"://|pass\w*\s*=", argument, re.IGNORECASE) is not None
+
+
+def redacted(text: str) -> str:
+    """A URL, or what was meant as one, with `***` for what may be a password.
+
+    Args:
+        text: The URL, or libpq's own `host=... password=...`.
+    """
+    import re
+    import urllib.parse
+
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "", text
+    # A password may hold any character: it ends at the last @.
+    owner, at, place = rest.rpartition("@")
+    user, colon, _ = owner.partition(":")
+    owner = f"{user}:***" if colon else owner
+    place, mark, query = place.partition("?")
+    host, colon, port = place.partition("/")[0].rpartition(":")
+    if colon and not (port.isdecimal() or port.endswith("]") or not port):
+        place = f"{host}:***"
+    pairs = []
+    for pair in query.split("&"):
+        name, equals, _ = pair.partition("=")
+        secret = "pass" in urllib.parse.unquote_plus(name).lower()
+        pairs.append(f"{name}=***" if equals and secret else pair)
+    shown = f"{scheme}{separator}{owner}{at}{place}{mark}{'&'.join(pairs)}"
+    return re.sub(r"(?is)(\w*pass\w*\s*[=:]\s*)(?!\*\*\*(&|$)).*", r"\1***", shown)
+
+
+def hide_arguments(text: str) -> str:
+    """A message with `***` for what this command was given and may be a password."""
+    given = sys.argv[1:]
+    for argument, shown in zip(given, without_secrets(given), strict=True):
+        pairs = [(argument, shown)]
+        if argument.startswith("--"):  # Of `--storage=URL` a message may quote the URL alone.
+            pairs.append((argument.partition("=")[2], shown.partition("=")[2]))
+        for value, instead in pairs:
+            if value != instead:
+                text = text.replace(value, instead).replace(repr(value)[1:-1], instead)
+    return text
