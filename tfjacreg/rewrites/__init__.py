@@ -13,7 +13,7 @@ from typing import TypeVar
 import keras
 
 from tfjacreg import _keras
-from tfjacreg.rewrites import missing_gradients  # noqa: F401 (registers them)
+from tfjacreg.rewrites import missing_gradients, tangents  # noqa: F401 (register what they have)
 from tfjacreg.rewrites.context import (
     Place,
     is_replacing,
