@@ -23,7 +23,6 @@ import tensorflow as tf
 
 from tfjacreg import passes
 
-
 # Attributes that are called otherwise than the arguments they come from.
 _ARGUMENTS = {"squeeze_dims": "axis"}
 
@@ -33,7 +32,8 @@ class Operation:
 
     Attributes:
         inputs: Its inputs, flat.
-        outputs: Its outputs.
+        outputs: Its outputs, which no tape has recorded yet: nothing may be computed from them that
+            is to be differentiated.
         given: The tangent of each input; None for an input that no tangent reaches.
         filled: The same with zeros in the place of None, for floating inputs.
     """
@@ -54,6 +54,10 @@ class Operation:
         self.outputs = outputs
         self.given = given
         self.filled = filled
+
+    def output(self) -> tf.Tensor:
+        """Its first output once more, which tapes record; a graph computes both once."""
+        return self.again(self.inputs)[0]
 
     def again(self, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The outputs of the same operation for other inputs."""
@@ -134,8 +138,8 @@ def _quotient(op: Operation) -> Sequence[Any]:
     (_, y), (of_x, of_y) = op.inputs, op.given
     if of_y is None:
         return op.again([of_x, y])
-    numerator = -op.outputs[0] * of_y if of_x is None else of_x - op.outputs[0] * of_y
-    return op.again([numerator, y])
+    of_quotient = op.output() * of_y
+    return op.again([-of_quotient if of_x is None else of_x - of_quotient, y])
 
 
 def _squared_difference(op: Operation) -> Sequence[Any]:
@@ -146,9 +150,14 @@ def _squared_difference(op: Operation) -> Sequence[Any]:
     return [difference * (-of_y if of_x is None else of_x - of_y)]
 
 
-def _elementwise(derivative: Callable[[Any, Any, Any], Any]) -> Rule:
-    """Of a function of each element: its derivative from input, output and tangent."""
-    return lambda op: [derivative(op.inputs[0], op.outputs[0], op.given[0])]
+def _of_input(derivative: Callable[[Any, Any], Any]) -> Rule:
+    """Of a function of each element: its derivative from the input, times the tangent."""
+    return lambda op: [derivative(op.inputs[0], op.given[0])]
+
+
+def _of_output(derivative: Callable[[Any, Any], Any]) -> Rule:
+    """The same where the derivative is a function of the output."""
+    return lambda op: [derivative(op.output(), op.given[0])]
 
 
 def _leaky_relu(op: Operation) -> Sequence[Any]:
@@ -156,14 +165,12 @@ def _leaky_relu(op: Operation) -> Sequence[Any]:
     return [tf.raw_ops.LeakyReluGrad(gradients=op.given[0], features=op.inputs[0], alpha=alpha)]
 
 
-def _softmax(op: Operation) -> Sequence[Any]:
-    y, tangent = op.outputs[0], op.given[0]
-    return [y * (tangent - tf.reduce_sum(y * tangent, -1, keepdims=True))]
+def _softmax(y: tf.Tensor, tangent: tf.Tensor) -> tf.Tensor:
+    return y * (tangent - tf.reduce_sum(y * tangent, -1, keepdims=True))
 
 
-def _log_softmax(op: Operation) -> Sequence[Any]:
-    y, tangent = op.outputs[0], op.given[0]
-    return [tangent - tf.reduce_sum(tf.exp(y) * tangent, -1, keepdims=True)]
+def _log_softmax(y: tf.Tensor, tangent: tf.Tensor) -> tf.Tensor:
+    return tangent - tf.reduce_sum(tf.exp(y) * tangent, -1, keepdims=True)
 
 
 _LINEAR = (
@@ -180,38 +187,40 @@ _PRODUCTS = (
     *("Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNativeBackpropInput"),
 )
 _raw = tf.raw_ops
-_ELEMENTWISE: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "Elu": lambda x, y, t: _raw.EluGrad(gradients=t, outputs=y),
-    "Erf": lambda x, y, t: t * (2 / math.sqrt(math.pi) * tf.exp(-tf.square(x))),
-    "Erfc": lambda x, y, t: t * (-2 / math.sqrt(math.pi) * tf.exp(-tf.square(x))),
-    "Exp": lambda x, y, t: t * y,
-    "Log": lambda x, y, t: t / x,
-    "Relu": lambda x, y, t: _raw.ReluGrad(gradients=t, features=y),
-    "Relu6": lambda x, y, t: _raw.Relu6Grad(gradients=t, features=y),
-    "Rsqrt": lambda x, y, t: _raw.RsqrtGrad(y=y, dy=t),
-    "Selu": lambda x, y, t: _raw.SeluGrad(gradients=t, outputs=y),
-    "Sigmoid": lambda x, y, t: _raw.SigmoidGrad(y=y, dy=t),
-    "Softplus": lambda x, y, t: _raw.SoftplusGrad(gradients=t, features=x),
-    "Softsign": lambda x, y, t: _raw.SoftsignGrad(gradients=t, features=x),
-    "Sqrt": lambda x, y, t: _raw.SqrtGrad(y=y, dy=t),
-    "Square": lambda x, y, t: t * (2 * x),
-    "Tanh": lambda x, y, t: _raw.TanhGrad(y=y, dy=t),
+_OF_INPUT: dict[str, Callable[[Any, Any], Any]] = {
+    "Erf": lambda x, t: t * (2 / math.sqrt(math.pi) * tf.exp(-tf.square(x))),
+    "Erfc": lambda x, t: t * (-2 / math.sqrt(math.pi) * tf.exp(-tf.square(x))),
+    "Log": lambda x, t: t / x,
+    "Relu": lambda x, t: _raw.ReluGrad(gradients=t, features=x),
+    "Relu6": lambda x, t: _raw.Relu6Grad(gradients=t, features=x),
+    "Softplus": lambda x, t: _raw.SoftplusGrad(gradients=t, features=x),
+    "Softsign": lambda x, t: _raw.SoftsignGrad(gradients=t, features=x),
+    "Square": lambda x, t: t * (2 * x),
+}
+_OF_OUTPUT: dict[str, Callable[[Any, Any], Any]] = {
+    "Elu": lambda y, t: _raw.EluGrad(gradients=t, outputs=y),
+    "Exp": lambda y, t: t * y,
+    "LogSoftmax": _log_softmax,
+    "Rsqrt": lambda y, t: _raw.RsqrtGrad(y=y, dy=t),
+    "Selu": lambda y, t: _raw.SeluGrad(gradients=t, outputs=y),
+    "Sigmoid": lambda y, t: _raw.SigmoidGrad(y=y, dy=t),
+    "Softmax": _softmax,
+    "Sqrt": lambda y, t: _raw.SqrtGrad(y=y, dy=t),
+    "Tanh": lambda y, t: _raw.TanhGrad(y=y, dy=t),
 }
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR, _linear),
     **dict.fromkeys(_PRODUCTS, _multilinear),
-    **{name: _elementwise(derivative) for name, derivative in _ELEMENTWISE.items()},
+    **{name: _of_input(derivative) for name, derivative in _OF_INPUT.items()},
+    **{name: _of_output(derivative) for name, derivative in _OF_OUTPUT.items()},
     "Add": _sum,
     "AddV2": _sum,
     "BiasAdd": _bias,
     # The end of a `tf.custom_gradient` in a graph: the accumulator differentiates its body.
     "IdentityN": lambda op: op.filled,
     "LeakyRelu": _leaky_relu,
-    "LogSoftmax": _log_softmax,
     "RealDiv": _quotient,
-    "Softmax": _softmax,
     "SquaredDifference": _squared_difference,
-    "StopGradient": lambda op: [None],
     "Sub": _difference,
 }
 
