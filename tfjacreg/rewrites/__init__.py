@@ -2,7 +2,8 @@
 
 TensorFlow's own has the right values, but a derivative that is wrong, missing or slow. In
 `context` is how something stands in for something else, and for how long; everything else here is
-what stands in: a table of functions and a table by layer class.
+what stands in: a table of functions and a table by layer class. `tangents` has what TensorFlow's
+accumulator asks for along a pass.
 """
 
 from __future__ import annotations
