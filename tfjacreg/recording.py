@@ -8,14 +8,13 @@ of one's own do the same. The gradient of the loss is not affected.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, rewrites
+from tfjacreg import _keras, passes, rewrites
 
 # In the names of the operations that are computed while a pass holds them constant.
 HELD = "tfjacreg_held"
@@ -23,49 +22,6 @@ NEEDS_THE_WHOLE_BATCH = (
     "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
     "alone and without random numbers. Use fraction=1. "
 )
-
-
-class _Pass:
-    """What records one forward pass: a tape for J^T u and, with a tangent, an accumulator."""
-
-    def __init__(
-        self,
-        tape: tf.GradientTape,
-        accumulator: tf.autodiff.ForwardAccumulator | None,
-        is_partial: bool,
-    ) -> None:
-        self.tape = tape
-        self.accumulator = accumulator
-        self.is_partial = is_partial
-        self.graph = _graph()
-        self.has_held = False
-        self._is_paused = False
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self.has_held = True
-        if self._is_paused:
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            self._is_paused = True
-            stack.callback(setattr, self, "_is_paused", False)
-            stack.enter_context(self.tape.stop_recording())
-            if self.accumulator is not None:
-                # An accumulator stops on exit and goes on where it was when entered again.
-                self.accumulator.__exit__(None, None, None)
-                stack.callback(self.accumulator.__enter__)
-            yield
-
-
-class _Passes(threading.local):
-    """The forward passes now recorded, innermost last. A thread traces each replica."""
-
-    def __init__(self) -> None:
-        self.stack: list[_Pass] = []
-
-
-_passes = _Passes()
 
 
 @contextlib.contextmanager
@@ -88,28 +44,23 @@ def hold_constant() -> Iterator[None]:
     The gradient of the loss still flows through the statistics. Outside a Jacobian's forward pass
     the context does nothing.
     """
-    if not _passes.stack:
+    if not passes.recorded.stack:
         yield
         return
-    if _passes.stack[-1].is_partial:
+    if passes.recorded.stack[-1].is_partial:
         raise ValueError(
             f"{NEEDS_THE_WHOLE_BATCH}Received: a layer that takes something from the whole batch, "
             "such as BatchNormalization in training mode"
         )
-    if _passes.stack[-1].graph is not _graph():
+    if passes.recorded.stack[-1].graph is not passes.current_graph():
         # Of a graph inside the pass the tape records the one call, with all that is in it.
         raise ValueError(
             "What a layer takes from the whole batch cannot be held constant for the Jacobian "
             "inside of a tf.function, a branch or a loop of a graph. Take it outside of it. "
             "Received: hold_constant(), or BatchNormalization in training mode, in such a place"
         )
-    with _passes.stack[-1].paused(), tf.name_scope(HELD):
+    with passes.recorded.stack[-1].paused(), tf.name_scope(HELD):
         yield
-
-
-def _graph() -> Any:
-    """The graph that is being traced now; None eagerly."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def record(
@@ -133,11 +84,13 @@ def record(
     Returns:
         Whether something in it was held constant.
     """
-    recorded = _Pass(tape, accumulator, is_partial)
+    recorded = passes.Pass(tape, accumulator, is_partial)
 
     def do() -> None:
-        _passes.stack.append(recorded)
-        with tape, accumulator or contextlib.nullcontext():
+        passes.recorded.stack.append(recorded)
+        # A tape that is entered after an accumulator does not record what that one computes, which
+        # no J^T u goes through.
+        with accumulator or contextlib.nullcontext(), tape:
             function()
 
     def undo() -> None:
@@ -145,8 +98,8 @@ def record(
         if accumulator is not None:
             accumulator.__exit__(None, None, None)
         tape.__exit__(None, None, None)
-        if recorded in _passes.stack:
-            _passes.stack.remove(recorded)
+        if recorded in passes.recorded.stack:
+            passes.recorded.stack.remove(recorded)
 
     rewrites.active(
         network,

@@ -11,10 +11,10 @@ import tensorflow as tf
 from keras import layers
 from tensorflow.python.eager.record import could_possibly_record
 
-from tfjacreg import JacobianOperator, _keras, recording, rewrites
-from tfjacreg.rewrites import Place, context, while_replaced
+from tfjacreg import JacobianOperator, _keras, passes, recording, rewrites
+from tfjacreg.rewrites import Place, context, tangents, while_replaced
 
-FILES = tuple(module.__file__ for module in (context, rewrites, recording))
+FILES = tuple(module.__file__ for module in (context, rewrites, recording, passes, tangents))
 X = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype("float32")
 
 
@@ -74,7 +74,7 @@ def is_idle():
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    left = (context._patches, context._here.uses, recording._passes.stack, locked[0])
+    left = (context._patches, context._here.uses, passes.recorded.stack, locked[0])
     return not any(left) and not could_possibly_record()
 
 

@@ -2,7 +2,8 @@
 
 TensorFlow's own has the right values, but a derivative that is wrong, missing or slow. In
 `context` is how something stands in for something else, and for how long; everything else here is
-what stands in: a table of functions and a table by layer class.
+what stands in: a table of functions and a table by layer class. `tangents` has what TensorFlow's
+accumulator asks for along a pass.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar
 import keras
 
 from tfjacreg import _keras
-from tfjacreg.rewrites import missing_gradients  # noqa: F401 (registers them)
+from tfjacreg.rewrites import missing_gradients, tangents  # noqa: F401 (register what they have)
 from tfjacreg.rewrites.context import (
     Place,
     is_replacing,

@@ -87,10 +87,11 @@ def _select_from_tiles(
     pool: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, window: _Window
 ) -> tf.Tensor:
     """Windows that do not overlap: one mask says which inputs are maxima."""
+    held = tf.stop_gradient(x)  # No tangent goes where the maxima are looked for.
     with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = pool(x)
-    mask = tf.stop_gradient(tape.gradient(y, x))
+        tape.watch(held)
+        y = pool(held)
+    mask = tf.stop_gradient(tape.gradient(y, held))
     tile = int(np.prod(window.size))
     data_format = "channels_first" if window.axes[0] == 2 else "channels_last"
 
