@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import re
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def is_of_experiments(path):
     return "experiments" in path.parts
 
 
+@functools.cache
 def errors():
     """The names of the classes that are errors: Python's, and the package's own."""
     known = {
@@ -98,6 +100,7 @@ def messages(path, known):
                 yield key(said)
 
 
+@functools.cache
 def said(of_experiments=False):
     known = errors()
     return {
@@ -167,7 +170,8 @@ PROVOKED = {
     "`...` must be an integer >= 1": lambda: tfjacreg.regularizers.SpectralNorm(0.1, iterations=0),
     "`...` must be one of": lambda: tfjacreg.spectral_norm(dense(), X, method="svd"),
     "The Jacobian needs a floating input": lambda: tfjacreg.spectral_norm(
-        keras.Sequential([layers.Embedding(3, 2), layers.Flatten()]), X.astype("int32")
+        keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(3, 2)]),
+        X.astype("int32"),
     ),
     "`network` must be a keras.Layer, for example a keras.Model": lambda: tfjacreg.RegularizedModel(
         np.tanh

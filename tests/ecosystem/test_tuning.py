@@ -27,7 +27,7 @@ def network():
 def compiled(factor, loss=SPARSE):
     """Eager: to trace the step of each of so many models would take most of the time."""
     model = RegularizedModel(network(), regularizers.SpectralNorm(factor, "exact"))
-    model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"], run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.05), loss, metrics=["accuracy"], run_eagerly=True)
     return model
 
 
@@ -61,7 +61,7 @@ def wrapped_by_keras(X, y, factor):
 @pytest.mark.parametrize("wrapper", ["Keras", "SciKeras"])
 def test_a_grid_search_of_scikit_learn(wrapper):
     """The factor is one of its parameters, and with factor 0 it is the plain network."""
-    fit = {"epochs": 2, "batch_size": 60, "verbose": 0, "shuffle": False}
+    fit = {"epochs": 8, "batch_size": 60, "verbose": 0, "shuffle": False}
     if wrapper == "Keras":
         # SKLearnClassifier makes one-hot targets.
         made = keras.wrappers.SKLearnClassifier(wrapped_by_keras)
@@ -74,7 +74,7 @@ def test_a_grid_search_of_scikit_learn(wrapper):
     assert first > second and found.best_params_[key] == grid[key][0]
     plain = network()
     loss, y = (OF_ONE_HOT, np.eye(3)[Y]) if wrapper == "Keras" else (SPARSE, Y)
-    plain.compile(keras.optimizers.SGD(0.1), loss, run_eagerly=True)
+    plain.compile(keras.optimizers.Adam(0.05), loss, run_eagerly=True)
     plain.fit(X, y, **fit)
     expected = np.argmax(plain.predict(X, verbose=0), -1)
     np.testing.assert_array_equal(np.ravel(found.predict(X)), expected)
