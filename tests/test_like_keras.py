@@ -1,5 +1,8 @@
 """A RegularizedModel beside the plain functional model that it wraps, attribute by attribute."""
 
+import re
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -94,6 +97,18 @@ def test_every_attribute_is_that_of_the_network_or_differs_for_a_reason():
     for name in seen:
         of_network, of_model = looked_at(own, name), looked_at(model, name)
         assert is_same(of_model, of_network) == (ATTRIBUTES[name] == SAME), name
+
+
+def test_the_table_of_the_guide_says_so_too():
+    """A row of the network's own names attributes that are the same, others those that differ."""
+    page = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
+    table = page.split("## Beside the network alone")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*`) \| (.*) \|$", table, re.M)
+    kinds = {name: what for names, what in rows for name in re.findall(r"`(\w+)`", names)}
+    methods = {"save", "get_config", "clone_model", "export", "save_weights"}
+    assert methods < set(kinds) and len(kinds) > 25
+    for name in set(kinds) - methods:
+        assert (kinds[name] == "the network's own") == (ATTRIBUTES[name] == SAME), name
 
 
 def test_the_table_is_no_longer_than_it_must_be():

@@ -1,11 +1,14 @@
 """What README.md and docs/ tell a reader to type."""
 
+import contextlib
 import re
 from pathlib import Path
 
+import keras
 import pytest
 
 import evaluate
+import tfjacreg
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +106,34 @@ def test_the_guide_runs(fresh_python, tmp_path):
     count, penalty, *shapes = printed.split("\n")[-2].split(maxsplit=2)
     assert int(count) == 6 and float(penalty) > 0
     assert shapes == ["(4,) (256, 5)"]
+
+
+@pytest.mark.slow
+def test_the_blocks_of_the_page_for_those_who_come_run(fresh_python, tmp_path):
+    """One after the other; what they measure is what the page says."""
+    blocks = examples("coming_from.md")
+    assert len(blocks) == 9
+    fresh_python.run("\n".join(blocks), cwd=tmp_path)
+
+
+def test_the_call_on_the_page_of_layers_runs():
+    """It is a method; without its `hold_constant` the layer would be refused."""
+    (block,) = examples("layers.md")
+    for text, mixes in (
+        (block, False),
+        (block.replace("tfjacreg.hold_constant()", "none()"), True),
+    ):
+        known = {"ops": keras.ops, "tfjacreg": tfjacreg, "none": contextlib.nullcontext}
+        exec(text, known)
+        layer = type("Layer", (keras.layers.Layer,), {"call": known["call"]})()
+        x = keras.random.normal((4, 3))
+        with pytest.raises(ValueError, match="mixes") if mixes else contextlib.nullcontext():
+            tfjacreg.check_network(layer, x)
+
+
+def test_every_page_with_blocks_is_run():
+    pages = {page.name for page in (ROOT / "docs").glob("*.md") if examples(page.name)}
+    assert pages == {"guide.md", "sweeps.md", "coming_from.md", "layers.md"}
 
 
 @pytest.mark.slow
