@@ -33,6 +33,8 @@ def compiled(factor, loss=SPARSE):
 
 # KerasTuner asks IPython's way whether it runs in Colab, by a name that Python has deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# Keras': the optimizer of a model that has not trained yet has fewer variables than the file's.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 def test_keras_tuner_tunes_the_factor(tmp_path):
     """Its best model, which it reads back from a weights file, has the loss that it noted."""
     tuner = keras_tuner.RandomSearch(
