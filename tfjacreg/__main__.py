@@ -31,7 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--benchmarks",
         type=Path,
         metavar="DIR",
-        help="folder of the benchmarks' JSON files, for Figure 5 (results)",
+        help="folder of the benchmarks' JSON files, for Figure 5 (left out)",
     )
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the report (report, in the first SWEEP)"
@@ -63,7 +63,7 @@ def _report(arguments: argparse.Namespace) -> str:
     if benchmarks and not benchmarks.is_dir():
         raise ValueError(f"--benchmarks must be a folder. Received: {benchmarks}.")
     out = arguments.out or arguments.sweeps[0] / "report"
-    return str(report.write(arguments.sweeps, out, benchmarks=benchmarks or Path("results")))
+    return str(report.write(arguments.sweeps, out, benchmarks=benchmarks).path)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,14 @@ def of_runs(methods: Iterable[str], known: Mapping[str, float]) -> dict[str, flo
     return {method: known.get(method, plain * _GUESSED[method]) for method in methods}
 
 
-def left(ledger: Ledger) -> float | None:
+def left(ledger: Ledger, test_images: int) -> float | None:
     """The seconds until all runs of the sweep, its second stage among them, are finished.
 
     With as many workers as there are now. None as long as no run was timed.
+
+    Args:
+        ledger: The runs.
+        test_images: How many images the test split has.
     """
     known = timed(ledger)
     if not known:
@@ -62,11 +66,27 @@ def left(ledger: Ledger) -> float | None:
         workers += state == TrialState.RUNNING
     final = ledger.sweep.final
     if final is not None:
-        total += final.repeats * sum(seconds.values())
-        total += final.repeats * len(seconds) * _judging(ledger, min(seconds.values()))
+        images = min(final.judgement.limit or test_images, test_images)
+        judging = images * sum(map(measures.steps_per_image, final.judgement.names))
+        judging *= _seconds_per_image(ledger)
+        total += final.repeats * sum(value + judging for value in seconds.values())
     return total / max(workers, 1)
 
 
-def _judging(ledger: Ledger, seconds: float) -> float:
-    """A guess of the seconds that it takes to judge a run, by those of the shortest training."""
-    return 0.0
+def _seconds_per_image(ledger: Ledger) -> float:
+    """Of a training step of the method whose steps are the fastest so far."""
+    return min(
+        trial.user_attrs["step_seconds"] / ledger.configs[name].batch_size
+        for name, trial in ledger.latest().items()
+        if "step_seconds" in trial.user_attrs
+    )
+
+
+def shown(seconds: float) -> str:
+    """A time that is only known about: `"less than a minute"`, `"12 minutes"`, `"3.5 hours"`."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 90:
+        return f"{minutes:.0f} minute{'s' * (round(minutes) != 1)}"
+    return f"{minutes / 60:.1f} hours"

@@ -274,7 +274,8 @@ class Ledger:
                 made in one go.
         """
         known = {"seconds": seconds}
-        known |= {name: metrics.get(name) for name in ("test_accuracy", "val_accuracy")}
+        names = ("test_accuracy", "val_accuracy", "step_seconds")
+        known |= {name: metrics.get(name) for name in names}
         with self.locks.exclusive():
             for name, value in known.items():
                 if value is not None:

@@ -155,8 +155,8 @@ class Sweep:
                 names the file, the key and what is valid.
         """
         path = Path(path)
-        given = {"dataset": dataset, "network": network}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = {"dataset": dataset, "network": network}
+        given = {name: value for name, value in options.items() if value is not None}
         try:
             content = reading.read_bytes(path, reading.SWEEP)
             table = tomllib.loads(content.decode())
@@ -260,7 +260,9 @@ def _with_settings(text: str, table: dict[str, Any], given: dict[str, str]) -> s
     top = next(tables, len(lines))
     replaced = re.compile(rf"\s*({'|'.join(given)})\s*=")
     kept = [line for i, line in enumerate(lines) if i >= top or not replaced.match(line)]
-    written = [f"{name} = {json.dumps(value)}  # Given with --{name}.\n" for name, value in given.items()]
+    written = [
+        f"{name} = {json.dumps(value)}  # Given with --{name}.\n" for name, value in given.items()
+    ]
     result = "".join([*written, *kept])
     try:
         done = tomllib.loads(result) == table | given
