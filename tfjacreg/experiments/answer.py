@@ -23,15 +23,17 @@ class Answer(NamedTuple):
 
     Attributes:
         sentence: The answer.
-        more: What else there is to know before a decision.
+        robust: What the penalty does under attack, or nothing.
         table: The methods beside each other, in Markdown.
         notes: What belongs below the table.
+        more: What else there is to know before a decision.
     """
 
     sentence: str
-    more: list[str]
+    robust: str
     table: str
     notes: str
+    more: list[str]
 
 
 class _Robustness(NamedTuple):
@@ -54,17 +56,16 @@ def answer(
     accuracy = {m: comparison.accuracies(cell) for m, cell in results.chosen.items()}
     noise, attack = (_robustness(results, judged, name) for name in (NOISE, ATTACK))
     more = [
-        *_robust(attack),
-        *_robust(noise),
         *_cost(results),
         *_not_shown(results, others),
         *_at_the_edge(results, others),
     ]
     return Answer(
         _sentence(results, accuracy),
-        more,
+        _robust(attack or noise),
         _table(results, accuracy, noise, attack),
         _notes(results, accuracy, noise, attack),
+        more,
     )
 
 
@@ -123,8 +124,8 @@ def _sentence(results: SweepResults, accuracy: Mapping[str, Mapping[int, float]]
             f"the least, by {-found[best].less.mean:.2f} points ({seeds}, {probability})."
         )
     return (
-        f"Not measurably: {_called(best, chosen[best])}, the best penalty, changes the test accuracy "
-        f"by {found[best].less.mean:+.2f} points, from {mean['none'].mean:.2f} to "
+        f"Not measurably: {_called(best, chosen[best])}, the best penalty, changes the test "
+        f"accuracy by {found[best].less.mean:+.2f} points, from {mean['none'].mean:.2f} to "
         f"{mean[best].mean:.2f} %, which chance may do too ({seeds}, {probability})."
     )
 
@@ -139,7 +140,7 @@ def _probability(difference: Difference, count: int) -> str:
     if not difference.less.std > 0:
         return "no spread to test it by"
     corrected = f", corrected for {count} comparisons" if count > 1 else ""
-    return f"p {p_value(min(count * difference.p, 1.0))}{corrected}"
+    return f"p\u00a0{p_value(min(count * difference.p, 1.0))}{corrected}"
 
 
 def _robustness(
@@ -164,9 +165,9 @@ def _robustness(
     return _Robustness(title, values) if values else None
 
 
-def _robust(found: _Robustness | None) -> list[str]:
+def _robust(found: _Robustness | None) -> str:
     if found is None or "none" not in found.values or len(found.values) < 2:
-        return []
+        return ""
     mean = {m: Statistic.of(list(values.values())) for m, values in found.values.items()}
     best = max((m for m in mean if m != "none"), key=lambda m: mean[m].mean)
     difference = comparison.paired(found.values[best], found.values["none"])
@@ -176,7 +177,7 @@ def _robust(found: _Robustness | None) -> list[str]:
     )
     if difference and difference.less.std > 0:
         text += f" ({_probability(difference, len(mean) - 1)})"
-    return [f"{text}."]
+    return f"{text}."
 
 
 def _cost(results: SweepResults) -> list[str]:
@@ -190,7 +191,7 @@ def _cost(results: SweepResults) -> list[str]:
     ratios = [f"{LABELS[m]} {t / times['none']:.1f}" for m, t in times.items() if m != "none"]
     sizes = {cell.cell.batch_size for cell in results.chosen.values()}
     each = " (with the batch size chosen for each)" if len(sizes) > 1 else ""
-    return [f"Times that an epoch takes as long as without a penalty{each}: {', '.join(ratios)}."]
+    return [f"Time of an epoch, relative to one without a penalty{each}: {', '.join(ratios)}."]
 
 
 def _grid(results: SweepResults, others: Sequence[SweepResults], method: str) -> list[CellResults]:
@@ -270,7 +271,7 @@ def _table(
                 f"{1e3 * cell.statistic('step_seconds').mean:.1f}",
             ]
         )
-    head = ["Method, factor", "Accuracy", "Against none", "Sigma", "Noise", "PGD", "ms/step"]
+    head = ["Method, factor", "Accuracy", "Against none", "Sigma", "Noise", "PGD", "ms per step"]
     return tables.table(head, rows)
 
 

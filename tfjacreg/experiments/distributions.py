@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Distances, Evaluation
-from tfjacreg.experiments.figures import Style, legend_below, panels, save, styles
+from tfjacreg.experiments.figures import PANEL, Style, legend_below, panels, save, styles
 
 # Share of the values that are left out at either end of an axis, so that its middle has room.
 _TAIL = 0.005
@@ -112,7 +112,7 @@ def sigma_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
 
 def _shares(gathered: dict[str, Any]) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each data set, one below the other."""
-    figure, grid = panels(len(gathered), 1, (4.6, 3.2 * len(gathered) + 0.8))
+    figure, grid = panels(len(gathered), 1, (PANEL[0], PANEL[1] * len(gathered) + 0.6))
     axes = grid[:, 0].tolist()
     for ax in axes:
         ax.set_ylim(0, 100)

@@ -23,9 +23,9 @@ _BLACK, _ORANGE, _SKY_BLUE, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 
-# Inches: on a phone a panel fills the width, and a page has three beside each other. Its type is
-# 9 points at that size, which is the size that it is shown at.
-PANEL = (3.3, 3.1)
+# Inches, at which figures are shown: a panel by itself fills a phone, and of the small ones a page
+# has three beside each other. Type is 9 points or more.
+PANEL, SMALL_PANEL = (3.7, 3.5), (3.2, 3.3)
 _TYPE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -78,6 +78,7 @@ _OTHERS = (
     _METHODS["Frobenius"],
     Style(_SKY_BLUE, "*", "-."),
 )
+_OPEN = f"open marks: gradient lost on {100 * curves.FADED:g} % of\nthe images or more, still right"
 # A range of losses beyond which the axis is logarithmic.
 _LOGARITHMIC = 8
 # The steps that are drawn, out of those timed, and the estimators.
@@ -113,9 +114,9 @@ def robustness_figure(
     """
     columns = [curves.curves(evaluations, name) for name in names]
     datasets = list(dict.fromkeys(e.dataset for e in evaluations))
-    size = (PANEL[0] * len(names), PANEL[1] * len(datasets) + 0.4)
+    size = (SMALL_PANEL[0] * len(names), SMALL_PANEL[1] * len(datasets))
     figure, axes = panels(len(datasets), len(names), size)
-    drawn_as = styles(evaluations)
+    drawn_as, marked = styles(evaluations), False
     for column, (name, gathered) in enumerate(zip(names, columns, strict=True)):
         for row, dataset in enumerate(datasets):
             ax = axes[row, column]
@@ -131,6 +132,7 @@ def robustness_figure(
                     std = drop.std(axis=0, ddof=1)
                     _band(ax, curve.strength, mean - std, mean + std, style)
                 if curve.untested.any():
+                    marked = True
                     _mark(ax, curve.strength[curve.untested], mean[curve.untested], style)
             if name != "noise":
                 ax.set_xscale("log")
@@ -143,8 +145,9 @@ def robustness_figure(
             if row == 0:
                 ax.set_title(curves.TITLES[name])
             if column == 0:
-                ax.set_ylabel(f"{dataset}\naccuracy drop (percentage points)")
-    legend_below(figure)
+                several = f"{dataset}\n" if len(datasets) > 1 else ""
+                ax.set_ylabel(f"{several}accuracy drop (points)")
+    legend_below(figure, _OPEN * marked)
     save(figure, path)
 
 
@@ -160,9 +163,9 @@ def accuracy_figure(evaluations: Sequence[Evaluation], name: str, path: str | Pa
         path: File to write, `.svg` or `.png`.
     """
     (found,) = curves.curves(evaluations, name).values()
-    figure, axes = panels(1, 1, (4.2, 3.4))
+    figure, axes = panels(1, 1, PANEL)
     ax = axes[0, 0]
-    drawn_as = styles(evaluations)
+    drawn_as, marked = styles(evaluations), False
     for method, curve in found.items():
         style = drawn_as[method]
         accuracy = 100 * np.column_stack([curve.clean, curve.accuracy])
@@ -172,6 +175,7 @@ def accuracy_figure(evaluations: Sequence[Evaluation], name: str, path: str | Pa
             std = accuracy.std(axis=0, ddof=1)
             _band(ax, places, mean - std, mean + std, style)
         if curve.untested.any():
+            marked = True
             _mark(ax, places[1:][curve.untested], mean[1:][curve.untested], style)
     strengths = next(iter(found.values())).strength
     ax.set_xticks(range(len(strengths) + 1), ["clean", *(f"{s:g}" for s in strengths)])
@@ -179,8 +183,8 @@ def accuracy_figure(evaluations: Sequence[Evaluation], name: str, path: str | Pa
     ax.grid(alpha=0.3)
     ax.set_xlabel(curves.axis(name))
     ax.set_ylabel("test accuracy in %")
-    ax.set_title(f"{evaluations[0].dataset}: {curves.TITLES[name]}")
-    legend_below(figure)
+    ax.set_title(curves.TITLES[name])
+    legend_below(figure, _OPEN * marked)
     save(figure, path)
 
 
@@ -193,7 +197,7 @@ def training_figure(
         losses: By title of the panel and name of the method, the loss of each run `[R, epochs]`.
         path: File to write, `.svg` or `.png`.
     """
-    figure, axes = panels(1, len(losses), (4.6 * len(losses), 3.6))
+    figure, axes = panels(1, len(losses), (PANEL[0] * len(losses), PANEL[1]))
     for ax, (title, methods) in zip(axes[0], losses.items(), strict=True):
         for method, loss in methods.items():
             style = _METHODS[method]
@@ -396,10 +400,14 @@ def panels(
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def legend_below(figure: Figure) -> None:
+def legend_below(figure: Figure, note: str = "") -> None:
     """One legend for all panels, below them; what several panels draw is named once.
 
     The figure needs `layout="constrained"`, which makes room for it.
+
+    Args:
+        figure: The figure.
+        note: What is written above the entries.
     """
     found = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
@@ -414,6 +422,8 @@ def legend_below(figure: Figure) -> None:
             ncols=columns,
             columnspacing=1.0,
             handlelength=2.6,
+            title=note or None,
+            title_fontsize=9,
         )
 
 
@@ -435,10 +445,8 @@ def _band(ax: Axes, x: Any, low: Any, high: Any, style: Style) -> None:
 
 
 def _mark(ax: Axes, x: Any, y: Any, style: Style) -> None:
-    """Opens the marks at some points of a line, and names that in the legend."""
+    """Opens the marks at some points of a line."""
     ax.plot(x, y, style.marker, ms=6, mfc="white", mec=style.color, mew=1.5, ls="none", zorder=3)
-    label = f"open: gradient lost on {100 * curves.FADED:g} % or more, still right"
-    ax.plot([], [], "o", ms=6, mfc="white", mec=_BLACK, mew=1.5, ls="none", label=label)
 
 
 def _show_as_written(figure: Figure) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import itertools
+import re
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -43,7 +44,6 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3em .7em; border-bottom: 1px solid var(--line); text-align: left;
  vertical-align: top; }}
 th {{ border-bottom: 2px solid var(--strong); vertical-align: bottom; }}
-td {{ white-space: nowrap; }}
 pre {{ padding: .7em; overflow-x: auto; background: var(--code); font-size: .85em;
  line-height: 1.35; }}
 code {{ font-family: ui-monospace, monospace; font-size: .92em; }}
@@ -54,16 +54,18 @@ code {{ font-family: ui-monospace, monospace; font-size: .92em; }}
 @media screen and (max-width: 40rem) {{
  body {{ padding: .8rem; }}
  h1 {{ font-size: 1.3rem; }}
- table {{ font-size: .8rem; line-height: 1.3; }}
- th, td {{ padding: .3em .25em; }}
- td {{ white-space: normal; overflow-wrap: normal; }}
+ table {{ font-size: .75rem; line-height: 1.3; }}
+ th, td {{ padding: .3em .2em; }}
+ td:first-child, th:first-child {{ padding-left: 0; }}
+ td, th {{ overflow-wrap: normal; }}
+ img {{ max-width: none; }}
  p {{ overflow-x: auto; }}
 }}
 @media print {{
  body {{ max-width: none; padding: 0; font-size: 9pt; }}
  nav {{ display: none; }}
  table {{ width: 100%; font-size: 8pt; }}
- th, td {{ padding: .2em .4em; white-space: normal; }}
+ th, td {{ padding: .2em .4em; }}
  tr {{ break-inside: avoid; }}
  pre {{ white-space: pre-wrap; font-size: 7pt; }}
 }}
@@ -93,8 +95,13 @@ def render(markdown: str, folder: Path) -> str:
     parser.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = parser.parse(markdown)
-    for token in tokens:
+    for before, token in itertools.pairwise(tokens):
         for child in token.children or []:
+            if child.type == "text" and before.type == "td_open":
+                # A number stays with what is before it, such as its sign of plus or minus.
+                child.content = re.sub(
+                    r"(?<=[\w±<]) (?=[\d<])", "\N{NO-BREAK SPACE}", child.content
+                )
             if child.type == "image":
                 child.attrs["src"] = _embedded(str(child.attrs["src"]), folder)
     # A heading is an opening, its text and a closing.

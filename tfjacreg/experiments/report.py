@@ -89,14 +89,15 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path | None = None)
     for number, (lead, found) in enumerate(zip(leads, answers, strict=True)):
         if len(leads) > 1:
             blocks.append(f"**{tables.plain(lead.results.label)}**")
-        blocks.append(f"**{found.sentence}**")
-        if found.more:
-            blocks.append(" ".join(found.more))
+        blocks.append(f"**{found.sentence}** {found.robust}".rstrip())
         if lead.results.chosen:
             blocks += [found.table, found.notes]
         blocks += _lead_figure(lead, out, number)
+        if found.more:
+            blocks.append("\n".join(f"- {text}" for text in found.more))
     blocks.append("## Accuracy (Table 1)")
-    for results in sweeps:
+    answering = [lead.results for lead in leads]
+    for results in (*answering, *(other for other in sweeps if other not in answering)):
         blocks += [
             f"### {tables.plain(results.label)}",
             tables.setting(results),
