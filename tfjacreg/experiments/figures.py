@@ -25,7 +25,7 @@ _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 # Inches, at which figures are shown: a panel by itself fills a phone, and of the small ones a page
 # has three beside each other. Type is 9 points or more.
-PANEL, SMALL_PANEL = (3.7, 3.5), (3.2, 3.3)
+PANEL, SMALL_PANEL = (3.7, 3.5), (3.25, 3.3)
 _TYPE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -411,8 +411,8 @@ def legend_below(figure: Figure, note: str = "") -> None:
     """
     found = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    # Of an entry the line takes about .6 inches, and a letter .075.
-    columns = int(figure.get_size_inches()[0] / (0.6 + 0.075 * max(map(len, handles))))
+    # Of an entry the line takes about .6 inches, and a letter .07.
+    columns = int(figure.get_size_inches()[0] / (0.6 + 0.07 * max(map(len, handles))))
     columns = max(1, min(columns, len(handles)))
     with rc_context(_TYPE):
         figure.legend(
