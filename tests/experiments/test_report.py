@@ -245,7 +245,9 @@ def test_differences_by_seed_with_the_paired_t_test(folder, nothing):
     rows = rows_below(write(folder, nothing), "### fashion_mnist", 2)
     # One repeat of None is no pair of seeds.
     assert [row["Difference"] for row in rows] == ["Spectral - Weight decay"]
-    ours, theirs = (numbers(folder, CHOSEN[method][0], *LAST) for method in ("Spectral", "Weight decay"))
+    ours, theirs = (
+        numbers(folder, CHOSEN[method][0], *LAST) for method in ("Spectral", "Weight decay")
+    )
     less = 100 * (ours - theirs)
     assert rows[0]["Mean"] == ("+" if less.mean() > 0 else "") + spread(less, scale=1)
     assert rows[0]["Seeds"] == "3"

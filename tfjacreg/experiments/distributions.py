@@ -18,6 +18,7 @@ from tfjacreg.experiments.figures import PANEL, Style, legend_below, panels, sav
 
 # Share of the values that are left out at either end of an axis, so that its middle has room.
 _TAIL = 0.005
+_MOST = 400
 
 
 def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
@@ -129,9 +130,11 @@ def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], style: Style, **opti
     """The share of the values that are at most the one on the axis; infinite ones are not drawn."""
     ordered = np.sort(values, axis=None)
     share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
-    reached = np.isfinite(ordered)
+    kept = np.flatnonzero(np.isfinite(ordered))
+    # More points than this are not seen, and make a large file.
+    kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), _MOST)).round().astype(int)]
     options |= {**style._asdict(), "ms": 4, "markevery": 0.15}
-    ax.step(ordered[reached], share[reached], where="post", **options)
+    ax.step(ordered[kept], share[kept], where="post", **options)
 
 
 def _logarithmic(ax: Axes, drawn: Sequence[npt.NDArray[np.float64]]) -> None:
