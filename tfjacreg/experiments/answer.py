@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ def _called(method: str, cell: CellResults) -> str:
 
 
 def _probability(difference: Difference, count: int) -> str:
-    if not difference.less.std > 0:
+    if math.isnan(difference.p):
         return "no spread to test it by"
     corrected = f", corrected for {count} comparisons" if count > 1 else ""
     return f"p\u00a0{p_value(min(count * difference.p, 1.0))}{corrected}"
@@ -175,7 +176,7 @@ def _robust(found: _Robustness | None) -> str:
         f"Under {found.title}, {LABELS[best]} has {number(mean[best], 1)} % of the test "
         f"images right, no penalty {number(mean['none'], 1)} %"
     )
-    if difference and difference.less.std > 0:
+    if difference and not math.isnan(difference.p):
         text += f" ({_probability(difference, len(mean) - 1)})"
     return f"{text}."
 
@@ -259,7 +260,7 @@ def _table(
             difference = comparison.paired(accuracy[method], accuracy["none"])
         against = ""
         if difference:
-            p = f" (p {p_value(difference.p)})" if difference.less.std > 0 else ""
+            p = f" (p {p_value(difference.p)})" if not math.isnan(difference.p) else ""
             against = f"{difference.less.mean:+.2f}{p}"
         rows.append(
             [

@@ -10,6 +10,9 @@ from scipy import stats
 
 from tfjacreg.experiments.selection import CellResults, Statistic
 
+# Percentage points.
+_ROUNDING = 1e-9
+
 
 class Difference(NamedTuple):
     """The first of two methods less the second, over the seeds that both have.
@@ -30,7 +33,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Differenc
     same order.
 
     Args:
-        first: The values of a method, by seed.
+        first: The values of a method in percent, by seed.
         second: Those of the other one.
     """
     seeds = sorted(first.keys() & second.keys())
@@ -38,8 +41,9 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Differenc
         return None
     pairs = [[values[seed] for seed in seeds] for values in (first, second)]
     less = Statistic.of([a - b for a, b in zip(*pairs, strict=True)])
-    # Without a spread there is nothing to test.
-    p = float(stats.ttest_rel(*pairs).pvalue) if less.std > 0 else math.nan
+    # Without a spread there is nothing to test. Equal steps of accuracies on a small test set may
+    # differ by rounding.
+    p = float(stats.ttest_rel(*pairs).pvalue) if less.std > _ROUNDING else math.nan
     return Difference(less, p)
 
 
