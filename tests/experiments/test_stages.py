@@ -1,7 +1,9 @@
 """A sweep in two stages: the choice, its training, its judging, the report; whoever dies when."""
 
 import json
+import os
 import re
+import signal
 import time
 
 import pytest
@@ -13,7 +15,7 @@ from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.ledger import Ledger
 from tfjacreg.experiments.sweep import Sweep
 
-DEADLINE = 300
+DEADLINE = 900
 TWO = """
 dataset = "digits"
 epochs = 4
@@ -64,6 +66,9 @@ def made(monkeypatch):
     made.diverging = set(DIVERGES)
     monkeypatch.setattr(workers, "_process", process)
     monkeypatch.setattr(report.figures, "save", lambda figure, path: None)
+    for name in ("accuracy_figure", "robustness_figure", "training_figure"):
+        draw = lambda *arguments: report.figures.save(None, arguments[-1])  # noqa: E731
+        monkeypatch.setattr(report.figures, name, draw)
     monkeypatch.setattr(report.html, "render", lambda text, out: "")
     return made
 
@@ -197,17 +202,100 @@ def test_data_and_network_beside_the_sweep(tmp_path, monkeypatch):
     assert train.main(command) == 0 and str(seen["out"]) == "runs/some"
 
 
+# --- kill -9 ---
+
+
+def killed_in(stage, plan, out, made, patch):
+    """Two workers, processes of their own, of which the first dies in a stage; both exit statuses.
+
+    The process of a run is a function here, so that nothing but files is at stake.
+    """
+    process, save = workers._process, report.figures.save
+
+    def dying(ledger, claim, bar):
+        folder = ledger.out / claim.name
+        if {"grid": out.name, "final": "final"}.get(stage) == ledger.out.name:
+            (folder / "config.json").write_text("{")  # As far as it came.
+            os.kill(os.getpid(), signal.SIGKILL)
+        if stage == "judging" and ledger.out.name == "final":
+            process(ledger, claim, bar)
+            (folder / "evaluation.json").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return process(ledger, claim, bar)
+
+    def drawing(figure, path):
+        if stage == "report":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(figure, path)
+
+    children = []
+    for worker in (0, 1):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if worker == 0:
+                    patch.setattr(workers, "_process", dying)
+                    patch.setattr(report.figures, "save", drawing)
+                stages.run(plan, out)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+        if worker == 0 and stage is not None:
+            _, first = os.waitpid(child, 0)
+    if stage is None:
+        _, first = os.waitpid(children[0], 0)
+    _, second = os.waitpid(children[1], 0)
+    return os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(second)
+
+
+def test_two_workers_share_every_stage(tmp_path, made, monkeypatch):
+    monkeypatch.setattr(workers, "_count_test_images", lambda ledger: 6)
+    monkeypatch.setattr(workers, "_POLL", 0.05)
+    plan = sweep(tmp_path)
+    stages.run(plan, tmp_path / "whole")
+    assert killed_in(None, plan, tmp_path / "pair", made, monkeypatch) == (0, 0)
+    assert folders(tmp_path / "pair") == folders(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["grid", "final", "judging", "report"])
+def test_the_next_worker_goes_on_where_one_was_killed(tmp_path, made, monkeypatch, stage):
+    """With the answer and the files of an undisturbed one."""
+    monkeypatch.setattr(workers, "_count_test_images", lambda ledger: 6)
+    monkeypatch.setattr(workers, "_POLL", 0.05)
+    plan = sweep(tmp_path)
+    whole = stages.run(plan, tmp_path / "whole")
+    out = tmp_path / "out"
+    assert killed_in(stage, plan, out, made, monkeypatch) == (-signal.SIGKILL, 0)
+    assert folders(out) == folders(tmp_path / "whole") and len(folders(out)) == 20
+    assert str(stages.run(plan, out)) == str(whole)
+    texts = [
+        (place / "report" / "report.md").read_text().replace(str(place), "")
+        for place in (out, tmp_path / "whole")
+    ]
+    assert texts[0] == texts[1]
+
+
+def folders(out):
+    """What the runs came to, the choice among it."""
+    paths = [*out.glob("**/metrics.json"), *out.glob("final/*/evaluation.json")]
+    assert (out / "report" / "report.html").exists()
+    found = {str(path.relative_to(out)): path.read_text() for path in paths}
+    return {**found, "choice": (out / "final" / "sweep.toml").read_text()}
+
+
 # --- real runs, killed ---
 
 REAL = """
 dataset = "digits"
-epochs = 3
+epochs = 2
 repeats = 1
 [methods.none]
 [methods.spectral]
 factor = [0.01, 0.1]
 [final]
-repeats = 2
+repeats = 1
 whole_training_set = true
 judge = ["noise", "pgd"]
 """
@@ -232,12 +320,20 @@ def results(out):
     return found
 
 
+def to_the_end(child):
+    deadline = time.monotonic() + DEADLINE
+    while child.poll() is None:
+        assert time.monotonic() < deadline, child.output
+        time.sleep(0.05)
+    assert child.poll() == 0, child.output
+    return child.output
+
+
 @pytest.mark.slow
 def test_killed_in_every_stage_it_ends_with_the_answer_of_an_undisturbed_one(tmp_path, nursery):
     (tmp_path / "some.toml").write_text(REAL)
     command = ["train", "--sweep", tmp_path / "some.toml", "--out"]
-    status, shown = nursery.call(*command, tmp_path / "whole", log=tmp_path / "whole.log")
-    assert status == 0, shown
+    shown = to_the_end(nursery.start(*command, tmp_path / "whole", log=tmp_path / "whole.log"))
     out = tmp_path / "out"
     for stage, pattern in STAGES.items():
         pair = [
@@ -249,9 +345,9 @@ def test_killed_in_every_stage_it_ends_with_the_answer_of_an_undisturbed_one(tmp
             assert time.monotonic() < deadline and pair[0].poll() is None, pair[0].output
             time.sleep(0.01)
         assert all(child.kill() < 0 for child in pair), stage
-    status, again = nursery.call(*command, out, log=tmp_path / "last.log")
-    assert status == 0, again
-    assert results(out) == results(tmp_path / "whole") and len(results(out)) == 7
+    pair = [nursery.start(*command, out, log=tmp_path / f"last{n}.log") for n in range(2)]
+    again, other = map(to_the_end, pair)
+    assert results(out) == results(tmp_path / "whole") and len(results(out)) == 5
     assert (out / "final" / "sweep.toml").read_bytes() == (
         tmp_path / "whole" / "final" / "sweep.toml"
     ).read_bytes()
@@ -260,5 +356,5 @@ def test_killed_in_every_stage_it_ends_with_the_answer_of_an_undisturbed_one(tmp
         text = text.replace(str(folder), "")
         return text[text.index("\nThe chosen cells, with new seeds:") :].split("changes of")[0]
 
-    assert ending(again, out) == ending(shown, tmp_path / "whole")
+    assert ending(again, out) == ending(other, out) == ending(shown, tmp_path / "whole")
     assert again.rstrip().splitlines()[-2].strip() == f"in {out}/report/report.html"
