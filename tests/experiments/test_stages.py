@@ -285,7 +285,7 @@ def folders(out):
     return {**found, "choice": (out / "final" / "sweep.toml").read_text()}
 
 
-# --- real runs, killed ---
+# --- real runs ---
 
 REAL = """
 dataset = "digits"
@@ -299,62 +299,26 @@ repeats = 1
 whole_training_set = true
 judge = ["noise", "pgd"]
 """
-STAGES = {
-    "grid": "*/history.csv",
-    "final": "final/*/history.csv",
-    "judging": "final/*/evaluation.json",
-    "report": "report/*.svg",
-}
 
 
-def results(out):
-    """Everything but times, which belong to a machine that does other things too."""
-    found = {}
-    for path in sorted(out.glob("**/metrics.json")):
-        content = json.loads(path.read_text())
-        keys = ("val_loss", "test_accuracy", "test_loss", "test_spectral_norm")
-        found[path.parent.name] = {key: content.get(key) for key in keys}
-    for path in sorted(out.glob("final/*/evaluation.json")):
-        content = json.loads(path.read_text())
-        found[path.parent.name] |= {key: content[key] for key in ("noise", "pgd")}
-    return found
-
-
-def to_the_end(child):
+@pytest.mark.slow
+def test_real_runs_from_the_file_to_the_path_of_the_report(tmp_path, nursery):
+    (tmp_path / "some.toml").write_text(REAL)
+    out, log = tmp_path / "out", tmp_path / "log"
+    child = nursery.start("train", "--sweep", tmp_path / "some.toml", "--out", out, log=log)
     deadline = time.monotonic() + DEADLINE
     while child.poll() is None:
         assert time.monotonic() < deadline, child.output
         time.sleep(0.05)
     assert child.poll() == 0, child.output
-    return child.output
-
-
-@pytest.mark.slow
-def test_killed_in_every_stage_it_ends_with_the_answer_of_an_undisturbed_one(tmp_path, nursery):
-    (tmp_path / "some.toml").write_text(REAL)
-    command = ["train", "--sweep", tmp_path / "some.toml", "--out"]
-    shown = to_the_end(nursery.start(*command, tmp_path / "whole", log=tmp_path / "whole.log"))
-    out = tmp_path / "out"
-    for stage, pattern in STAGES.items():
-        pair = [
-            nursery.start(*command, out, log=tmp_path / f"{stage}{number}.log")
-            for number in range(2)
-        ]
-        deadline = time.monotonic() + DEADLINE
-        while not list(out.glob(pattern)):
-            assert time.monotonic() < deadline and pair[0].poll() is None, pair[0].output
-            time.sleep(0.01)
-        assert all(child.kill() < 0 for child in pair), stage
-    pair = [nursery.start(*command, out, log=tmp_path / f"last{n}.log") for n in range(2)]
-    again, other = map(to_the_end, pair)
-    assert results(out) == results(tmp_path / "whole") and len(results(out)) == 5
-    assert (out / "final" / "sweep.toml").read_bytes() == (
-        tmp_path / "whole" / "final" / "sweep.toml"
-    ).read_bytes()
-
-    def ending(text, folder):
-        text = text.replace(str(folder), "")
-        return text[text.index("\nThe chosen cells, with new seeds:") :].split("changes of")[0]
-
-    assert ending(again, out) == ending(other, out) == ending(shown, tmp_path / "whole")
-    assert again.rstrip().splitlines()[-2].strip() == f"in {out}/report/report.html"
+    # The nursery adds a line of its own.
+    *_, answer, path, _ = child.output.rstrip().splitlines()
+    assert path == f"  in {out}/report/report.html" and (out / "report" / "report.html").exists()
+    assert f"**{answer}**" in (out / "report" / "report.md").read_text()
+    final = sorted(out.glob("final/*/evaluation.json"))
+    assert [p.parent.name.partition("-")[0] for p in final] == ["none", "spectral"]
+    for evaluation in final:
+        judged = json.loads(evaluation.read_text())
+        assert {"noise", "pgd"} < judged.keys() and "pgd_margin" not in judged
+        config = json.loads((evaluation.parent / "config.json").read_text())
+        assert (config["seed"], config["whole_training_set"]) == (1, True)
