@@ -268,7 +268,7 @@ def test_the_next_worker_goes_on_where_one_was_killed(tmp_path, made, monkeypatc
     whole = stages.run(plan, tmp_path / "whole")
     out = tmp_path / "out"
     assert killed_in(stage, plan, out, made, monkeypatch) == (-signal.SIGKILL, 0)
-    assert folders(out) == folders(tmp_path / "whole") and len(folders(out)) == 20
+    assert folders(out) == folders(tmp_path / "whole") and len(folders(out)) == 30
     assert str(stages.run(plan, out)) == str(whole)
     texts = [
         (place / "report" / "report.md").read_text().replace(str(place), "")
