@@ -13,6 +13,7 @@ if __name__ == "__main__":
     tfjacreg_startup.prepare()
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wait", action="store_true", help="wait for a process that works in --out")
     many = parser.add_argument_group("many runs")
     add = many.add_argument
-    add("--sweep", metavar="FILE", type=cli.path, help="TOML that names the runs; goes with --out")
+    add(
+        "--sweep",
+        metavar="FILE",
+        type=cli.path,
+        help="TOML that names the runs; goes with --out, --dataset, --network",
+    )
     add("--storage", metavar="URL", help="postgresql://..., for workers on several machines")
     add("--retry-failed", action="store_true", help="try runs once more that failed before")
     args = parser.parse_args(argv)
     sweep, common = {"sweep", "storage", "retry_failed"}, {"data_dir", "out"}
+    both = {"dataset", "network"}  # Beside --sweep they take the place of the file's.
     given = set(vars(args)) - common
-    for name in sorted(given - sweep if "sweep" in given else given & sweep):
+    for name in sorted(given - sweep - both if "sweep" in given else given & sweep):
         option = f"--{name.replace('_', '-')}"
         if "sweep" in given:
             parser.error(f"{option} is not for --sweep: the file says what is run")
@@ -99,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one configuration or a sweep and prints what came of it."""
     settings = vars(parse(argv))
     if "sweep" in settings:
-        out = settings.setdefault("out", Path("runs") / settings["sweep"].stem)
+        out = settings.setdefault("out", _sweep_folder(**settings))
         stopped = f"Stopped. The same command goes on from the last finished epochs, kept in {out}."
         return cli.run("train.py", lambda: _sweep(**settings), stopped)
     stopped = "Stopped. The same command goes on from the last finished epoch"
@@ -130,13 +137,29 @@ def _one(
     return 0
 
 
-def _sweep(*, sweep: Path, out: Path, **options: Any) -> int:
-    with optional_packages.importing("experiments", "A sweep"):
-        from tfjacreg.experiments import workers  # Optuna takes half a second, for sweeps only.
+def _sweep_folder(*, sweep: Path, dataset: str = "", network: str = "", **_: Any) -> Path:
+    """Where a sweep goes if nothing else is said; data and networks given beside it are named."""
+    given = (re.sub(r"\W+", "-", Path(name).stem).strip("-") for name in (dataset, network))
+    return Path("runs") / "-".join(filter(None, (sweep.stem, *given)))
 
-    summary = workers.run_sweep(sweep, out, **options)
-    print(printable(f"\n{summary}\n  in {out}"))
-    return 1 if summary.failures else 0
+
+def _sweep(
+    *,
+    sweep: Path,
+    out: Path,
+    dataset: str | None = None,
+    network: str | None = None,
+    **options: Any,
+) -> int:
+    with optional_packages.importing("experiments", "A sweep"):
+        # Optuna and matplotlib take a second, for sweeps only.
+        from tfjacreg.experiments import stages
+        from tfjacreg.experiments.sweep import Sweep
+
+    plan = Sweep.load(sweep, dataset=dataset, network=network)
+    outcome = stages.run(plan, out, **options)
+    print(printable(f"\n{outcome}\n  in {outcome.report or out}"))
+    return 1 if outcome.failures else 0
 
 
 if __name__ == "__main__":

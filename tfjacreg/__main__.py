@@ -6,7 +6,6 @@ python -m tfjacreg report runs/paper_fashion_mnist [SWEEP ...] [--benchmarks DIR
 
 import argparse
 import sys
-from pathlib import Path
 
 from tfjacreg import cli, datasets
 from tfjacreg.printable import printable
@@ -34,7 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--benchmarks",
         type=cli.path,
         metavar="DIR",
-        help="folder of the benchmarks' JSON files, for Figure 5 (results)",
+        help="folder of the benchmarks' JSON files, for Figure 5 (left out)",
     )
     report.add_argument(
         "--out",
@@ -69,7 +68,7 @@ def _report(arguments: argparse.Namespace) -> str:
     if benchmarks and not benchmarks.is_dir():
         raise ValueError(f"--benchmarks must be a folder. Received: {benchmarks}.")
     out = arguments.out or arguments.sweeps[0] / "report"
-    return str(report.write(arguments.sweeps, out, benchmarks=benchmarks or Path("results")))
+    return str(report.write(arguments.sweeps, out, benchmarks=benchmarks).path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 
 from tfjacreg.experiments import checkpoint, html, tables, workers
 from tfjacreg.experiments.locks import hidden, server_url
+from tfjacreg.experiments.sweep import Sweep
 from tfjacreg.printable import printable
 
 TEXTS = [
@@ -119,7 +120,7 @@ def test_the_process_of_a_run_imports_what_train_py_would(tmp_path, monkeypatch)
     monkeypatch.setattr(workers.subprocess, "Popen", Popen)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keras.py").write_text("raise SystemExit('imported')")
-    (failure,) = workers.run_sweep("some.toml", "out").failures.values()
+    (failure,) = workers.run_sweep(Sweep.load("some.toml"), Path("out")).failures.values()
     assert "metrics.json" in failure
     assert started["command"][1] == "-P"
     path = subprocess.run(

@@ -27,9 +27,10 @@ def evaluation(run):
     return json.loads((ROOT / JUDGE / run / "evaluation.json").read_text())
 
 
+JUDGED = (*(f"robustness_{name}" for name in PERTURBATIONS), *POINTWISE)
 REPORTS = {
-    "judge": ([JUDGE], ("training", "robustness", *POINTWISE)),
-    "final": ([GRID, FINAL], ("training", "robustness", *POINTWISE)),
+    "judge": ([JUDGE], ("answer", "training", *JUDGED)),
+    "final": ([GRID, FINAL], ("answer", "training", *JUDGED)),
     "digits": ([Path("results", "digits")], ("training",)),
 }
 
@@ -41,14 +42,14 @@ def test_the_report_is_that_of_the_files(tmp_path, monkeypatch, name):
     for module in (report.figures, report.distributions):
         monkeypatch.setattr(module, "save", lambda figure, path: None)
     monkeypatch.setattr(report.html, "render", lambda text, out: "")
-    report.write(folders, tmp_path, benchmarks=folders[-1])
+    report.write(folders, tmp_path)
     committed = ROOT / folders[-1] / "report"
     text = (committed / "report.md").read_text()
     assert (tmp_path / "report.md").read_text() == text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert pictures == [f"{n}.png" for n in figures]
+    assert pictures == [f"{n}.svg" for n in figures]
     for picture in pictures:
-        assert (committed / picture).read_bytes().startswith(b"\x89PNG")
+        assert (committed / picture).read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -9,6 +9,7 @@ import pytest
 
 from tfjacreg import regularizers
 from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
 from tfjacreg.experiments.sweep import Cell, Sweep
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -216,9 +217,40 @@ def test_judged_factors_are_those_of_lowest_validation_loss():
         assert own - {min(losses, key=losses.get)} == further
 
 
+COMPARE, PROTOCOL = "compare", "fashion_mnist"
+
+
+def test_the_comparison_for_data_of_ones_own_gives_every_method_as_many_factors():
+    sweep = Sweep.load(SWEEPS / f"{COMPARE}.toml")
+    assert sweep.methods == ("none", "weight_decay", "frobenius", "spectral")
+    for method in sweep.methods[1:]:
+        factors = [cell.factor for cell in sweep.cells if cell.method == method]
+        ratios = [b / a for a, b in itertools.pairwise(factors)]
+        assert len(factors) == 3 and all(2.99 < ratio < 3.4 for ratio in ratios)
+    assert len(sweep.cells) == 10 and sweep.repeats == 1 and sweep.final.repeats == 3
+    # What the report's first table shows.
+    assert sweep.final.judgement.names == ("noise", "pgd_margin")
+
+
+def test_the_papers_protocol_is_the_grid_and_its_final_runs():
+    """In one file what the committed results took two and a command for."""
+    sweep, grid, final = (Sweep.load(SWEEPS / f"{n}.toml") for n in (PROTOCOL, GRID, FINAL))
+    assert (sweep.cells, sweep.settings, sweep.repeats) == (grid.cells, grid.settings, grid.repeats)
+    second = sweep.second_stage(final.cells)
+    assert (second.cells, second.settings, second.repeats) == (
+        final.cells,
+        final.settings,
+        final.repeats,
+    )
+    assert set(second.judgement.names) == {*PERTURBATIONS, *POINTWISE}
+    assert second.judgement.limit == 2000
+
+
 def test_every_file_is_tested():
     assert {path.stem for path in SWEEPS.glob("*.toml")} == {
         *FILES,
+        COMPARE,
+        PROTOCOL,
         BY_TEST,
         DIGITS,
         FINAL,
@@ -246,7 +278,84 @@ def _with(old, new):
     return GOOD.replace(old, new)
 
 
+FINAL_TABLE = """
+[final]
+choose_by = "val_accuracy"
+repeats = 3
+whole_training_set = true
+judge = ["pgd_margin", "sigma"]
+limit = 7
+"""
+
+
+def test_the_second_stage_is_a_sweep_of_the_chosen_cells(tmp_path):
+    """With seeds that the grid has not; another file, or another choice, is another sweep."""
+    sweep = load(tmp_path, GOOD + FINAL_TABLE)
+    assert load(tmp_path, GOOD).final is None
+    assert sweep.final.choose_by == "val_accuracy"
+    chosen = [sweep.cells[1], sweep.cells[3]]
+    second = sweep.second_stage(chosen)
+    (tmp_path / "second.toml").write_bytes(second.content)
+    again = Sweep.load(tmp_path / "second.toml")
+    assert dataclasses.replace(again, name="some") == second and second.final is None
+    assert list(second.cells) == chosen and list(second.seeds) == [2, 3, 4]
+    assert second.judgement.names == ("pgd_margin", "sigma") and second.judgement.limit == 7
+    for config in second.configs().values():
+        assert (config.epochs, config.dataset, config.whole_training_set) == (3, "digits", True)
+    others = [
+        sweep.second_stage(sweep.cells[:1]),
+        load(tmp_path, GOOD + FINAL_TABLE + "# changed").second_stage(chosen),
+    ]
+    assert len({other.content for other in (second, *others)}) == 3
+
+
+@pytest.mark.parametrize("where", ["", 'network = "lenet"\n', "# dataset = 1\n"])
+def test_data_and_network_given_beside_the_file_take_the_place_of_its_own(tmp_path, where):
+    """And the copy in the sweep's folder says so."""
+    (tmp_path / "some.toml").write_text(where + GOOD)
+    sweep = Sweep.load(tmp_path / "some.toml", dataset="kmnist", network="lenet")
+    assert sweep.settings == {"dataset": "kmnist", "network": "lenet", "epochs": 3}
+    assert sweep.cells == load(tmp_path, GOOD).cells
+    (tmp_path / "copy.toml").write_bytes(sweep.content)
+    assert Sweep.load(tmp_path / "copy.toml").settings == sweep.settings
+    assert b"[0.01, 0.1]" in sweep.content
+
+
+def test_a_value_that_cannot_be_replaced_is_refused(tmp_path):
+    (tmp_path / "some.toml").write_text(GOOD.replace('"digits"', '"""\ndigits"""'))
+    with pytest.raises(ValueError, match="`dataset` must have a line of its own"):
+        Sweep.load(tmp_path / "some.toml", dataset="kmnist")
+
+
 BAD = {
+    "an unknown key of the second stage": (
+        GOOD + FINAL_TABLE + "epochs = 3",
+        r"\[final\] has keys out of .*Received: epochs",
+    ),
+    "no repeats of the second stage": (
+        GOOD + "[final]",
+        r"\[final\] `repeats` is missing.*`repeats = 3`",
+    ),
+    "a choice": (
+        GOOD + FINAL_TABLE.replace("val_accuracy", "test_loss"),
+        r"choose_by` must be one of \('val_loss', 'val_accuracy'\). Received: 'test_loss'",
+    ),
+    "an attack": (
+        GOOD + FINAL_TABLE.replace("sigma", "fgsm"),
+        r"\[final\] `judge` must be a list of some of .*'pgd_margin'.*fgsm",
+    ),
+    "an attack twice": (GOOD + FINAL_TABLE.replace("sigma", "pgd_margin"), "name each once"),
+    "images": (GOOD + FINAL_TABLE.replace("limit = 7", "limit = 0"), r"limit` must be an integer"),
+    "images for nothing": ("limit = 3\n" + GOOD, "`limit` is for `judge`"),
+    "truth in the second stage": (
+        GOOD + FINAL_TABLE.replace("true", "1"),
+        r"`\[final\] whole_training_set` must be true or false.*1",
+    ),
+    "nothing to choose by": (
+        "whole_training_set = true\n" + GOOD + FINAL_TABLE,
+        r"\[final\] needs a validation split",
+    ),
+    "a first seed": ("first_seed = -1\n" + GOOD, "must be an integer >= 0"),
     "no toml": ("repeats = ", "is not a TOML file: "),
     "unknown key": (_with("epochs", "epoch"), r"keys out of .*'epochs'.*'grid'.*Received: epoch$"),
     "an axis outside the grid": ("factor = 0.1\n" + GOOD, "keys out of .*Received: factor$"),

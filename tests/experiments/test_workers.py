@@ -132,7 +132,7 @@ def undisturbed(nursery, tmp_path_factory):
     path, out = folder / "small.toml", folder / "out"
     path.write_text(SMALL)
     _wait(_start(nursery, 1, path, out, None))
-    return path, workers.run_sweep(path, out), out
+    return path, workers.run_sweep(Sweep.load(path), out), out
 
 
 def _histories(out):
@@ -175,7 +175,7 @@ def test_killed_workers_end_with_the_table_of_an_undisturbed_sweep(
         for row, other in zip(rows, expected, strict=True):
             for key in set(row) - {"step_seconds"}:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5), (name, key)
-    again = workers.run_sweep(path, out, storage=storage)
+    again = workers.run_sweep(Sweep.load(path), out, storage=storage)
     assert not again.failures
     for result, other in zip(again.results, summary.results, strict=True):
         assert result.cell == other.cell
@@ -240,7 +240,7 @@ def _work(tmp_path, text, monkeypatch, special="", **options):
     """A worker in this process, with the stand-in for its runs."""
     monkeypatch.setattr(workers.sys, "executable", _stand_in(tmp_path, special))
     (tmp_path / "some.toml").write_text(text)
-    return workers.run_sweep(tmp_path / "some.toml", tmp_path / "out", **options)
+    return workers.run_sweep(Sweep.load(tmp_path / "some.toml"), tmp_path / "out", **options)
 
 
 FEW = 'dataset = "digits"\nepochs = 4\nrepeats = 2\n[methods.none]\n[methods.spectral]\n'

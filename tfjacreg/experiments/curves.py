@@ -1,4 +1,4 @@
-"""The numbers behind tables and figures of judged runs, and the tables as text."""
+"""The numbers behind tables and figures of judged runs, and the tables."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ _MEANINGS = {
 }
 _AGAINST_SPHERES = "distance along random directions / distance to the nearest image found"
 _AGAINST_SIGMA = "distance to the nearest image found / (margin / (sqrt(2) sigma))"
+_NOT_TESTED = (
+    "* Not tested: so many % of the images are right, but the attack has lost its gradient there."
+)
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _HEAD = [f"{100 * q:g} %" for q in _QUANTILES]
 
@@ -44,6 +47,34 @@ class Evaluation(NamedTuple):
     dataset: str
     method: str
     result: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A table before it is text or Markdown.
+
+    Attributes:
+        title: What it shows.
+        head: The names of the columns.
+        rows: As many cells each; the first names the method.
+        note: What belongs below it, or nothing.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def __str__(self) -> str:
+        """The table as text, in columns."""
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [self.head, *self.rows]
+        ]
+        return "\n".join([self.title, *lines, *filter(None, [self.note])])
 
 
 class Curve(NamedTuple):
@@ -212,13 +243,18 @@ def strength(name: str) -> str:
     return "variance" if name == "noise" else "iterations"
 
 
+def unit(name: str) -> str:
+    """What a strength is of, after its number or before."""
+    return {"noise": "(variance)", "square": "queries"}.get(name, "steps")
+
+
 def axis(name: str) -> str:
     """What the strength of a perturbation counts."""
     return _AXES.get(name, "iterations")
 
 
-def robustness_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    """Formats the accuracies, in percent, as text: one block per data set and perturbation.
+def robustness_tables(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Table]:
+    """The accuracies, in percent: a table per data set and perturbation.
 
     An accuracy is marked where the attack had lost its gradient on images that are still right, and
     a row below says on how many.
@@ -238,18 +274,13 @@ def robustness_table(evaluations: Sequence[Evaluation], names: Sequence[str]) ->
                     rows.append(["  gradient faded", "", "", *shares])
             title = f"{dataset}, {TITLES[name]}: accuracy in % against {axis(name)}"
             head = ["method", "runs", "clean", *(f"{s:g}" for s in strengths)]
-            block = _layout(title, head, rows)
-            if any(c.untested.any() for c in methods.values()):
-                block += (
-                    "\n* Not tested: so many % of the images are right, but the attack has lost its"
-                    " gradient there."
-                )
-            blocks.append(block)
-    return "\n\n".join(blocks)
+            untested = any(c.untested.any() for c in methods.values())
+            blocks.append(Table(title, head, rows, _NOT_TESTED * untested))
+    return blocks
 
 
-def distance_table(evaluations: Sequence[Evaluation], name: str = "boundary") -> str:
-    """Formats distances to the boundary as text: one block per data set.
+def distance_tables(evaluations: Sequence[Evaluation], name: str = "boundary") -> list[Table]:
+    """Distances to the boundary: a table per data set.
 
     Args:
         evaluations: The judged runs.
@@ -271,12 +302,12 @@ def distance_table(evaluations: Sequence[Evaluation], name: str = "boundary") ->
             f"{dataset}: {_MEANINGS[name]} (Euclidean, pixel units), quantiles over"
             f" the {shared.values.shape[1]} of {shared.points} points that every run gets right"
         )
-        blocks.append(_layout(title, ["method", "runs", *_HEAD, "none found"], rows))
-    return "\n\n".join(blocks)
+        blocks.append(Table(title, ["method", "runs", *_HEAD, "none found"], rows))
+    return blocks
 
 
-def sigma_table(evaluations: Sequence[Evaluation]) -> str:
-    """Formats how sigma is distributed over all points as text: one block per data set."""
+def sigma_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """How sigma is distributed over all points: a table per data set."""
     blocks = []
     for dataset, methods in slopes(evaluations).items():
         rows = [
@@ -291,12 +322,12 @@ def sigma_table(evaluations: Sequence[Evaluation]) -> str:
         ]
         points = next(iter(methods.values())).sigma.shape[1]
         title = f"{dataset}: exact sigma (logits per pixel unit) at {points} points, quantiles"
-        blocks.append(_layout(title, ["method", "runs", "mean", *_HEAD, "largest"], rows))
-    return "\n\n".join(blocks)
+        blocks.append(Table(title, ["method", "runs", "mean", *_HEAD, "largest"], rows))
+    return blocks
 
 
-def ratio_table(evaluations: Sequence[Evaluation]) -> str:
-    """Formats how the distances compare at each point as text: two blocks per data set.
+def ratio_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """How the distances compare at each point: two tables per data set.
 
     Along random directions to the nearest image found, and the latter to the distance that the
     margin and sigma alone would give, `margin / (sqrt(2) sigma)`.
@@ -322,10 +353,10 @@ def ratio_table(evaluations: Sequence[Evaluation]) -> str:
                 ratios[title].append([method, str(len(repeats)), *quantiles, below])
         head = ["method", "runs", *_HEAD, "below 1, in %"]
         blocks += [
-            _layout(f"{dataset}: {title}, quantiles over {shared.sum()} points", head, rows)
+            Table(f"{dataset}: {title}, quantiles over {shared.sum()} points", head, rows)
             for title, rows in ratios.items()
         ]
-    return "\n\n".join(blocks)
+    return blocks
 
 
 def _spread(values: npt.NDArray[np.float64]) -> str:
@@ -337,15 +368,3 @@ def _spread(values: npt.NDArray[np.float64]) -> str:
 def _quantiles(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     # Not interpolated: some distances may be infinite.
     return np.quantile(values, _QUANTILES, method="inverted_cdf")
-
-
-def _layout(title: str, head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
-    return "\n".join([title, *lines])

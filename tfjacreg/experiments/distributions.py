@@ -14,10 +14,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Distances, Evaluation
-from tfjacreg.experiments.figures import save, styles
+from tfjacreg.experiments.figures import PANEL, Style, legend_below, panels, save, styles
 
-# With room for a legend beside the panel.
-_WIDE = 9.0
+# Share of the values that are left out at either end of an axis, so that its middle has room.
+_TAIL = 0.005
+_MOST = 400
 
 
 def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
@@ -28,20 +29,20 @@ def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
 
     Args:
         evaluations: The judged runs.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
     """
     gathered = curves.distances(evaluations)
-    figure, panels = _panels(gathered)
+    figure, axes = _shares(gathered)
     drawn_as = styles(evaluations)
-    for ax, (dataset, methods) in zip(panels, gathered.items(), strict=True):
+    for ax, (dataset, methods) in zip(axes, gathered.items(), strict=True):
         for method, found in methods.items():
             label = f"{method} (median {np.median(found.values):.2f})"
-            _draw_shares(ax, found.values, label=label, color=drawn_as[method].color)
+            _draw_shares(ax, found.values, drawn_as[method], label=label)
         ax.set_title(_title(dataset, methods))
         ax.set_xlabel("distance to the decision boundary (Euclidean, pixel units)")
         ax.set_ylabel("points within (%)")
         ax.set_xlim(left=0)
-        ax.legend(loc="lower right")
+    legend_below(figure)
     save(figure, path)
 
 
@@ -53,32 +54,34 @@ def distance_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
 
     Args:
         evaluations: The judged runs.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
     """
     names = ["distance"]
     if all("boundary" in e.result for e in evaluations):
         names.append("boundary")
     measured = [curves.distances(evaluations, name) for name in names]
-    figure, panels = _panels(measured[0], _WIDE)
+    figure, axes = _shares(measured[0])
     drawn_as = styles(evaluations)
-    for ax, dataset in zip(panels, measured[0], strict=True):
+    for ax, dataset in zip(axes, measured[0], strict=True):
         for method, style in drawn_as.items():
             medians = []
             for gathered, line in zip(measured, ("-", "--"), strict=False):
                 if method in gathered[dataset]:
                     values = gathered[dataset][method].values
-                    _draw_shares(ax, values, color=style.color, linestyle=line)
+                    _draw_shares(ax, values, style._replace(linestyle=line))
                     medians.append(f"{np.median(values):.2f}")
             if medians:
                 label = f"{method} (median {' and '.join(medians)})"
-                ax.plot([], [], color=style.color, label=label)
+                ax.plot([], [], color=style.color, marker=style.marker, ms=4, label=label)
         ax.set_title(_title(dataset, measured[0][dataset]))
         ax.set_xlabel("distance to another class (Euclidean, pixel units)")
         ax.set_ylabel("points within (%)")
         if len(names) > 1:
             ax.plot([], [], color="gray", label="nearest image found")
             ax.plot([], [], color="gray", linestyle="--", label="along random directions")
-        _logarithmic(ax)
+        both = [m[dataset][method].values for m in measured for method in m[dataset]]
+        _logarithmic(ax, both)
+    legend_below(figure)
     save(figure, path)
 
 
@@ -90,32 +93,32 @@ def sigma_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
 
     Args:
         evaluations: The judged runs.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
     """
     gathered = curves.slopes(evaluations)
-    figure, panels = _panels(gathered, _WIDE)
+    figure, axes = _shares(gathered)
     drawn_as = styles(evaluations)
-    for ax, (dataset, methods) in zip(panels, gathered.items(), strict=True):
+    for ax, (dataset, methods) in zip(axes, gathered.items(), strict=True):
         for method, slope in methods.items():
             label = f"{method} (median {np.median(slope.sigma):.2f})"
-            _draw_shares(ax, slope.sigma, label=label, color=drawn_as[method].color)
+            _draw_shares(ax, slope.sigma, drawn_as[method], label=label)
         points = next(iter(methods.values())).sigma.shape[1]
         ax.set_title(f"{dataset}: {points} points")
         ax.set_xlabel("exact sigma (logits per pixel unit)")
         ax.set_ylabel("points with at most that (%)")
-        _logarithmic(ax)
+        _logarithmic(ax, [slope.sigma for slope in methods.values()])
+    legend_below(figure)
     save(figure, path)
 
 
-def _panels(gathered: dict[str, Any], width: float = 6.4) -> tuple[Figure, list[Axes]]:
+def _shares(gathered: dict[str, Any]) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each data set, one below the other."""
-    size = (width, 3.6 * len(gathered) + 0.6)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    panels = figure.subplots(len(gathered), 1, squeeze=False)[:, 0].tolist()
-    for ax in panels:
+    figure, grid = panels(len(gathered), 1, (PANEL[0], PANEL[1] * len(gathered) + 0.6))
+    axes = grid[:, 0].tolist()
+    for ax in axes:
         ax.set_ylim(0, 100)
         ax.grid(alpha=0.3)
-    return figure, panels
+    return figure, axes
 
 
 def _title(dataset: str, methods: dict[str, Distances]) -> str:
@@ -123,19 +126,27 @@ def _title(dataset: str, methods: dict[str, Distances]) -> str:
     return f"{dataset}: {points.values.shape[1]} of {points.points} points"
 
 
-def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], **style: Any) -> None:
+def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], style: Style, **options: Any) -> None:
     """The share of the values that are at most the one on the axis; infinite ones are not drawn."""
     ordered = np.sort(values, axis=None)
     share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
-    reached = np.isfinite(ordered)
-    ax.step(ordered[reached], share[reached], where="post", **style)
+    kept = np.flatnonzero(np.isfinite(ordered))
+    # More points than this are not seen, and make a large file.
+    kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), _MOST)).round().astype(int)]
+    options |= {**style._asdict(), "ms": 4, "markevery": 0.15}
+    ax.step(ordered[kept], share[kept], where="post", **options)
 
 
-def _logarithmic(ax: Axes) -> None:
-    """Makes the axis logarithmic, and lays the legend beside the panel: the curves fill it."""
+def _logarithmic(ax: Axes, drawn: Sequence[npt.NDArray[np.float64]]) -> None:
+    """Makes the axis logarithmic, from where the curves begin to where they end."""
     ax.set_xscale("log")
+    values = np.concatenate([values.ravel() for values in drawn])
+    values = values[np.isfinite(values) & (values > 0)]
+    if len(values):
+        low, high = np.quantile(values, (_TAIL, 1 - _TAIL))
+        if low < high:
+            ax.set_xlim(low / 1.1, high * 1.1)
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)

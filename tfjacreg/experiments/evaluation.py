@@ -192,22 +192,48 @@ def judge(
                 f"{target.method}, {target.dataset}: PGD, eps {attacks.EPS * 255:g}/255",
                 target.folder.reader.examples_file,
             )
-    tables = []
+    tables: list[curves.Table] = []
     if perturbations:
-        tables.append(curves.robustness_table(judged, perturbations))
+        tables.extend(curves.robustness_tables(judged, perturbations))
         figures.robustness_figure(judged, perturbations, out / "robustness.png")
     if "boundary" in pointwise:
-        tables.append(curves.distance_table(judged))
+        tables.extend(curves.distance_tables(judged))
         distributions.boundary_figure(judged, out / "boundary.png")
     if "distance" in pointwise:
-        tables.append(curves.distance_table(judged, "distance"))
+        tables.extend(curves.distance_tables(judged, "distance"))
         distributions.distance_figure(judged, out / "distance.png")
     if "sigma" in pointwise:
-        tables.append(curves.sigma_table(judged))
+        tables.extend(curves.sigma_tables(judged))
         distributions.sigma_figure(judged, out / "sigma.png")
     if set(pointwise) == set(measures.POINTWISE):
-        tables.append(curves.ratio_table(judged))
-    return "\n\n".join(tables)
+        tables.extend(curves.ratio_tables(judged))
+    return "\n\n".join(map(str, tables))
+
+
+def judge_run(path: Path, names: Sequence[str], *, limit: int | None = None) -> dict[str, Any]:
+    """Evaluates a finished run in a folder that this process owns already; draws nothing.
+
+    Args:
+        path: The run folder.
+        names: Some of `measures.PERTURBATIONS` and `measures.POINTWISE`.
+        limit: How many test images to judge on; None for all.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        ValueError: As `judge`.
+        OSError: If the file cannot be written.
+    """
+    (target,) = find_targets([path])
+    test = datasets.load(target.dataset, target.data_dir).test
+    return evaluate(
+        target,
+        test.x[:limit],
+        test.y[:limit],
+        perturbations=[name for name in measures.PERTURBATIONS if name in names],
+        pointwise=[name for name in measures.POINTWISE if name in names],
+    )
 
 
 def evaluate(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
@@ -22,45 +23,78 @@ _BLACK, _ORANGE, _SKY_BLUE, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 
+# Inches, at which figures are shown: a panel by itself fills a phone, and of the small ones a page
+# has three beside each other. Type is 9 points or more.
+PANEL, SMALL_PANEL = (3.7, 3.5), (3.25, 3.3)
+_TYPE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    # As text: it can be searched and read aloud, and the page's dark mode changes its colour.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tfjacreg",  # Equal figures are equal files.
+}
+# An SVG file follows the reader's choice of light or dark itself, wherever it is shown.
+_DARK = f"""<style>
+@media (prefers-color-scheme: dark) {{
+ text {{ fill: #e6e6e6 !important; }}
+ [style*="stroke: {_BLACK}"] {{ stroke: #e6e6e6 !important; }}
+ [style*="fill: {_BLACK}"] {{ fill: #e6e6e6 !important; }}
+ [style*="stroke: {_BLUE.lower()}"] {{ stroke: #4da6e0 !important; }}
+ [style*="fill: {_BLUE.lower()}"] {{ fill: #4da6e0 !important; }}
+ [style*="stroke: #b0b0b0"] {{ stroke: #707070 !important; }}
+}}
+</style>
+"""
+
+
 class Style(NamedTuple):
-    """How a line is drawn."""
+    """How a line is drawn: the colour is never all that tells two apart."""
 
     color: str
     marker: str
+    linestyle: Any = "-"
 
 
 # The paper's methods look the same in all figures, whichever of them are there.
 _METHODS = {
     "Spectral": Style(_BLUE, "s"),
-    "Frobenius": Style(_ORANGE, "P"),
-    "Spectral-Bound": Style(_PURPLE, "v"),
-    "L2": Style(_GREEN, "^"),
-    "None": Style(_BLACK, "o"),
+    "Frobenius": Style(_ORANGE, "P", "--"),
+    "Spectral-Bound": Style(_PURPLE, "v", ":"),
+    "Weight decay": Style(_GREEN, "^", "-."),
+    "None": Style(_BLACK, "o", (0, (6, 1.5))),
 }
 # Methods of other names take these in turn.
 _OTHERS = (
     _METHODS["None"],
-    Style(_VERMILION, "s"),
+    Style(_VERMILION, "s", "--"),
     Style(_BLUE, "D"),
-    _METHODS["L2"],
+    _METHODS["Weight decay"],
     _METHODS["Spectral-Bound"],
     _METHODS["Frobenius"],
-    Style(_SKY_BLUE, "*"),
+    Style(_SKY_BLUE, "*", "-."),
 )
+_OPEN = f"open marks: gradient lost on {100 * curves.FADED:g} % of\nthe images or more, still right"
+# A range of losses beyond which the axis is logarithmic.
+_LOGARITHMIC = 8
 # The steps that are drawn, out of those timed, and the estimators.
 _STEPS = {
     "plain": ("plain", _METHODS["None"]),
     "spectral_bound": ("SpectralBound", _METHODS["Spectral-Bound"]),
     "frobenius": ("FrobeniusNorm, 1 projection", _METHODS["Frobenius"]),
     "power_1": ("SpectralNorm, N = 1", _METHODS["Spectral"]),
-    "power_1_transpose": ("SpectralNorm, N = 1, transpose", Style(_SKY_BLUE, "D")),
+    "power_1_transpose": ("SpectralNorm, N = 1, transpose", Style(_SKY_BLUE, "D", "--")),
     "exact": ("SpectralNorm, exact", Style(_GREEN, "^")),
     "analytic": ("analytic (row by row, SVD)", Style(_VERMILION, "*")),
 }
 _ESTIMATORS = {
     "power": ("power iteration", _METHODS["Spectral"]),
-    "lanczos": ("Lanczos as penalty", Style(_VERMILION, "o")),
-    "complete_lanczos": ("Lanczos in spectral_norm", Style(_GREEN, "^")),
+    "lanczos": ("Lanczos as penalty", Style(_VERMILION, "o", "--")),
+    "complete_lanczos": ("Lanczos in spectral_norm", Style(_GREEN, "^", "-.")),
 }
 
 
@@ -76,14 +110,13 @@ def robustness_figure(
     Args:
         evaluations: The judged runs.
         names: The perturbations.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
     """
     columns = [curves.curves(evaluations, name) for name in names]
     datasets = list(dict.fromkeys(e.dataset for e in evaluations))
-    size = (3.4 * len(names) + 0.6, 2.9 * len(datasets) + 1.0)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    axes = figure.subplots(len(datasets), len(names), squeeze=False)
-    drawn_as = styles(evaluations)
+    size = (SMALL_PANEL[0] * len(names), SMALL_PANEL[1] * len(datasets))
+    figure, axes = panels(len(datasets), len(names), size)
+    drawn_as, marked = styles(evaluations), False
     for column, (name, gathered) in enumerate(zip(names, columns, strict=True)):
         for row, dataset in enumerate(datasets):
             ax = axes[row, column]
@@ -99,6 +132,7 @@ def robustness_figure(
                     std = drop.std(axis=0, ddof=1)
                     _band(ax, curve.strength, mean - std, mean + std, style)
                 if curve.untested.any():
+                    marked = True
                     _mark(ax, curve.strength[curve.untested], mean[curve.untested], style)
             if name != "noise":
                 ax.set_xscale("log")
@@ -111,8 +145,46 @@ def robustness_figure(
             if row == 0:
                 ax.set_title(curves.TITLES[name])
             if column == 0:
-                ax.set_ylabel(f"{dataset}\naccuracy drop (percentage points)")
-    _legend_below(figure)
+                several = f"{dataset}\n" if len(datasets) > 1 else ""
+                ax.set_ylabel(f"{several}accuracy drop (points)")
+    legend_below(figure, _OPEN * marked)
+    save(figure, path)
+
+
+def accuracy_figure(evaluations: Sequence[Evaluation], name: str, path: str | Path) -> None:
+    """Draws the accuracy against the strength of one perturbation, from the clean images on.
+
+    One panel, for one data set: mean over the runs of a method, and a band of one standard
+    deviation where there are several.
+
+    Args:
+        evaluations: The judged runs.
+        name: The perturbation.
+        path: File to write, `.svg` or `.png`.
+    """
+    (found,) = curves.curves(evaluations, name).values()
+    figure, axes = panels(1, 1, PANEL)
+    ax = axes[0, 0]
+    drawn_as, marked = styles(evaluations), False
+    for method, curve in found.items():
+        style = drawn_as[method]
+        accuracy = 100 * np.column_stack([curve.clean, curve.accuracy])
+        mean, places = accuracy.mean(axis=0), np.arange(accuracy.shape[1])
+        ax.plot(places, mean, ms=4, label=method, **style._asdict())
+        if len(accuracy) > 1:
+            std = accuracy.std(axis=0, ddof=1)
+            _band(ax, places, mean - std, mean + std, style)
+        if curve.untested.any():
+            marked = True
+            _mark(ax, places[1:][curve.untested], mean[1:][curve.untested], style)
+    strengths = next(iter(found.values())).strength
+    ax.set_xticks(range(len(strengths) + 1), ["clean", *(f"{s:g}" for s in strengths)])
+    ax.set_ylim(0, 100)
+    ax.grid(alpha=0.3)
+    ax.set_xlabel(curves.axis(name))
+    ax.set_ylabel("test accuracy in %")
+    ax.set_title(curves.TITLES[name])
+    legend_below(figure, _OPEN * marked)
     save(figure, path)
 
 
@@ -123,27 +195,31 @@ def training_figure(
 
     Args:
         losses: By title of the panel and name of the method, the loss of each run `[R, epochs]`.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
     """
-    figure = Figure(figsize=(max(5.2 * len(losses), 6.4), 4.4), dpi=130)
-    axes = figure.subplots(1, len(losses), squeeze=False)[0]
-    for ax, (title, methods) in zip(axes, losses.items(), strict=True):
+    figure, axes = panels(1, len(losses), (PANEL[0] * len(losses), PANEL[1]))
+    for ax, (title, methods) in zip(axes[0], losses.items(), strict=True):
         for method, loss in methods.items():
             style = _METHODS[method]
             epochs = np.arange(1, loss.shape[1] + 1)
             mean = loss.mean(axis=0)
-            ax.plot(epochs, mean, ms=3, lw=1, label=method, **style._asdict())
+            every = max(1, len(mean) // 10)
+            ax.plot(epochs, mean, ms=4, markevery=every, label=method, **style._asdict())
             if len(loss) > 1:
                 std = loss.std(axis=0, ddof=1)
                 _band(ax, epochs, mean - std, mean + std, style)
         ax.set_title(title)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # The first epochs would leave no room for what sets the methods apart.
+        low, high = (
+            f(np.min(m) if f is min else np.max(m) for m in methods.values()) for f in (min, max)
+        )
+        if low > 0 and high > _LOGARITHMIC * low:
+            ax.set_yscale("log")
         ax.grid(alpha=0.3)
-        ax.legend()
-    axes[0].set_ylabel("validation loss")
-    _show_as_written(figure)
-    figure.tight_layout()
+    axes[0, 0].set_ylabel("validation loss")
+    legend_below(figure)
     save(figure, path)
 
 
@@ -163,7 +239,7 @@ def adversarial_figure(
         labels: Classes predicted for the clean images, `[N]`.
         predicted: Classes predicted for the perturbed images, `[N]`.
         title: Title of the figure.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
     """
     difference = perturbed - clean
     limit = max(float(np.abs(difference).max()), float(np.finfo(np.float32).tiny))
@@ -192,16 +268,18 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
 
     Args:
         contents: Contents of JSON files that `benchmarks/step_time.py` wrote.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
 
     Raises:
         ValueError: If there is no content, or one without any of the steps that are drawn.
     """
     if not contents:
         raise ValueError("Step times need at least one content to draw. Received: none")
-    size = (max(6.4, 5.2 * len(contents)), 5.4)
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
-    axes = figure.subplots(1, len(contents), squeeze=False)[0]
+    figure, grid = panels(1, len(contents), (4.8 * len(contents), 5.0))
+    axes = grid[0]
+    if len(contents) > 1:
+        for ax in axes[1:]:
+            ax.sharey(axes[0])
     for ax, content in zip(axes, contents, strict=True):
         settings, timed = content["settings"], content["batch_size"]
         for name, (label, style) in _STEPS.items():
@@ -226,21 +304,21 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
         ax.set_xlabel("batch size")
         ax.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds per training step (median)")
-    _legend_below(figure)
+    legend_below(figure)
     save(figure, path)
 
 
 def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None:
     """Draws the relative error of sigma against the products spent (Figure 5, right).
 
-    Left: networks trained with `SpectralNorm`, N = 1, and the error of the product of the layers'
-    norms on networks trained with `SpectralBound`. Right: networks trained without penalty as
+    Above: networks trained with `SpectralNorm`, N = 1, and the error of the product of the layers'
+    norms on networks trained with `SpectralBound`. Below: networks trained without penalty as
     lines, and as single points each estimator on the networks trained with that very estimator.
     Lines are means over points and seeds, bands reach from the lowest to the highest seed.
 
     Args:
         content: Content of a JSON file that `benchmarks/estimator_error.py` wrote.
-        path: PNG file to write.
+        path: File to write, `.svg` or `.png`.
 
     Raises:
         ValueError: If one of these networks is missing.
@@ -254,8 +332,8 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
             "Estimator errors must hold networks trained without penalty, with SpectralNorm and "
             f"with SpectralBound at factor {factor:g}. Received: none of {sorted(missing)}"
         )
-    figure = Figure(figsize=(10.4, 5.2), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure, axes = panels(2, 1, (4.8, 8.0), sharex=True, sharey=True)
+    left, right = axes[:, 0]
     for ax, name in ((left, "power_1"), (right, "none")):
         networks = [n for n in trained if n["name"] == name]
         for estimator, (label, style) in _ESTIMATORS.items():
@@ -263,8 +341,9 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
             mean = errors.mean(axis=0)
             ax.plot(products, mean, ms=4, label=label, **style._asdict())
             _band(ax, products, errors.min(0), errors.max(0), style)
-        ax.set_xlabel("products spent (J v and J^T u count one each)")
+        ax.set_ylabel("relative error of sigma (mean over points)")
         ax.grid(alpha=0.3)
+    right.set_xlabel("products spent (J v and J^T u count one each)")
     bound = [n["bound_error"]["mean"] for n in trained if n["name"] == "spectral_bound"]
     label = "product of the layers' norms, trained with SpectralBound"
     left.axhline(np.mean(bound), color=_PURPLE, linestyle="--", label=label)
@@ -285,15 +364,14 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
     left.set_yscale("log")
     left.set_ylim(bottom=1e-4)
     left.set_xticks(range(2, 21, 2))
-    left.set_ylabel("relative error of sigma (mean over points)")
     left.set_title(f"trained with SpectralNorm, N = 1, factor {factor:g}")
     right.set_title("trained without penalty; open marks: with the estimator")
     figure.suptitle(
         f"lenet, {settings['dataset']}, epochs: {settings['epochs']}, "
-        f"{settings['points']} training points; {_environment(content)}",
+        f"{settings['points']} training points\n{_environment(content)}",
         fontsize=9,
     )
-    _legend_below(figure)
+    legend_below(figure)
     save(figure, path)
 
 
@@ -306,22 +384,52 @@ def _mean_errors(
     return products, np.array([[row["mean"] for row in rows] for rows in errors])
 
 
-def _legend_below(figure: Figure) -> None:
+def panels(
+    rows: int, columns: int, size: tuple[float, float], **options: Any
+) -> tuple[Figure, npt.NDArray[Any]]:
+    """A figure of panels `[rows, columns]`, whose type is of the size that it is read at.
+
+    Args:
+        rows: How many panels below each other.
+        columns: How many beside each other.
+        size: Inches.
+        options: Of matplotlib's `subplots`.
+    """
+    with rc_context(_TYPE):
+        figure = Figure(figsize=size, dpi=130, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def legend_below(figure: Figure, note: str = "") -> None:
     """One legend for all panels, below them; what several panels draw is named once.
 
     The figure needs `layout="constrained"`, which makes room for it.
+
+    Args:
+        figure: The figure.
+        note: What is written above the entries.
     """
     found = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    # Of an entry the line takes about .7 inches, and a letter .065.
-    columns = int(figure.get_size_inches()[0] / (0.7 + 0.065 * max(map(len, handles))))
+    # Of an entry the line takes about .6 inches, and a letter .07.
+    columns = int(figure.get_size_inches()[0] / (0.6 + 0.07 * max(map(len, handles))))
     columns = max(1, min(columns, len(handles)))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8)
+    with rc_context(_TYPE):
+        figure.legend(
+            handles.values(),
+            handles,
+            loc="outside lower center",
+            ncols=columns,
+            columnspacing=1.0,
+            handlelength=2.6,
+            title=note or None,
+            title_fontsize=9,
+        )
 
 
 def _environment(content: Mapping[str, Any]) -> str:
     versions = content["environment"]
-    return f"{versions['device']}; TensorFlow {versions['tensorflow']}, Keras {versions['keras']}"
+    return f"{versions['device']}\nTensorFlow {versions['tensorflow']}, Keras {versions['keras']}"
 
 
 def styles(evaluations: Sequence[Evaluation]) -> dict[str, Style]:
@@ -337,10 +445,8 @@ def _band(ax: Axes, x: Any, low: Any, high: Any, style: Style) -> None:
 
 
 def _mark(ax: Axes, x: Any, y: Any, style: Style) -> None:
-    """Opens the marks at some points of a line, and names that in the legend."""
+    """Opens the marks at some points of a line."""
     ax.plot(x, y, style.marker, ms=6, mfc="white", mec=style.color, mew=1.5, ls="none", zorder=3)
-    label = f"open: gradient lost on {100 * curves.FADED:g} % of the images or more, still right"
-    ax.plot([], [], "o", ms=6, mfc="white", mec=_BLACK, mew=1.5, ls="none", label=label)
 
 
 def _show_as_written(figure: Figure) -> None:
@@ -355,7 +461,16 @@ def _show_as_written(figure: Figure) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as PNG; what was there before stays until it is whole."""
+    """Writes a figure as SVG or PNG, by the ending; what was there before stays until it is whole.
+
+    An SVG has no background and follows the reader's choice of light or dark.
+    """
+    path = Path(path)
     _show_as_written(figure)
-    with atomic_files.replacing(Path(path)) as file:
-        figure.savefig(file, format="png")
+    with rc_context(_TYPE), atomic_files.replacing(path) as file:
+        if path.suffix != ".svg":
+            figure.savefig(file, format="png")
+            return
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        head, defs, rest = file.read_text(encoding="utf-8").partition("<defs>")
+        file.write_text(f"{head}{_DARK}{defs}{rest}", encoding="utf-8")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,11 +40,13 @@ class Result:
     Attributes:
         cell: The cell.
         val_loss: Of each finished repeat, after its last epoch; empty on the whole training set.
+        val_accuracy: Likewise.
         test_accuracy: Of each finished repeat, after its last epoch.
     """
 
     cell: Cell
     val_loss: list[float]
+    val_accuracy: list[float]
     test_accuracy: list[float]
 
 
@@ -185,7 +188,7 @@ class Ledger:
         """Adds a waiting trial for each of these runs, in the sweep's order."""
         distributions: dict[str, BaseDistribution] = {
             "cell": CategoricalDistribution([cell.name for cell in self.sweep.cells]),
-            "repeat": CategoricalDistribution(list(range(self.sweep.repeats))),
+            "repeat": CategoricalDistribution(list(self.sweep.seeds)),
         }
         for name, config in self.configs.items():
             if name in names:
@@ -212,17 +215,29 @@ class Ledger:
 
         Args:
             failed: Those that failed.
-            lost: Those that succeeded and whose folder was removed since.
+            lost: Those that succeeded and whose folder, or the evaluation in it, was removed since.
         """
         with self._changing():
             again = set()
             for name, trial in self.latest().items():
-                gone = not FolderReader(self.out / name).finished
+                reader = FolderReader(self.out / name)
+                gone = not reader.finished or bool(self.unjudged(reader))
                 if (failed and trial.state == TrialState.FAIL) or (
                     lost and gone and trial.state == TrialState.COMPLETE
                 ):
                     again.add(name)
             self._add(again)
+
+    def unjudged(self, reader: FolderReader) -> list[str]:
+        """What the sweep measures on each run and is not in a run's `evaluation.json` yet."""
+        names = self.sweep.judgement.names
+        if not names:
+            return []
+        try:
+            found = reader.read_evaluation() or {}
+        except RunError:  # Who judges the run says what is wrong with the file.
+            return list(names)
+        return [name for name in names if name not in found]
 
     def check_folders(self) -> None:
         """Compares what runs came to with their folders, where those are here and finished.
@@ -274,10 +289,24 @@ class Ledger:
             return None
         return Claim(name, trial, descriptor)
 
-    def succeed(self, claim: Claim, metrics: dict[str, Any]) -> None:
-        """Records what a run came to."""
+    def succeed(
+        self, claim: Claim, metrics: dict[str, Any], *, seconds: float | None = None
+    ) -> None:
+        """Records what a run came to.
+
+        Args:
+            claim: The run.
+            metrics: Content of its `metrics.json`.
+            seconds: How long it took, from the start of its process to its end; None if it was not
+                made in one go.
+        """
+        known = {"seconds": seconds}
+        names = ("test_accuracy", "val_accuracy", "step_seconds")
+        known |= {name: metrics.get(name) for name in names}
         with self._changing():
-            claim.trial.set_user_attr("test_accuracy", metrics["test_accuracy"])
+            for name, value in known.items():
+                if value is not None:
+                    claim.trial.set_user_attr(name, value)
             # A trial needs a value, and runs on the whole training set have no validation loss.
             loss = metrics.get("val_loss", metrics["test_loss"])
             # A worker killed inside `tell` may have recorded the result already.
@@ -301,7 +330,7 @@ class Ledger:
 
     def summary(self) -> Summary:
         """The sweep as it is now."""
-        results = {cell: Result(cell, [], []) for cell in self.sweep.cells}
+        results = {cell: Result(cell, [], [], []) for cell in self.sweep.cells}
         failures = {}
         latest = self.latest()
         for name, config in self.configs.items():
@@ -310,6 +339,8 @@ class Ledger:
                 result = results[Cell.of(config)]
                 if not config.whole_training_set:
                     result.val_loss.append(trial.values[0])
+                    # Runs of other versions, made by hand, may have none.
+                    result.val_accuracy.append(trial.user_attrs.get("val_accuracy", math.nan))
                 result.test_accuracy.append(trial.user_attrs["test_accuracy"])
             elif trial.state == TrialState.FAIL:
                 failures[name] = trial.user_attrs.get("error", "its val_loss is not a number")

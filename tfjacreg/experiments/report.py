@@ -1,28 +1,28 @@
-"""The report of one or several sweeps: Table 1, Figures 3 to 5, and what is missing from them."""
+"""The report of sweeps: the answer, Table 1, Figures 3 to 5, and what is missing from them."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tfjacreg import atomic_files
 from tfjacreg.experiments import (
+    answer,
     curves,
     distributions,
     figures,
     files,
     html,
+    judgements,
     selection,
     tables,
 )
 from tfjacreg.experiments.curves import Evaluation
-from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
 from tfjacreg.experiments.selection import LABELS, CellResults, RunResult, SweepResults
 
@@ -31,9 +31,9 @@ SEED = 0
 IMAGES = 2000
 
 FADED = f"""\
-Open marks, and stars in the table: on {100 * curves.FADED:g} % of the images or more the attack had
-lost its gradient, because the cross entropy rounds to 0 where logits are large. These images count
-as right, but they were not tested. Judge by PGD on the margin and by Square there."""
+Open marks, and stars in the tables: on {100 * curves.FADED:g} % of the images or more the attack
+had lost its gradient, because the cross entropy rounds to 0 where logits are large. These images
+count as right, but they were not tested. Judge by PGD on the margin and by Square there."""
 NEAREST = """\
 Of the same runs, the distance to the nearest adversarial image that a search from the linearised
 classifier found in the pixel range: an upper bound of the distance to the nearest one. Dashed: the
@@ -45,18 +45,35 @@ point. Nothing says that it does, so that number is no certificate: where the la
 an image of another class was found nearer."""
 
 
-def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
+class Written(NamedTuple):
+    """What `write` gives.
+
+    Attributes:
+        path: The page.
+        answer: The sentence that it begins with; one for each data set.
+    """
+
+    path: Path
+    answer: str
+
+
+class _Lead(NamedTuple):
+    """A sweep that answers, with the evaluations of its runs."""
+
+    results: SweepResults
+    judged: dict[Path, dict[str, Any]]
+
+
+def write(folders: Sequence[Path], out: Path, *, benchmarks: Path | None = None) -> Written:
     """Writes `report.md`, its pictures and `report.html`, which needs none of the other files.
 
     Args:
-        folders: Folders of sweeps, each with its `sweep.toml`.
+        folders: Folders of sweeps, each with its `sweep.toml`. The second stage of one is read with
+            it.
         out: Folder of the report; made if needed.
         benchmarks: Folder with results of `benchmarks/step_time.py` (`step_time*.json`) and
             `benchmarks/estimator_error.py` (`estimator_error.json`), for Figure 5; what is not
-            there is said in the report.
-
-    Returns:
-        The path of `report.html`.
+            there is said in the report. None leaves Figure 5 out.
 
     Raises:
         ValueError: If a folder is no sweep's or comes twice, a run in it has other settings than
@@ -65,16 +82,23 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
     """
     atomic_files.check_files(out / "report.md", out / "report.html")
     sweeps = selection.read(folders)
+    leads = [_Lead(found, judgements.read(found)) for found in selection.leading(sweeps)]
+    answers = [answer.answer(lead.results, sweeps, lead.judged) for lead in leads]
+    names = dict.fromkeys(tables.plain(lead.results.dataset) for lead in leads)
     command = shlex.join(["python", "-m", "tfjacreg", "report", *map(str, folders)])
-    blocks = [
-        f"# Jacobian regularization: {', '.join(tables.plain(s.label) for s in sweeps)}",
-        f"Written by {tables.code(command)}.",
-        "## Accuracy (Table 1)",
-        tables.TABLE_1,
-    ]
-    if not all(results.validated for results in sweeps):
-        blocks.append(tables.WHOLE_TRAINING_SET)
-    for results in sweeps:
+    blocks = [f"# Does a Jacobian penalty help on {' and '.join(names)}?"]
+    for number, (lead, found) in enumerate(zip(leads, answers, strict=True)):
+        if len(leads) > 1:
+            blocks.append(f"**{tables.plain(lead.results.label)}**")
+        blocks.append(f"**{found.sentence}** {found.robust}".rstrip())
+        if lead.results.chosen:
+            blocks += [found.table, found.notes]
+        blocks += _lead_figure(lead, out, number)
+        if found.more:
+            blocks.append("\n".join(f"- {text}" for text in found.more))
+    blocks.append("## Accuracy (Table 1)")
+    answering = [lead.results for lead in leads]
+    for results in (*answering, *(other for other in sweeps if other not in answering)):
         blocks += [
             f"### {tables.plain(results.label)}",
             tables.setting(results),
@@ -83,18 +107,54 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path) -> Path:
         if results.chosen:
             blocks += ["The cells of this table:", tables.chosen_cells(results)]
         if differences := tables.differences(results):
-            blocks += [f"The differences between them. {tables.DIFFERENCES}", differences]
+            blocks += ["The differences between them:", differences]
         blocks += tables.missing(results)
-    blocks += [*_training(sweeps, out), *_robustness(sweeps, out), *_cost(benchmarks, out)]
+    blocks += [*_training(sweeps, out), *_robustness(leads, out)]
+    if benchmarks is not None:
+        blocks += _cost(benchmarks, out)
     blocks += ["## All cells", tables.ALL_CELLS]
     for results in sweeps:
         blocks += [f"### {tables.plain(results.label)}", tables.all_cells(results)]
     blocks += ["## Runs and machines", *map(tables.machines, sweeps)]
+    blocks += ["## What the numbers mean", tables.notes(sweeps), tables.DIFFERENCES]
+    if not all(results.validated for results in sweeps):
+        blocks.append(tables.WHOLE_TRAINING_SET)
+    blocks.append(f"Written by {tables.code(command)}.")
     text = "\n\n".join(blocks) + "\n"
     for name, content in (("report.md", text), ("report.html", html.render(text, out))):
         with atomic_files.replacing(out / name) as file:
             file.write_text(content, encoding="utf-8")
-    return out / "report.html"
+    return Written(out / "report.html", " ".join(found.sentence for found in answers))
+
+
+def _lead_figure(lead: _Lead, out: Path, number: int) -> list[str]:
+    """Accuracy against the strength of an attack; the validation loss where nothing is judged."""
+    name = "answer.svg" if number == 0 else f"answer_{number + 1}.svg"
+    judged = answer.evaluations(*lead)
+    perturbation = next((p for p in _BY_INTEREST if any(p in e.result for e in judged)), None)
+    if perturbation is not None:
+        judged = [e for e in judged if perturbation in e.result]
+        figures.accuracy_figure(judged, perturbation, out / name)
+        return [f"![{_finding(judged, perturbation)}]({name})"]
+    return []
+
+
+# Which perturbation is drawn first.
+_BY_INTEREST = ("pgd_margin", "noise", "square", "pgd", "tpgd")
+
+
+def _finding(judged: Sequence[Evaluation], name: str) -> str:
+    """What a figure of accuracies shows, for who does not see it."""
+    (found,) = curves.curves(judged, name).values()
+    middle = (len(next(iter(found.values())).strength) - 1) // 2
+    accuracy = {m: 100 * c.accuracy[:, middle].mean() for m, c in found.items()}
+    strength = next(iter(found.values())).strength[middle]
+    ranked = sorted(accuracy, key=lambda m: -accuracy[m])
+    listed = ", ".join(f"{method} {accuracy[method]:.1f} %" for method in ranked)
+    return tables.plain(
+        f"Accuracy under {curves.TITLES[name]}, by strength; at {strength:g} {curves.unit(name)}: "
+        f"{listed}"
+    )
 
 
 def pick_run(method: str, cell: CellResults) -> RunResult:
@@ -109,52 +169,55 @@ def pick_run(method: str, cell: CellResults) -> RunResult:
 
 
 def _training(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
-    losses = {
-        results.label: {
-            LABELS[method]: np.stack([run.curve("val_loss") for run in cell.finished])
-            for method, cell in results.chosen.items()
-        }
-        for results in sweeps
-        if results.chosen and results.validated
-    }
-    if not losses:
+    pictures = []
+    for number, results in enumerate(sweeps, start=1):
+        if results.chosen and results.validated:
+            losses = {
+                LABELS[method]: np.stack([run.curve("val_loss") for run in cell.finished])
+                for method, cell in results.chosen.items()
+            }
+            name = "training.svg" if number == 1 else f"training_{number}.svg"
+            figures.training_figure({results.label: losses}, out / name)
+            last = {method: loss[:, -1].mean() for method, loss in losses.items()}
+            best = min(last, key=lambda method: last[method])
+            pictures.append(
+                f"![Validation loss by epoch; after the last the lowest is {best}'s, "
+                f"{last[best]:.4f}]({name})"
+            )
+    if not pictures:
         return []
-    figures.training_figure(losses, out / "training.png")
     return [
         "## Training",
         "Data loss on the validation split after each epoch: mean over the repeats of the cells of "
         "Table 1, and a band of one standard deviation.",
-        "![Validation loss against the epoch, by method](training.png)",
+        "\n".join(pictures),
     ]
 
 
-def _robustness(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
+def _robustness(leads: Sequence[_Lead], out: Path) -> list[str]:
     """Figures 3 and 4, from those runs of the chosen cells that evaluate.py has judged."""
     perturbed: list[Evaluation] = []
     measured: dict[str, list[Evaluation]] = {name: [] for name in POINTWISE}
     commands, picked = [], []
-    for results in sweeps:
-        judged = _judged(results)
+    for results, judged in leads:
         commands += _evaluation_command(results, judged)
+        perturbed += answer.evaluations(results, judged)
         for method, cell in results.chosen.items():
-            for run in cell.finished:
-                result = judged.get(run.folder.path, {})
-                perturbed.append(Evaluation(results.label, LABELS[method], result))
             run = pick_run(method, cell)
             result = judged.get(run.folder.path, {})
             name = tables.code(run.folder.path.name)
-            line = f"- {tables.plain(results.label)}, {LABELS[method]}: {name}"
             for kind, evaluations in measured.items():
                 if kind in result:
                     evaluations.append(Evaluation(results.label, LABELS[method], result))
+            line = f"- {tables.plain(results.label)}, {LABELS[method]}: {name}"
             if "boundary" not in result:
                 line += ", not in the figure: its distances are not measured yet"
             picked.append(line)
     blocks = ["## Robustness (Figure 3)"]
     if commands:
         blocks += [
-            "**Not all runs of the cells of Table 1 are judged yet.** Figures 3 and 4 leave out "
-            "what is missing. To judge them:",
+            "**Not all runs of the cells of Table 1 are judged by everything.** Figures 3 and 4 "
+            "leave out what is missing. To judge them:",
             tables.fence("\n".join(commands)),
         ]
     return [*blocks, *_figure_3(perturbed, out), *_figure_4(picked, measured, out)]
@@ -165,15 +228,42 @@ def _figure_3(judged: Sequence[Evaluation], out: Path) -> list[str]:
     judged = [e for e in judged if any(name in e.result for name in names)]
     if not names:
         return []
-    figures.robustness_figure(judged, names, out / "robustness.png")
+    pictures, shown = [], []
+    for name in names:
+        figures.robustness_figure(judged, [name], out / f"robustness_{name}.svg")
+        pictures.append(f"![{_drop(judged, name)}](robustness_{name}.svg)")
+        shown += curves.robustness_tables(judged, [name])
     blocks = [
         "Accuracy on clean test images less that on perturbed ones: mean over the judged repeats "
         "of the cells of Table 1, and a band of one standard deviation.",
-        f"![Accuracy drop against the strength of {len(names)} perturbations](robustness.png)",
-        tables.fence(curves.robustness_table(judged, names)),
+        "\n".join(pictures),
+        *_markdown(shown),
     ]
     if any(_fades(e.result[name]) for e in judged for name in names if name in e.result):
         blocks.insert(1, FADED)
+    return blocks
+
+
+def _drop(judged: Sequence[Evaluation], name: str) -> str:
+    """Which method loses the least at the greatest strength."""
+    texts = []
+    for dataset, found in curves.curves(judged, name).items():
+        lost = {m: 100 * (c.clean - c.accuracy[:, -1]).mean() for m, c in found.items()}
+        low, high = (best(lost, key=lambda m: lost[m]) for best in (min, max))
+        texts.append(
+            f"{dataset}: at the greatest strength {low} loses the least, {lost[low]:.1f} points, "
+            f"{high} the most, {lost[high]:.1f}"
+        )
+    return tables.plain(f"Accuracy drop under {curves.TITLES[name]}. {'; '.join(texts)}")
+
+
+def _markdown(shown: Iterable[curves.Table]) -> list[str]:
+    blocks = []
+    for table in shown:
+        rows = [[tables.plain(cell) for cell in row] for row in table.rows]
+        blocks += [f"{tables.plain(table.title)}:", tables.table(table.head, rows)]
+        if table.note:
+            blocks.append(tables.plain(table.note))
     return blocks
 
 
@@ -183,128 +273,94 @@ def _fades(curve: dict[str, Any]) -> bool:
 
 def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out: Path) -> list[str]:
     """Of one run of each method: both distances, sigma, and how they compare at each point."""
-    blocks = ["## Distance to the decision boundary (Figure 4)"]
-    if picked:
-        blocks += [
-            f"One repeat of each cell of Table 1, drawn at random with a fixed seed ({SEED}), at "
-            "the test images that all runs shown classify correctly:",
-            "\n".join(picked),
-        ]
+    if not any(measured.values()):
+        return []
+    blocks = [
+        "## Distance to the decision boundary (Figure 4)",
+        f"One repeat of each cell of Table 1, drawn at random with a fixed seed ({SEED}), at "
+        "the test images that all runs shown classify correctly:",
+        "\n".join(picked),
+    ]
     if measured["boundary"]:
-        distributions.boundary_figure(measured["boundary"], out / "boundary.png")
+        distributions.boundary_figure(measured["boundary"], out / "boundary.svg")
+        shown = curves.distance_tables(measured["boundary"])
         blocks += [
-            "![Share of the points with a boundary within a distance](boundary.png)",
-            tables.fence(curves.distance_table(measured["boundary"])),
+            f"![Share of the points with a boundary within a distance; {_medians(shown)}]"
+            "(boundary.svg)",
+            *_markdown(shown),
         ]
     if measured["distance"]:
-        distributions.distance_figure(measured["distance"], out / "distance.png")
+        distributions.distance_figure(measured["distance"], out / "distance.svg")
+        shown = curves.distance_tables(measured["distance"], "distance")
         blocks += [
             "## The nearest adversarial image",
             NEAREST,
-            "![Share of the points with another class within a distance](distance.png)",
-            tables.fence(curves.distance_table(measured["distance"], "distance")),
+            f"![Share of the points with another class within a distance; {_medians(shown)}]"
+            "(distance.svg)",
+            *_markdown(shown),
         ]
     if measured["sigma"]:
-        distributions.sigma_figure(measured["sigma"], out / "sigma.png")
+        distributions.sigma_figure(measured["sigma"], out / "sigma.svg")
+        shown = curves.sigma_tables(measured["sigma"])
         blocks += [
             "## Sigma at the test images",
             "The exact spectral norm of the classifier's Jacobian at all points of the same runs, "
             "in logits per pixel unit: Table 1's sigma over the standard deviation of the pixels.",
-            "![Share of the points with at most some sigma](sigma.png)",
-            tables.fence(curves.sigma_table(measured["sigma"])),
+            f"![Share of the points with at most some sigma; {_medians(shown)}](sigma.svg)",
+            *_markdown(shown),
         ]
     whole = [e for e in measured["distance"] if _has(e.result, POINTWISE)]
     if whole:
-        blocks += [RATIOS, tables.fence(curves.ratio_table(whole))]
+        blocks += [RATIOS, *_markdown(curves.ratio_tables(whole))]
     return blocks
 
 
-def _judged(results: SweepResults) -> dict[Path, dict[str, Any]]:
-    """The evaluations of the finished runs of the chosen cells, by run folder."""
-    judged = {}
-    for cell in results.chosen.values():
-        for run in cell.finished:
-            result = run.folder.read_evaluation()
-            if result is not None:
-                _check_evaluation(run.folder, result)
-                judged[run.folder.path] = result
-    _refuse_other_settings(judged)
-    return judged
+def _medians(shown: Sequence[curves.Table]) -> str:
+    """The medians of tables of quantiles, for who does not see their figure."""
+    texts = [f"{row[0]} {row[table.head.index('50 %')]}" for table in shown for row in table.rows]
+    return tables.plain(f"medians: {', '.join(texts)}")
 
 
-def _refuse_other_settings(judged: dict[Path, dict[str, Any]]) -> None:
-    """Compares the settings that evaluations share; earlier versions had fewer measures."""
-    for folder, other in itertools.combinations(judged, 2):
-        one, two = judged[folder]["settings"], judged[other]["settings"]
-        shared = one.keys() & two.keys() - {"classifier_sha256"}
-        different = sorted(name for name in shared if one[name] != two[name])
-        if different:
-            raise ValueError(
-                "Evaluations that are compared must have equal settings. Received: "
-                f"{FolderReader(folder).evaluation_file} and "
-                f"{FolderReader(other).evaluation_file}, which differ in {different}. Judge one of "
-                "them again, with evaluate.py --overwrite."
-            )
-
-
-def _check_evaluation(folder: FolderReader, result: dict[str, Any]) -> None:
-    path, classifier = folder.evaluation_file, folder.classifier_file
-    try:
-        digest = result["settings"]["classifier_sha256"]
-        _limits(result)
-        if not _has(result, ["clean_accuracy"]):
-            raise KeyError("clean_accuracy")
-    except KeyError as error:
-        raise ValueError(
-            f"{path} must be as evaluate.py writes it. Received: one without {error}. Judge that "
-            "run again, with evaluate.py --overwrite."
-        ) from error
-    if folder.classifier_digest() not in (None, digest):
-        raise ValueError(
-            f"{path} must judge {classifier}. Received: an evaluation of another classifier. "
-            "Judge that run again, with evaluate.py --overwrite."
-        )
-
-
-def _has(result: dict[str, Any], names: Iterable[str]) -> bool:
+def _has(result: Mapping[str, Any], names: Iterable[str]) -> bool:
     return all(name in result for name in names)
 
 
-def _limits(result: dict[str, Any]) -> list[str]:
-    settings = result["settings"]
-    return ["--limit", f"{settings['images']:d}", "--seed", f"{settings['seed']:d}"]
-
-
 def _evaluation_command(results: SweepResults, judged: dict[Path, dict[str, Any]]) -> list[str]:
+    """What judges the runs by all that the sweep names; by everything if it names nothing."""
+    wanted = results.sweep.judgement.names or (*PERTURBATIONS, *POINTWISE)
     lacking = [
         str(run.folder.path)
         for cell in results.chosen.values()
         for run in cell.finished
-        if not _has(judged.get(run.folder.path, {}), (*PERTURBATIONS, *POINTWISE))
+        if not _has(judged.get(run.folder.path, {}), wanted)
     ]
-    if not lacking:
+    if not lacking or results.sweep.final:
         return []
-    options = [f"--{name}" for name in POINTWISE]
-    limits = next(map(_limits, judged.values()), ["--limit", str(IMAGES)])
+    options = [f"--{name}" for name in POINTWISE if name in wanted]
+    attacks = [name for name in PERTURBATIONS if name in wanted]
+    if len(attacks) < len(PERTURBATIONS):
+        options = ["--attacks", *attacks, *options]
+    images = results.sweep.judgement.limit or IMAGES
+    limits = next(map(judgements.limits, judged.values()), ["--limit", str(images)])
     return [shlex.join(["python", "evaluate.py", *lacking, *options, *limits])]
 
 
 def _cost(benchmarks: Path, out: Path) -> list[str]:
     """Figure 5: step times of several batch sizes, and the errors of the estimators."""
     blocks = ["## Time and error (Figure 5)"]
-    times = {}
+    pictures, measured = [], []
     for path in sorted(benchmarks.glob("step_time*.json")):
         content = files.read_json(path)
         with _errors_name(path, "step_time.py"):
             if len(content["batch_size"]) > 1:
-                times[path.name] = content
-    if times:
-        with _errors_name(benchmarks / "step_time*.json", "step_time.py"):
-            figures.step_time_figure(list(times.values()), out / "step_time.png")
+                figures.step_time_figure([content], out / f"{path.stem}.svg")
+                measured.append(tables.code(path.name))
+                pictures.append(f"![{_step_times(content)}]({path.stem}.svg)")
+    if pictures:
         blocks += [
-            "Left: the time of a training step against the batch size "
-            f"({', '.join(map(tables.code, times))}). The paper measured on an NVIDIA K80.",
-            "![Seconds per training step against the batch size](step_time.png)",
+            f"The time of a training step against the batch size ({', '.join(measured)}). The "
+            "paper measured on an NVIDIA K80.",
+            "\n".join(pictures),
         ]
     else:
         target = benchmarks / "step_time_lenet.json"
@@ -317,10 +373,11 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
     if target.exists():
         content = files.read_json(target)
         with _errors_name(target, "estimator_error.py"):
-            figures.estimator_error_figure(content, out / "estimator_error.png")
+            figures.estimator_error_figure(content, out / "estimator_error.svg")
         blocks += [
-            f"Right: the relative error of sigma against the products spent (`{target.name}`).",
-            "![Relative error of sigma against the products spent](estimator_error.png)",
+            f"The relative error of sigma against the products spent (`{target.name}`).",
+            "![Relative error of sigma: the more products an estimator spends, the nearer it comes]"
+            "(estimator_error.svg)",
         ]
     else:
         command = f"python benchmarks/estimator_error.py --runs runs/estimators --json {target}"
@@ -330,6 +387,16 @@ def _cost(benchmarks: Path, out: Path) -> list[str]:
             tables.fence(command),
         ]
     return blocks
+
+
+def _step_times(content: Mapping[str, Any]) -> str:
+    size = min(content["batch_size"], key=int)
+    rows = content["batch_size"][size]
+    text = f"Seconds per training step against the batch size, {content['settings']['network']}"
+    if {"plain", "power_1"} <= rows.keys():
+        ratio = rows["power_1"]["seconds"] / rows["plain"]["seconds"]
+        text += f"; at batch {size} a step with SpectralNorm takes {ratio:.1f} times a plain one"
+    return tables.plain(text)
 
 
 @contextlib.contextmanager

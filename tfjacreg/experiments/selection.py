@@ -15,19 +15,17 @@ import numpy.typing as npt
 
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder_reader import FolderReader
-from tfjacreg.experiments.sweep import SWEEP_FILE, Cell, Sweep
+from tfjacreg.experiments.sweep import CHOICES, FINAL_FOLDER, SWEEP_FILE, Cell, Sweep
 
-# The paper's names of the methods, in the order of its Table 1.
+# The methods by name, in the order of the paper's Table 1.
 LABELS = {
     "spectral": "Spectral",
     "frobenius": "Frobenius",
     "spectral_bound": "Spectral-Bound",
-    "weight_decay": "L2",
+    "weight_decay": "Weight decay",
     "none": "None",
 }
-# Keys into metrics.json. The first loss chooses on held-out training data, the second on the test
-# split itself.
-VALIDATION_LOSS = ("val_loss",)
+# Keys into metrics.json: a choice on the test split itself.
 LOWEST_TEST_LOSS = ("lowest_test_loss", "test_loss")
 
 
@@ -134,6 +132,11 @@ class SweepResults(NamedTuple):
         return self.sweep.any_config.dataset
 
     @property
+    def most_repeats(self) -> int:
+        """How many finished repeats a chosen cell has at most."""
+        return max((len(cell.finished) for cell in self.chosen.values()), default=0)
+
+    @property
     def validated(self) -> bool:
         """Whether its runs have a validation split."""
         return not self.sweep.any_config.whole_training_set
@@ -156,8 +159,8 @@ def read(folders: Sequence[Path]) -> list[SweepResults]:
         folders: Folders of sweeps, each with its `sweep.toml`.
 
     Returns:
-        The results of each sweep, labelled with its data set, and with its folder where several
-        sweeps share a data set.
+        The results of each sweep, and after one with a second stage of that; labelled with its data
+        set, and with its folder where several sweeps share a data set.
 
     Raises:
         ValueError: If a folder is no sweep's or comes twice, or a run folder in it is that of a run
@@ -173,12 +176,45 @@ def read(folders: Sequence[Path]) -> list[SweepResults]:
                 f"A sweep's folder must hold {SWEEP_FILE}. Received: {folder}, which does not. "
                 "`python train.py --sweep FILE --out DIR` makes such a folder."
             )
-    sweeps = [Sweep.load(folder / SWEEP_FILE) for folder in folders]
-    names = [sweep.any_config.dataset for sweep in sweeps]
+    sweeps = {}
+    for folder in folders:
+        sweeps[folder] = Sweep.load(folder / SWEEP_FILE)
+        final = folder / FINAL_FOLDER
+        if sweeps[folder].final and (final / SWEEP_FILE).is_file() and final not in folders:
+            sweeps[final] = Sweep.load(final / SWEEP_FILE)
+    names = [sweep.any_config.dataset for sweep in sweeps.values()]
     return [
-        _read_sweep(name if names.count(name) == 1 else f"{name}, {folder}", folder, sweep)
-        for name, folder, sweep in zip(names, folders, sweeps, strict=True)
+        _read_sweep(
+            name if names.count(name) == 1 else f"{name}, {_short(folder, list(sweeps))}",
+            folder,
+            sweep,
+        )
+        for name, (folder, sweep) in zip(names, sweeps.items(), strict=True)
     ]
+
+
+def _short(folder: Path, others: Sequence[Path]) -> str:
+    """The end of a path that no other one has."""
+    for count in range(1, len(folder.parts)):
+        end = folder.parts[-count:]
+        if sum(other.parts[-count:] == end for other in others) == 1:
+            return "/".join(end)
+    return str(folder)
+
+
+def leading(sweeps: Sequence[SweepResults]) -> list[SweepResults]:
+    """Of the sweeps of each data set and network, the one that answers which method is best.
+
+    It is the one whose chosen cells have the most finished repeats, and the last of equals: the
+    others select, and what they select by is worth as much as its seeds.
+    """
+    answers: dict[tuple[str, str], SweepResults] = {}
+    for results in sweeps:
+        config = results.sweep.any_config
+        before = answers.get((config.dataset, config.network))
+        if before is None or results.most_repeats >= before.most_repeats:
+            answers[config.dataset, config.network] = results
+    return list(answers.values())
 
 
 def _read_sweep(label: str, folder: Path, sweep: Sweep) -> SweepResults:
@@ -193,7 +229,7 @@ def _read_sweep(label: str, folder: Path, sweep: Sweep) -> SweepResults:
         if sweep.any_config.whole_training_set:
             cell = group[0] if len(group) == 1 and group[0].finished else None
         else:
-            cell = choose(group, VALIDATION_LOSS)
+            cell = choose(group, sweep.final.choose_by if sweep.final else CHOICES[0])
         if cell:
             chosen[method] = cell
     return SweepResults(label, folder, sweep, methods, chosen)
@@ -218,20 +254,21 @@ def read_cells(folder: Path, sweep: Sweep) -> list[CellResults]:
     return [CellResults(cell, tuple(planned)) for cell, planned in runs.items()]
 
 
-def choose(cells: Sequence[CellResults], loss: Sequence[str]) -> CellResults | None:
-    """Picks the cell with the lowest mean loss over its repeats.
+def choose(cells: Sequence[CellResults], *name: str) -> CellResults | None:
+    """Picks the cell with the best mean over its repeats: of a loss the lowest, else the highest.
 
     Args:
         cells: The cells of one method.
-        loss: Keys of the loss in `metrics.json`, such as `VALIDATION_LOSS`.
+        name: Keys of the figure in `metrics.json`, such as `"val_loss"`.
 
     Returns:
         The best of the complete cells; if there is none, of the cells with a finished run; if
         there is none either, None. The first of equals.
     """
+    sign = 1 if name[-1].endswith("loss") else -1
     begun = [cell for cell in cells if cell.finished]
     complete = [cell for cell in begun if cell.complete]
-    return min(complete or begun, key=lambda cell: cell.statistic(*loss).mean, default=None)
+    return min(complete or begun, key=lambda cell: sign * cell.statistic(*name).mean, default=None)
 
 
 def _read_run(folder: FolderReader, config: RunConfig) -> RunResult:

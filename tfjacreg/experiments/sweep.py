@@ -13,26 +13,35 @@ each method, which may give axes of its own:
     [methods.none]
     [methods.spectral]
     factor = [0.01, 0.1]
+
+A table `[final]` adds a second stage: `Sweep.second_stage` is the sweep of the cells that were
+chosen on the grid.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
+import re
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tfjacreg import arguments, regularizers
-from tfjacreg.experiments import reading
+from tfjacreg.experiments import measures, reading
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.printable import printable, shown
 
 SWEEP_FILE = "sweep.toml"  # In the sweep's folder, a copy of the file that was given.
+FINAL_FOLDER = "final"  # In the sweep's folder, that of the second stage.
 MOST_RUNS = 100_000
+CHOICES = ("val_loss", "val_accuracy")
+MEASURES = (*measures.PERTURBATIONS, *measures.POINTWISE)
 AXES = ("learning_rate", "batch_size", "factor")
 METHODS = ("none", *regularizers.BY_NAME)
 
@@ -76,38 +85,84 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judgement:
+    """How finished runs are judged: what `evaluate.py` would be told.
+
+    Attributes:
+        names: Some of `MEASURES`; none: the runs are not judged.
+        limit: On how many of the first test images; None for all.
+    """
+
+    names: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Final:
+    """The second stage of a sweep: what becomes of the cell that is chosen for each method.
+
+    Attributes:
+        choose_by: `"val_loss"` (the lowest) or `"val_accuracy"` (the highest): the mean over the
+            repeats of a cell, after the last epoch.
+        repeats: How often the chosen cells are trained again, with seeds that the grid has not.
+        whole_training_set: Whether the validation split is trained on too.
+        judgement: How these runs are judged.
+    """
+
+    choose_by: str
+    repeats: int
+    whole_training_set: bool
+    judgement: Judgement
+
+
+@dataclasses.dataclass(frozen=True)
 class Sweep:
     """The runs of a sweep file.
 
     Attributes:
         name: The file's name without its ending.
-        content: The file's bytes.
-        repeats: How often each cell is run, with seeds 0, 1, ...
+        content: The file's bytes, with the data set and the network that were given beside it.
+        repeats: How often each cell is run.
+        first_seed: The seed of the first repeat; the next have the next.
         cells: Every cell once: by method in the file's order, then rate, batch size and factor.
         settings: What all runs share, by `RunConfig`'s names.
+        judgement: How the runs are judged.
+        final: The second stage, or None.
     """
 
     name: str
     content: bytes
     repeats: int
+    first_seed: int
     cells: tuple[Cell, ...]
     settings: Mapping[str, Any]
+    judgement: Judgement
+    final: Final | None
 
     @classmethod
-    def load(cls, path: Path | str) -> Sweep:
+    def load(
+        cls, path: Path | str, *, dataset: str | None = None, network: str | None = None
+    ) -> Sweep:
         """Reads a sweep file.
 
         Args:
             path: The TOML file.
+            dataset: Instead of the file's, if given.
+            network: Instead of the file's, if given.
 
         Raises:
             ValueError: If the file cannot be read or anything in it is not valid; the message
                 names the file, the key and what is valid.
         """
         path = Path(path)
+        options = {"dataset": dataset, "network": network}
+        given = {name: value for name, value in options.items() if value is not None}
         try:
             content = reading.read_bytes(path, reading.SWEEP)
             table = tomllib.loads(content.decode())
+            if given:
+                content = _with_settings(content.decode(), table, given).encode()
+                table |= given
         except OSError as error:
             raise ValueError(f"Cannot read the sweep file: {error}.") from error
         except RecursionError as error:
@@ -131,8 +186,51 @@ class Sweep:
         return {
             (cell, repeat): _config(self.settings, cell, seed=repeat, data_dir=data_dir)
             for cell in self.cells
-            for repeat in range(self.repeats)
+            for repeat in self.seeds
         }
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the repeats."""
+        return range(self.first_seed, self.first_seed + self.repeats)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, in the file's order."""
+        return tuple(dict.fromkeys(cell.method for cell in self.cells))
+
+    def second_stage(self, chosen: Sequence[Cell]) -> Sweep:
+        """The sweep of the second stage, as a file of its own says it.
+
+        Args:
+            chosen: A cell of each method that has one to choose.
+
+        Raises:
+            ValueError: If the sweep has none.
+        """
+        final = self.final
+        if final is None:
+            raise ValueError("A sweep without [final] has no second stage.")
+        digest = hashlib.sha256(self.content).hexdigest()
+        settings = {**self.settings, "whole_training_set": final.whole_training_set}
+        settings |= {
+            "repeats": final.repeats,
+            "first_seed": self.first_seed + self.repeats,
+            "judge": list(final.judgement.names),
+        }
+        if final.judgement.limit is not None:
+            settings["limit"] = final.judgement.limit
+        lines = [
+            f"# Written by train.py --sweep: each method's cell of best {final.choose_by}, out of",
+            f"# the sweep whose file has the SHA-256 {digest}.",
+            *(f"{name} = {json.dumps(value)}" for name, value in settings.items()),
+        ]
+        for cell in chosen:
+            lines += ["", f"[methods.{cell.method}]"]
+            axes = {name: getattr(cell, name) for name in AXES}
+            lines += [f"{name} = [{v!r}]" for name, v in axes.items() if v is not None]
+        text = "\n".join(lines) + "\n"
+        return _parsed(self.name, text.encode(), tomllib.loads(text))
 
     @property
     def any_config(self) -> RunConfig:
@@ -151,11 +249,42 @@ def _config(settings: Mapping[str, Any], cell: Cell, **others: Any) -> RunConfig
     return RunConfig.of(regularizer=own.pop("method"), **own, **settings, **others)
 
 
+def _with_settings(text: str, table: dict[str, Any], given: dict[str, str]) -> str:
+    """The text of a sweep file with other values for keys of its top level.
+
+    Raises:
+        ValueError: If a value stands in the file in a way that cannot be replaced.
+    """
+    lines = text.splitlines(keepends=True)
+    tables = (i for i, line in enumerate(lines) if re.match(r"\s*\[", line))
+    top = next(tables, len(lines))
+    replaced = re.compile(rf"\s*({'|'.join(given)})\s*=")
+    kept = [line for i, line in enumerate(lines) if i >= top or not replaced.match(line)]
+    written = [
+        f"{name} = {json.dumps(value)}  # Given with --{name}.\n" for name, value in given.items()
+    ]
+    result = "".join([*written, *kept])
+    try:
+        done = tomllib.loads(result) == table | given
+    except ValueError:
+        done = False
+    if not done:
+        raise ValueError(
+            f"{' and '.join(f'`{name}`' for name in given)} must have a line of its own in the "
+            "file, to be replaced by the option. Received: one in another form."
+        )
+    return result
+
+
 def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
-    _known("The top level ", table, (*SETTINGS, "repeats", "grid", "methods"))
+    keys = ("repeats", "first_seed", "judge", "limit", "grid", "methods", "final")
+    _known("The top level ", table, (*SETTINGS, *keys))
     if "repeats" not in table:
         raise ValueError("`repeats` is missing: how often each cell is run, such as `repeats = 5`.")
     arguments.positive_integer("repeats", table["repeats"])
+    first_seed = arguments.fixed_seed(table.get("first_seed", 0), below=2**31)
+    judgement = _judgement("", table)
+    final = _final(table["final"]) if "final" in table else None
     settings = {key: _typed(key, table[key]) for key in SETTINGS if key in table}
     default = RunConfig.of(**settings)
     grid = {name: [getattr(default, name)] for name in AXES}
@@ -174,7 +303,7 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
         names = tuple(name for name in AXES if (method, name) != ("none", "factor"))
         axes = grid | _axes(where, _table(where, own), names)
         lengths = [len(axes[axis]) for axis in names]
-        runs += table["repeats"] * math.prod(lengths)
+        runs += table["repeats"] * math.prod(lengths) + (final.repeats if final else 0)
         if runs > MOST_RUNS:
             raise ValueError(
                 f"A sweep must have at most {MOST_RUNS} runs: methods times values times repeats. "
@@ -193,7 +322,59 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
                 f"Received: {cell.name} twice. Remove the repeated value."
             )
         seen.add(cell.name)
-    return Sweep(name, content, table["repeats"], tuple(cells), settings)
+    if final and default.whole_training_set:
+        raise ValueError(
+            "A sweep with [final] needs a validation split to choose by. Received: "
+            "`whole_training_set = true` at the top level. Say it in [final], or leave [final] out."
+        )
+    return Sweep(
+        name=name,
+        content=content,
+        repeats=table["repeats"],
+        first_seed=first_seed,
+        cells=tuple(cells),
+        settings=settings,
+        judgement=judgement,
+        final=final,
+    )
+
+
+def _final(value: Any) -> Final:
+    table = _table("[final]", value)
+    _known("[final] ", table, ("choose_by", "repeats", "whole_training_set", "judge", "limit"))
+    if "repeats" not in table:
+        raise ValueError(
+            "[final] `repeats` is missing: how often each chosen cell is trained again, such as "
+            "`repeats = 3`."
+        )
+    choose_by = table.get("choose_by", CHOICES[0])
+    if choose_by not in CHOICES:
+        raise ValueError(f"`[final] choose_by` must be one of {CHOICES}. Received: {choose_by!r}")
+    return Final(
+        choose_by=choose_by,
+        repeats=arguments.positive_integer("[final] repeats", table["repeats"]),
+        whole_training_set=_typed(
+            "[final] whole_training_set", table.get("whole_training_set", False)
+        ),
+        judgement=_judgement("[final] ", table),
+    )
+
+
+def _judgement(where: str, table: dict[str, Any]) -> Judgement:
+    names, limit = table.get("judge", []), table.get("limit")
+    if not isinstance(names, list) or any(name not in MEASURES for name in names):
+        raise ValueError(
+            f"{where}`judge` must be a list of some of {MEASURES}. Received: {shown(names)}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}`judge` must name each once. Received: {shown(names)}")
+    if limit is not None:
+        arguments.positive_integer(f"{where}limit", limit)
+        if not names:
+            raise ValueError(
+                f"{where}`limit` is for `judge`, which names nothing. Received: limit = {limit}"
+            )
+    return Judgement(tuple(names), limit)
 
 
 def _axes(where: str, table: dict[str, Any], names: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -8,10 +8,11 @@ import math
 import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 
 from scipy import stats
 
-from tfjacreg.experiments import selection
+from tfjacreg.experiments import comparison, selection
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.selection import LABELS, CellResults, Statistic, SweepResults
 from tfjacreg.experiments.sweep import SWEEP_FILE, Cell
@@ -41,27 +42,31 @@ PAPER = {
         "none": Statistic(90.35, 0.28, 5),
     },
 }
-_PAPER_RUNS = {"cifar10": "VGG16, 100 epochs", "kmnist": "LeNet, 50 epochs"}
-_PAPER_RUNS["fashion_mnist"] = _PAPER_RUNS["kmnist"]
+_PAPER_RUNS = {"vgg16": "VGG16, 100 epochs", "lenet": "LeNet, 50 epochs"}
+_PAPER_NETWORKS = {"cifar10": "vgg16", "kmnist": "lenet", "fashion_mnist": "lenet"}
 
-TABLE_1 = """\
-Test accuracy in % on the official test split, mean ± sample standard deviation (ddof = 1) over the
+_OF_THE_PAPER = """\
+- **Difference to the paper**: in percentage points, with the p of Welch's t test from the two
+  means, standard deviations and numbers of repeats.
+"""
+_NOTES = """\
+Test accuracy is in % on the test split, mean ± sample standard deviation (ddof = 1) over the
 repeats of one cell of the grid.
 
-- **Last epoch**: of the cell that has, among the cells of its method, the lowest mean over its
-  repeats of the validation loss after the last epoch. The validation split is held out of the
-  training set. Only a cell whose repeats have all finished can be chosen. † marks a method without
-  such a cell: the best of its incomplete cells stands there, over the repeats that it has.
-- **Less the paper's**: its difference to the paper's mean in percentage points, and the p of
-  Welch's t test from the two means, standard deviations and numbers of repeats.
-- **Lowest validation loss**: of the same cell, at each run's epoch of lowest validation loss.
+- **Last epoch**: of the cell that has, among the cells of its method, {best} over its repeats after
+  the last epoch. The validation split is held out of the training set. Only a cell whose repeats
+  have all finished can be chosen. † marks a method without such a cell: the best of its incomplete
+  cells is shown, over the repeats that it has.
+{paper}- **Lowest validation loss**: of the same cell, at the epoch where each run has its lowest.
 - **Chosen on the test split**: of the cell with the lowest mean of its runs' lowest test loss, at
-  each run's epoch of lowest test loss. The paper seems to have chosen so: its validation set is the
-  official test set. A choice on the images that are then reported flatters.
+  each run's epoch of lowest test loss.{reading} Choosing on the images that are then reported is
+  optimistic.
 
 Sigma is the exact spectral norm of the Jacobian, in logits per standardized pixel, averaged over
 the test split after the last epoch. The time of a step is the mean over the repeats of each run's
-median epoch; runs that shared a machine slowed each other down (Figure 5 is the measurement)."""
+median epoch; runs that shared a machine slowed each other down."""
+_READING = """ The paper seems to have chosen
+  so: its validation set is the official test set."""
 DIFFERENCES = """\
 Test accuracy after the last epoch, the first method's less the second's, in percentage points. Runs
 with the same seed are a pair: they begin with the same weights and see the images in the same
@@ -76,22 +81,33 @@ Mean ± sample standard deviation over the repeats that there are. Values of the
 test accuracy at each run's epoch of lowest validation loss too. \\* marks the cells of Table 1."""
 
 
+def notes(sweeps: Sequence[SweepResults]) -> str:
+    """What the numbers of the tables mean."""
+    published = any(map(paper, sweeps))
+    by = {results.sweep.final.choose_by for results in sweeps if results.sweep.final}
+    accuracy = "the highest mean validation accuracy"
+    best = accuracy if by == {"val_accuracy"} else "the lowest mean validation loss"
+    if len(by) > 1:
+        best += f" (or {accuracy}, as its sweep file says)"
+    return _NOTES.format(best=best, paper=_OF_THE_PAPER * published, reading=_READING * published)
+
+
 def table_1(results: SweepResults) -> str:
     """Table 1: the accuracy of each method, beside the paper's where it has the data set."""
-    published = PAPER.get(results.dataset, {})
+    published = paper(results)
     complete = [cell for cell in results.chosen.values() if cell.complete]
     best = max((cell.statistic("test_accuracy").mean for cell in complete), default=math.nan)
     rows = []
     for method, cells in results.methods.items():
         cell = results.chosen.get(method)
-        by_test = selection.choose(cells, selection.LOWEST_TEST_LOSS)
+        by_test = selection.choose(cells, *selection.LOWEST_TEST_LOSS)
         row = [LABELS[method], "no finished run", "", "", ""]
         if cell:
             last = cell.statistic("test_accuracy")
             bold = "**" if last.mean == best else ""
             row[:3] = [
                 LABELS[method] + _dagger(cell),
-                f"{bold}{_percent(last)}{bold}",
+                f"{bold}{percent(last)}{bold}",
                 _repeats(cell),
             ]
             row[3] = _at_lowest_validation_loss(results, cell)
@@ -99,33 +115,32 @@ def table_1(results: SweepResults) -> str:
             row[1] = "no validation loss to choose by"
         if by_test:
             accuracy = by_test.statistic("lowest_test_loss", "test_accuracy")
-            row[4] = _percent(accuracy) + _dagger(by_test)
+            row[4] = percent(accuracy) + _dagger(by_test)
         if published:
             row[3:3] = [number(published[method], 2), _from_paper(cell, published[method])]
         rows.append(row)
     head = ["Method", "Last epoch", "Repeats", "Lowest validation loss", "Chosen on the test split"]
     if published:
-        head[3:3] = ["Paper", "Less the paper's"]
+        head[3:3] = ["Paper", "Difference to the paper"]
     return table(head, rows)
+
+
+def paper(results: SweepResults) -> dict[str, Statistic]:
+    """The paper's accuracies by method, where it has the data set with the network."""
+    config = results.sweep.any_config
+    same = _PAPER_NETWORKS.get(config.dataset) == config.network
+    return PAPER[config.dataset] if same else {}
 
 
 def differences(results: SweepResults) -> str:
     """How the methods of Table 1 differ, seed by seed; empty where no two share two seeds."""
     found = []
     for (first, one), (second, other) in itertools.combinations(results.chosen.items(), 2):
-        accuracies = [
-            {run.config.seed: 100 * run.metrics["test_accuracy"] for run in cell.finished}
-            for cell in (one, other)
-        ]
-        seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
-        if len(seeds) > 1:
-            pairs = [[accuracy[seed] for seed in seeds] for accuracy in accuracies]
-            less = Statistic.of([a - b for a, b in zip(*pairs, strict=True)])
-            # Without a spread there is nothing to test.
-            p = float(stats.ttest_rel(*pairs).pvalue) if less.std > 0 else math.nan
-            found.append((f"{LABELS[first]} - {LABELS[second]}", less, p))
+        difference = comparison.paired(*map(comparison.accuracies, (one, other)))
+        if difference:
+            found.append((f"{LABELS[first]} - {LABELS[second]}", *difference))
     rows = [
-        [name, str(less.repeats), _signed(less), _p(p), _p(min(len(found) * p, 1.0))]
+        [name, str(less.repeats), signed(less), p_value(p), p_value(min(len(found) * p, 1.0))]
         for name, less, p in found
     ]
     return table(["Difference", "Seeds", "Mean", "p", "All"], rows) if rows else ""
@@ -142,7 +157,7 @@ def _from_paper(cell: CellResults | None, paper: Statistic) -> str:
     p = stats.ttest_ind_from_stats(
         *(100 * ours.mean, 100 * ours.std, ours.repeats), *paper, equal_var=False
     ).pvalue
-    return f"{difference} (p {_p(float(p))})"
+    return f"{difference} (p {p_value(float(p))})"
 
 
 def setting(results: SweepResults) -> str:
@@ -160,8 +175,9 @@ def setting(results: SweepResults) -> str:
         f"{len(results.finished)} of {len(results.runs)} runs have finished. The plan is in "
         f"{code(str(results.folder / SWEEP_FILE))}."
     )
-    paper = _PAPER_RUNS.get(results.dataset)
-    return f"{sentence} The paper: {paper}, 5 repeats." if paper else sentence
+    if paper(results):
+        sentence += f" The paper: {_PAPER_RUNS[config.network]}, 5 repeats."
+    return sentence
 
 
 def chosen_cells(results: SweepResults) -> str:
@@ -170,7 +186,7 @@ def chosen_cells(results: SweepResults) -> str:
     for method, cell in results.chosen.items():
         cells = results.methods[method]
         complete = sum(other.complete for other in cells)
-        by_test = selection.choose(cells, selection.LOWEST_TEST_LOSS) or cell
+        by_test = selection.choose(cells, *selection.LOWEST_TEST_LOSS) or cell
         rows.append(
             [
                 LABELS[method] + _dagger(cell),
@@ -178,7 +194,7 @@ def chosen_cells(results: SweepResults) -> str:
                 f"{complete} of {len(cells)}",
                 _validation_loss(results, cell),
                 number(cell.statistic("test_spectral_norm"), 3),
-                _milliseconds(cell),
+                milliseconds(cell),
                 "the same" if by_test is cell else _name(by_test.cell),
             ]
         )
@@ -233,10 +249,10 @@ def all_cells(results: SweepResults) -> str:
             if cell.finished:
                 row += [
                     _validation_loss(results, cell),
-                    _percent(cell.statistic("test_accuracy")),
+                    percent(cell.statistic("test_accuracy")),
                     _at_lowest_validation_loss(results, cell),
                     number(cell.statistic("test_spectral_norm"), 3),
-                    _milliseconds(cell),
+                    milliseconds(cell),
                 ]
             if cell is results.chosen.get(method):
                 row[0] += " \\*"
@@ -309,15 +325,18 @@ def number(statistic: Statistic, digits: int) -> str:
     return mean if statistic.repeats == 1 else f"{mean} ± {statistic.std:.{digits}f}"
 
 
-def _signed(statistic: Statistic) -> str:
+def signed(statistic: Statistic) -> str:
+    """A difference, with its sign and spread."""
     return f"{statistic.mean:+.2f} ± {statistic.std:.2f}"
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
+    """A probability; nothing for NaN."""
     return "" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _percent(statistic: Statistic) -> str:
+def percent(statistic: Statistic) -> str:
+    """A share as percent, mean and spread."""
     return number(Statistic(100 * statistic.mean, 100 * statistic.std, statistic.repeats), 2)
 
 
@@ -328,14 +347,17 @@ def _validation_loss(results: SweepResults, cell: CellResults) -> str:
 def _at_lowest_validation_loss(results: SweepResults, cell: CellResults) -> str:
     if not results.validated:
         return ""
-    return _percent(cell.statistic("lowest_val_loss", "test_accuracy"))
+    return percent(cell.statistic("lowest_val_loss", "test_accuracy"))
 
 
-def _milliseconds(cell: CellResults) -> str:
+def milliseconds(cell: CellResults) -> str:
+    """The time of a training step."""
     return f"{1e3 * cell.statistic('step_seconds').mean:.2f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
-    cells = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
+    """A table of Markdown, without the columns that have nothing in any row."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    cells = [[row[i].replace("|", "\\|") for i in kept] for row in (head, *rows)]
+    cells[1:1] = [["---"] * len(kept)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from tfjacreg import atomic_files, datasets
-from tfjacreg.experiments import reading
+from tfjacreg.experiments import durations, evaluation, reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
@@ -32,7 +32,7 @@ from tfjacreg.experiments.ledger import Claim, Ledger, Summary, database_of
 from tfjacreg.experiments.locks import FileLocks
 from tfjacreg.experiments.run import train
 from tfjacreg.experiments.storage_errors import STORAGE_ERRORS
-from tfjacreg.experiments.sweep import SWEEP_FILE, Sweep
+from tfjacreg.experiments.sweep import SWEEP_FILE, Judgement, Sweep
 from tfjacreg.printable import printable
 
 _POLL = 2.0  # Seconds between looks at the other workers.
@@ -40,8 +40,8 @@ _NO_LOG = "the run's process ended without a word; its disk may be full"
 
 
 def run_sweep(
-    path: Path | str,
-    out: Path | str,
+    sweep: Sweep,
+    out: Path,
     *,
     storage: str | None = None,
     data_dir: str | None = None,
@@ -49,8 +49,10 @@ def run_sweep(
 ) -> Summary:
     """Takes part in a sweep until every run of it is finished, by this worker or another.
 
+    Its second stage is another sweep: `stages.run` makes both.
+
     Args:
-        path: The sweep file.
+        sweep: The sweep.
         out: The sweep's folder: a copy of the file, `sweep.toml`; a run folder for each run, with
             `error.txt` where it failed; and, without `storage`, Optuna's `sweep.sqlite3`.
         storage: A `postgresql://` URL, for workers on several machines. The study in it is named
@@ -59,20 +61,19 @@ def run_sweep(
         retry_failed: Whether runs that have failed by now are tried once more.
 
     Raises:
-        ValueError: If the sweep file or the URL is not valid.
+        ValueError: If the URL is not valid.
         RunError: If `out` is another sweep's or cannot be written, the data is missing, or the
             storage cannot be used.
     """
-    sweep, out = Sweep.load(path), Path(out)
     try:
         with contextlib.ExitStack() as stack:
             claim_folder(sweep, out)
             ledger = stack.enter_context(Ledger.open(sweep, out, storage, data_dir))
             ledger.reopen(failed=retry_failed, lost=storage is None)
             ledger.check_folders()
-            if not ledger.finished():
-                _check_data(ledger)
-            bar = stack.enter_context(_Bar(ledger))
+            if ledger.finished():
+                return ledger.summary()
+            bar = stack.enter_context(_Bar(ledger, _count_test_images(ledger)))
             while not ledger.finished():
                 claim = ledger.take()
                 if claim is None:
@@ -93,8 +94,13 @@ def run_sweep(
         raise database_of(out, storage).explained(error) from error
 
 
-def claim_folder(sweep: Sweep, out: Path) -> None:
+def claim_folder(sweep: Sweep, out: Path, *, way_out: str = "Choose another --out.") -> None:
     """Makes `out` the folder of this sweep, or refuses if it is another's.
+
+    Args:
+        sweep: The sweep.
+        out: The folder.
+        way_out: What to do if it is another's; ends the message.
 
     Raises:
         RunError: If it is another's.
@@ -107,20 +113,20 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
                 file.write_bytes(sweep.content)
         elif reading.read_bytes(copy, reading.SWEEP) != sweep.content:
             raise RunError(
-                f"{out} is that of another sweep: its {SWEEP_FILE} differs from the file given."
-                " Choose another --out."
+                f"{out} is that of another sweep: its {SWEEP_FILE} differs from the one given. "
+                f"{way_out}"
             )
 
 
-def _check_data(ledger: Ledger) -> None:
-    """Missing data would fail every run of the sweep, one after the other."""
+def _count_test_images(ledger: Ledger) -> int:
+    """Loads the data: where it is missing, every run would fail, one after the other."""
     # The runs' own processes need the memory of the GPU that TensorFlow would take for this one,
     # unless it has done so before.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
     config = next(iter(ledger.configs.values()))
     try:
-        datasets.load(config.dataset, config.data_dir)
+        return len(datasets.load(config.dataset, config.data_dir).test.y)
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
 
@@ -128,17 +134,20 @@ def _check_data(ledger: Ledger) -> None:
 class _Bar(tqdm):
     """Epochs of the whole sweep, whoever trains them, with the time left."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, test_images: int) -> None:
         self._ledger = ledger
+        self._test_images = test_images
+        self._told = bool(durations.timed(ledger))
         super().__init__(
-            desc=ledger.sweep.name,
+            desc=ledger.out.name,
             total=len(ledger.configs) * ledger.sweep.any_config.epochs,
             initial=ledger.epochs(),
             unit="epoch",
-            smoothing=0,  # Epochs of different methods differ.
             mininterval=1 if sys.stderr.isatty() else 60,
             miniters=0,
             dynamic_ncols=True,
+            # Its own estimate counts every epoch alike, and knows of no second stage.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}{postfix}]",
         )
 
     def show(self) -> None:
@@ -147,7 +156,15 @@ class _Bar(tqdm):
         states = [trial.state for trial in latest.values() if trial.state.is_finished()]
         failed = states.count(TrialState.FAIL)
         runs = f"{len(states)} of {len(self._ledger.configs)} runs"
-        self.set_postfix_str(runs + (f", {failed} failed" if failed else ""), refresh=False)
+        left = durations.left(self._ledger, self._test_images)
+        text = runs + (f", {failed} failed" if failed else "")
+        if left:
+            text += f", {durations.shown(left)} left"
+            if not self._told:
+                both = ", with the second stage," * (self._ledger.sweep.final is not None)
+                self.write(f"By the first run, all{both} takes {durations.shown(left)} more.")
+                self._told = True
+        self.set_postfix_str(text, refresh=False)
         self.update(self._ledger.epochs() - self.n)
 
 
@@ -155,7 +172,8 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
     """Makes a run and records what came of it, which it returns in a line."""
     folder = RunFolder(ledger.out / claim.name)
     folder.clear_temporaries()
-    if folder.reader.finished:
+    whole, started = not folder.reader.claimed, time.monotonic()
+    if folder.reader.finished and not ledger.unjudged(folder.reader):
         log = _adopted(ledger.configs[claim.name], folder.reader)
     else:
         log = _process(ledger, claim, bar)
@@ -166,7 +184,8 @@ def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
             log = f"RunError: {error}"
     if log is None:
         folder.clear_error()
-        ledger.succeed(claim, metrics)
+        seconds = time.monotonic() - started if whole else None
+        ledger.succeed(claim, metrics, seconds=seconds)
         loss = f"val_loss {metrics['val_loss']:.4f}, " if "val_loss" in metrics else ""
         return f"{claim.name}: {loss}test accuracy {metrics['test_accuracy']:.4f}"
     folder.write_error(log if log.strip() else f"{_NO_LOG}\n")
@@ -188,7 +207,13 @@ def _adopted(config: RunConfig, reader: FolderReader) -> str | None:
 def _process(ledger: Ledger, claim: Claim, bar: _Bar) -> str | None:
     """Makes a run in a process of its own; returns its log if it failed."""
     config, folder = ledger.configs[claim.name], ledger.out / claim.name
-    order = json.dumps({"config": dataclasses.asdict(config), "folder": str(folder)})
+    order = json.dumps(
+        {
+            "config": dataclasses.asdict(config),
+            "folder": str(folder),
+            "judgement": dataclasses.asdict(ledger.sweep.judgement),
+        }
+    )
     # Where the run itself is kept: the machine's temporary folder may be full.
     with tempfile.TemporaryFile(dir=ledger.out) as log:
         process = subprocess.Popen(
@@ -239,6 +264,10 @@ def _run_for_worker() -> None:
     try:
         # The worker has the lock, and this process with it.
         train(RunConfig.of(**order["config"]), RunFolder(order["folder"]), verbose=0)
+        judgement = Judgement(**order["judgement"])
+        if judgement.names:
+            path = Path(order["folder"])
+            evaluation.judge_run(path, judgement.names, limit=judgement.limit)
     except Exception as error:
         traceback.print_exc()
         # The last line of the log is the error in short.

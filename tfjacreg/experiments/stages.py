@@ -1,0 +1,167 @@
+"""A sweep from its file to the answer: the grid, the choice, the final runs and the report.
+
+Every stage goes on where it was left, and all of them are made by whichever workers there are: the
+second is a sweep too, of the cells that were chosen, in the folder `final` of the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from tfjacreg.experiments import report, workers
+from tfjacreg.experiments.config import RunError
+from tfjacreg.experiments.ledger import Result, Summary
+from tfjacreg.experiments.locks import FileLocks
+from tfjacreg.experiments.sweep import FINAL_FOLDER, Cell, Sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a sweep.
+
+    Attributes:
+        grid: What came of the file's own cells.
+        final: What came of the chosen ones; None without a second stage.
+        unchosen: Why nothing was chosen, by method.
+        report: The page; None without a second stage.
+        answer: The report's first sentence.
+    """
+
+    grid: Summary
+    final: Summary | None = None
+    unchosen: dict[str, str] = dataclasses.field(default_factory=dict)
+    report: Path | None = None
+    answer: str = ""
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The errors of the failed runs of both stages, by the names of their folders."""
+        final = self.final.failures if self.final else {}
+        return self.grid.failures | {f"{FINAL_FOLDER}/{name}": e for name, e in final.items()}
+
+    def __str__(self) -> str:
+        """The tables, what was not chosen, and the answer."""
+        if self.final is None:
+            return str(self.grid)
+        lines = [f"{self.grid}\n", f"The chosen cells, with new seeds:\n{self.final}"]
+        lines += [f"{method}: {why}" for method, why in self.unchosen.items()]
+        return "\n".join([*lines, f"\n{self.answer}"])
+
+
+def run(
+    sweep: Sweep,
+    out: Path | str,
+    *,
+    storage: str | None = None,
+    data_dir: str | None = None,
+    retry_failed: bool = False,
+) -> Outcome:
+    """Takes part in a sweep until it is finished, and writes the report of one with `[final]`.
+
+    Args:
+        sweep: The sweep.
+        out: Its folder; the second stage is in its folder `final`, the report in `report`.
+        storage: That of `workers.run_sweep`.
+        data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+        retry_failed: Whether runs that have failed by now are tried once more.
+
+    Raises:
+        ValueError: If the URL is not valid.
+        RunError: As `workers.run_sweep`; if no cell can be chosen; or if `final` was begun with
+            another choice.
+    """
+    out = Path(out)
+    options: dict[str, Any] = {
+        "storage": storage,
+        "data_dir": data_dir,
+        "retry_failed": retry_failed,
+    }
+    print(plan(sweep), flush=True)
+    grid = workers.run_sweep(sweep, out, **options)
+    if sweep.final is None:
+        return Outcome(grid)
+    chosen, unchosen = choose(sweep, grid, sweep.final.choose_by)
+    print(_told(sweep.final.choose_by, chosen, unchosen), flush=True)
+    if not chosen:
+        raise RunError(
+            f"No cell of any method in {out} has finished all its repeats: there is nothing to "
+            "choose. Mend what the failed runs say, in their error.txt, and use --retry-failed."
+        )
+    second = sweep.second_stage(list(chosen.values()))
+    place = out / FINAL_FOLDER
+    workers.claim_folder(
+        second,
+        place,
+        way_out=f"Runs of {out} were made again since {place} was begun, and another cell is the "
+        f"best now. Move {place} away to train the new choice.",
+    )
+    final = workers.run_sweep(second, place, **options)
+    with FileLocks(out).exclusive():  # The workers are ready at the same time.
+        written = report.write([out], out / "report")
+    return Outcome(grid, final, unchosen, written.path, written.answer)
+
+
+def plan(sweep: Sweep) -> str:
+    """What is going to be run, in words."""
+    config = sweep.any_config
+    count = len(sweep.cells) * sweep.repeats
+    text = f"{sweep.name}: {config.dataset}, {config.network}: {count} runs"
+    text += f" of {config.epochs} epochs"
+    final = sweep.final
+    if final is not None:
+        more = len(sweep.methods) * final.repeats
+        text += (
+            f" choose a cell for each of {len(sweep.methods)} methods by {final.choose_by}; then "
+            f"{more} runs train the choices again with {final.repeats} new seeds"
+        )
+        if final.whole_training_set:
+            text += " on the whole training set"
+        if final.judgement.names:
+            text += f" and are judged ({', '.join(final.judgement.names)})"
+        text += f". In all {count + more} runs"
+    return f"{text}. The time that is left is shown after the first."
+
+
+def choose(sweep: Sweep, grid: Summary, choose_by: str) -> tuple[dict[str, Cell], dict[str, str]]:
+    """The cell that stands for each method.
+
+    Only a cell whose repeats have all finished can be chosen: a diverged run never is.
+
+    Args:
+        sweep: The sweep of the grid.
+        grid: What came of its cells.
+        choose_by: That of `sweep.Final`.
+
+    Returns:
+        The best cell of each method, the first of equals; and of the methods without one, why.
+    """
+    sign = 1 if choose_by == "val_loss" else -1
+
+    def loss(result: Result) -> float:
+        values = getattr(result, choose_by)
+        return sign * statistics.fmean(values) if len(values) == grid.repeats else math.nan
+
+    chosen, unchosen = {}, {}
+    for method in sweep.methods:
+        own = [result for result in grid.results if result.cell.method == method]
+        finished = [result for result in own if math.isfinite(loss(result))]
+        if finished:
+            chosen[method] = min(finished, key=loss).cell
+        else:
+            names = {f"{r.cell.name}-seed{seed}" for r in own for seed in sweep.seeds}
+            errors = [error for run, error in grid.failures.items() if run in names]
+            unchosen[method] = (
+                f"nothing is chosen: none of its {len(own)} cells has finished all its repeats "
+                f"({errors[0] if errors else f'no {choose_by}'})"
+            )
+    return chosen, unchosen
+
+
+def _told(choose_by: str, chosen: dict[str, Cell], unchosen: dict[str, str]) -> str:
+    lines = [f"  {method}: {cell.name}" for method, cell in chosen.items()]
+    lines += [f"  {method}: {why}" for method, why in unchosen.items()]
+    return "\n".join([f"\nChosen by {choose_by}:", *lines])
