@@ -25,8 +25,8 @@ import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from tfjacreg import atomic_files, datasets
-from tfjacreg.experiments import reading
+from tfjacreg import atomic_files
+from tfjacreg.experiments import pipeline, reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
@@ -122,15 +122,16 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
 
 
 def _check_data(ledger: Ledger) -> None:
-    """Missing data would fail every run of the sweep, one after the other."""
+    """Missing data, or a network that does not fit, would fail every run of the sweep, one after the other."""
     # The runs' own processes need the memory of the GPU that TensorFlow would take for this one,
     # unless it has done so before.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
     config = next(iter(ledger.configs.values()))
+    data = pipeline.load(config)
     try:
-        datasets.load(config.dataset, config.data_dir)
-    except (OSError, ValueError) as error:
+        config.make_network(data.input_shape, data.num_classes)
+    except ValueError as error:
         raise RunError(str(error)) from error
 
 
