@@ -85,9 +85,10 @@ def _npz(path: Path) -> Raw:
     arrays: dict[str, np.ndarray] = {}
     try:
         # Object arrays are pickles, which run code.
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError(f"it holds a single array. Write it with {_EXAMPLE}")
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError(f"it holds a single array. Write it with {_EXAMPLE}")
+        with opened as file:
             _check_keys(file.files)
             for key in file.files:
                 try:
@@ -105,7 +106,7 @@ def _npz(path: Path) -> Raw:
         raise ValueError(f"{path} is empty. Write it with {_EXAMPLE}") from error
     except ValueError as error:
         reason = str(error)
-        if "allow_pickle" in reason or "pickled" in reason:
+        if "allow_pickle" in reason:  # What is no NumPy file is taken for a pickle.
             reason = f"it is no .npz file. Write it with {_EXAMPLE}"
         raise ValueError(f"{path}: {reason}") from error
     names = arrays.pop("class_names", np.array([], str))

@@ -106,8 +106,8 @@ def digest(data: Dataset) -> str | None:
     found = hashlib.sha256()
     for split in (data.train, data.validation, data.test):
         found.update(repr(split.x.shape).encode())
-        found.update(np.ascontiguousarray(split.x, "<f4"))
-        found.update(np.ascontiguousarray(split.y, "<i4"))
+        found.update(np.ascontiguousarray(split.x, "<f4").data)
+        found.update(np.ascontiguousarray(split.y, "<i4").data)
     return found.hexdigest()
 
 

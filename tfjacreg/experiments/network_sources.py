@@ -208,14 +208,14 @@ def _check(
             f"one that begins with {layer.name!r} ({type(layer).__name__}). Take it off:\n"
             f'    inner = keras.models.load_model("{_file_of(name)}")'
             f"{source.removeprefix('network')}\n"
-            f'    keras.Model(inner.get_layer("{layer.name}").output, inner.output)'
+            f'    keras.Model(inner.get_layer("{layer.name}").output, inner.outputs[0])'
             '.save("from_standardized.keras")'
         )
     end = _end(network)
     if end is not None:
         layer, kind = end
         if isinstance(layer, keras.layers.Softmax) or type(layer).__name__ == "Activation":
-            line = f'keras.Model(network.input, network.get_layer("{layer.name}").input)'
+            line = f'keras.Model(network.inputs, network.get_layer("{layer.name}").input)'
             lines = f'    {line}.save("logits.keras")'
         else:
             lines = (
@@ -232,7 +232,7 @@ def _check(
             f"{name}: the network gives outputs of shape {output}, and the data has {num_classes} "
             "classes. Give it another last layer:\n"
             f'    network = keras.models.load_model("{_file_of(name)}")\n'
-            "    keras.Model(network.input, "
+            "    keras.Model(network.inputs, "
             f"keras.layers.Dense({num_classes})(network.layers[-1].input))"
             '.save("for_my_classes.keras")'
         )

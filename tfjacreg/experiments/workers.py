@@ -122,7 +122,7 @@ def claim_folder(sweep: Sweep, out: Path) -> None:
 
 
 def _check_data(ledger: Ledger) -> None:
-    """Missing data, or a network that does not fit, would fail every run of the sweep, one after the other."""
+    """Missing data, or a network that does not fit, would fail every run, one after the other."""
     # The runs' own processes need the memory of the GPU that TensorFlow would take for this one,
     # unless it has done so before.
     with contextlib.suppress(RuntimeError):
