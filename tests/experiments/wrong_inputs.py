@@ -301,12 +301,12 @@ NETWORKS = [
     (
         "a network that ends in a softmax",
         saved(layers.Flatten, lambda: layers.Dense(3, activation="softmax", name="last")),
-        'network.get_layer("last").activation = keras.activations.linear',
+        '.get_layer("last").activation = keras.activations.linear',
     ),
     (
         "a Softmax layer at the end",
         saved(layers.Flatten, lambda: layers.Dense(3), lambda: layers.Softmax(name="last")),
-        'network.get_layer("last").input).save("logits.keras")',
+        '.get_layer("last").input).save("logits.keras")',
     ),
     (
         "a network that begins with Rescaling",

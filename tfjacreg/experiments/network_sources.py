@@ -202,37 +202,37 @@ def _check(
     start = _start(network)
     if start is not None:
         layer, inner = start
-        source = "network" if inner is network else f"network.get_layer({inner.name!r})"
         raise ValueError(
             f"{name}: the network must take standardized images, which train.py makes. Received: "
             f"one that begins with {layer.name!r} ({type(layer).__name__}). Take it off:\n"
-            f'    inner = keras.models.load_model("{_file_of(name)}")'
-            f"{source.removeprefix('network')}\n"
-            f'    keras.Model(inner.get_layer("{layer.name}").output, inner.outputs[0])'
+            f'    inner = keras.models.load_model("{_file_of(name)}"){_inside(network, inner)}\n'
+            f"    {_without(layer, inner, input_shape)}"
             '.save("from_standardized.keras")'
         )
     end = _end(network)
     if end is not None:
-        layer, kind = end
-        if isinstance(layer, keras.layers.Softmax) or type(layer).__name__ == "Activation":
-            line = f'keras.Model(network.inputs, network.get_layer("{layer.name}").input)'
-            lines = f'    {line}.save("logits.keras")'
-        else:
-            lines = (
-                f'    network.get_layer("{layer.name}").activation = keras.activations.linear; '
-                'network.save("logits.keras")'
+        layer, kind, inner = end
+        mend = (
+            f'inner.get_layer("{layer.name}").activation = keras.activations.linear; '
+            'network.save("logits.keras")'
+        )
+        if isinstance(layer, keras.layers.Softmax):
+            mend = (
+                f'keras.Model(inner.inputs[0], inner.get_layer("{layer.name}").input)'
+                '.save("logits.keras")'
             )
         raise ValueError(
             f"{name}: the network must end in logits. Received: one that ends in the {kind} of "
             f"{layer.name!r} ({type(layer).__name__}). Take it off:\n"
-            f'    network = keras.models.load_model("{_file_of(name)}")\n{lines}'
+            f'    network = keras.models.load_model("{_file_of(name)}"); '
+            f"inner = network{_inside(network, inner)}\n    {mend}"
         )
     if output != (num_classes,):
         raise ValueError(
             f"{name}: the network gives outputs of shape {output}, and the data has {num_classes} "
             "classes. Give it another last layer:\n"
             f'    network = keras.models.load_model("{_file_of(name)}")\n'
-            "    keras.Model(network.inputs, "
+            "    keras.Model(network.inputs[0], "
             f"keras.layers.Dense({num_classes})(network.layers[-1].input))"
             '.save("for_my_classes.keras")'
         )
@@ -253,6 +253,20 @@ def _check(
 def _file_of(name: str) -> str:
     """The file of a network, for a line of code; a function's is one that it was saved in."""
     return "network.keras" if is_function(name) else name
+
+
+def _inside(network: keras.Model, inner: keras.Model) -> str:
+    """How code gets from a network to a model in it."""
+    return "" if inner is network else f'.get_layer("{inner.name}")'
+
+
+def _without(layer: keras.layers.Layer, model: keras.Model, input_shape: tuple[int, ...]) -> str:
+    """Code that makes a model without its first layer."""
+    if isinstance(model, keras.Sequential):
+        number = model.layers.index(layer)
+        kept = f"*inner.layers[:{number}], " * (number > 0) + f"*inner.layers[{number + 1}:]"
+        return f"keras.Sequential([keras.Input({input_shape}), {kept}])"
+    return f'keras.Model(inner.get_layer("{layer.name}").output, inner.outputs[0])'
 
 
 def leading_scale(network: keras.Model) -> keras.layers.Layer | None:
@@ -284,8 +298,8 @@ def _start(network: keras.Model) -> tuple[keras.layers.Layer, keras.Model] | Non
     return None
 
 
-def _end(network: keras.Model) -> tuple[keras.layers.Layer, str] | None:
-    """The layer whose softmax or sigmoid a network ends in, and what that is called."""
+def _end(network: keras.Model) -> tuple[keras.layers.Layer, str, keras.Model] | None:
+    """The layer whose softmax or sigmoid a network ends in, its name, and the model it is in."""
     graph = _keras.graph_of(network)
     if graph is None:
         return None
@@ -302,5 +316,5 @@ def _end(network: keras.Model) -> tuple[keras.layers.Layer, str] | None:
         kind = getattr(getattr(operation, "activation", None), "__name__", "")
         if isinstance(operation, keras.layers.Softmax):
             kind = "softmax"
-        return (operation, kind) if kind in _SATURATING else None
+        return (operation, kind, network) if kind in _SATURATING else None
     return None
