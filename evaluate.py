@@ -1,7 +1,7 @@
 """Judges trained classifiers against noise, attacks and the distance to the decision boundary.
 
 python evaluate.py runs/none runs/spectral --boundary --distance --sigma --limit 1000 --out out
-python evaluate.py mine.keras --dataset fashion_mnist --attacks pgd square
+python evaluate.py mine.keras --dataset mine.npz --pixels 0..255 --attacks pgd square
 
 `python -m tfjacreg report` writes the report of a whole sweep.
 """
@@ -21,7 +21,8 @@ from tfjacreg import cli, datasets, optional_packages
 from tfjacreg.printable import printable
 
 with optional_packages.script_importing("experiments", "evaluate.py"):
-    from tfjacreg.experiments import evaluation, measures
+    from tfjacreg.experiments import data_sources, evaluation, measures
+    from tfjacreg.experiments.classifier_files import Scale
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +56,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=cli.path, default=Path("out"), help="folder of the figures (out)"
     )
-    parser.add_argument("--dataset", choices=datasets.NAMES, help="data set of bare .keras files")
+    parser.add_argument(
+        "--dataset",
+        metavar="DATA",
+        type=_data,
+        help=f"of bare .keras files: {', '.join(datasets.NAMES)}, FILE.npz, a folder or tfds:NAME",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=_count,
+        nargs=2,
+        metavar=("H", "W"),
+        help="what images of a folder or of tfds:NAME are resized to",
+    )
+    parser.add_argument(
+        "--pixels", metavar="LOW..HIGH", help="scale that bare .keras files take, such as 0..255"
+    )
+    parser.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        default=(),
+        help="what bare .keras files want subtracted, on the scale of --pixels (0..1)",
+    )
+    parser.add_argument(
+        "--std", type=float, nargs="+", default=(), help="what they want that divided by"
+    )
     parser.add_argument("--data-dir", type=cli.path, help="folder of the data sets")
     parser.add_argument(
         "--adversarial-examples",
@@ -70,6 +96,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--wait", action="store_true", help="wait for processes that work in the run folders"
     )
     return parser.parse_args(argv)
+
+
+def _data(text: str) -> str:
+    if not data_sources.is_valid(text):
+        raise argparse.ArgumentTypeError(
+            f"must be one of {datasets.NAMES}, FILE.npz, a folder that is there (./NAME) or "
+            f"tfds:NAME. Received: {text}."
+        )
+    return text
 
 
 def _count(text: str) -> int:
@@ -90,7 +125,12 @@ def run(args: argparse.Namespace) -> None:
     """Judges every run given and prints the tables."""
     with evaluation.owned(args.runs, args.out, wait=args.wait):
         targets = evaluation.find_targets(
-            args.runs, dataset=args.dataset, data_dir=args.data_dir, out=args.out
+            args.runs,
+            dataset=args.dataset,
+            data_dir=args.data_dir,
+            out=args.out,
+            image_size=tuple(args.image_size) if args.image_size else None,
+            scale=Scale.of(args.pixels, args.mean, args.std),
         )
         tables = evaluation.judge(
             targets,

@@ -48,8 +48,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     single = parser.add_argument_group("one run")
     add = single.add_argument
-    add("--dataset", choices=datasets.NAMES, help=f"({default.dataset})")
-    add("--network", choices=networks.NAMES, help=f"({default.network})")
+    names = ", ".join(datasets.NAMES)
+    add(
+        "--dataset",
+        metavar="DATA",
+        help=f"{names}, FILE.npz, a folder of class folders or tfds:NAME ({default.dataset})",
+    )
+    add(
+        "--image-size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="what images of a folder or of tfds:NAME are resized to",
+    )
+    names = ", ".join(networks.NAMES)
+    add(
+        "--network",
+        metavar="NETWORK",
+        help=f"{names}, FILE.keras or MODULE:FUNCTION ({default.network})",
+    )
+    add("--pretrained", action="store_true", help="keep the weights of FILE.keras as the start")
     add("--width", type=float, help="of vgg16 and resnet20; 1 is published")
     add(
         "--initialization",
@@ -133,6 +151,9 @@ def _one(
         ("seconds per step", f"{metrics['step_seconds']:.5f}"),
     ):
         print(f"  {label:<17} {value:>8}")
+    for name, accuracy in metrics.get("test_accuracy_by_class", {}).items():
+        shown = "no image" if accuracy is None else f"{accuracy:.4f}"
+        print(f"    {printable(name, limit=40):<15} {shown:>8}")
     print(printable(f"  in {out}"))
     return 0
 

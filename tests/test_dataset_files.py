@@ -163,7 +163,7 @@ def test_prepared_data_that_is_damaged(prepared, tmp_path, monkeypatch, any_file
 
     if (name, damage) == ("dataset_info.json", "after a record"):
         pytest.skip("it has no records")
-    monkeypatch.setattr(datasets, "_ask", unreachable)
+    monkeypatch.setattr(datasets, "ask", unreachable)
     monkeypatch.setitem(datasets.VALIDATION_SIZES, "kmnist", 10)
     folder = tmp_path / "data" / "kmnist" / prepared.name
     shutil.copytree(prepared, folder)

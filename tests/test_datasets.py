@@ -300,7 +300,7 @@ def test_no_network_and_no_data_names_both_ways_out(tmp_path, monkeypatch, name)
     def unreachable(_):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(datasets, "_ask", unreachable)
+    monkeypatch.setattr(datasets, "ask", unreachable)
     with pytest.raises(FileNotFoundError, match=r"there is a network.*tfjacreg prepare") as caught:
         datasets.load(name, tmp_path)
     assert ("dataset-fashion-mnist" in str(caught.value)) == (name == "fashion_mnist")

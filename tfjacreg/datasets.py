@@ -57,13 +57,14 @@ class Dataset:
     """A data set in three splits.
 
     Attributes:
-        name: Its name in `NAMES`.
+        name: Its name in `NAMES`; or, where the commands read a file of one's own, that one's.
         train: What is trained on.
         validation: Held out from the official training set, as many of each class.
         test: The official test set.
         mean: The mean of the training split's pixels per channel, float32 `[C]`.
         std: Their standard deviation, float32 `[C]`.
         num_classes: The number of classes.
+        class_names: Their names, if they have any.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Dataset:
     mean: np.ndarray
     std: np.ndarray
     num_classes: int
+    class_names: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -110,17 +112,23 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     held, test = _digits() if name == "digits" else _from_tfds(name, data_dir)
     rest, validation = _stratified(held.y, VALIDATION_SIZES[name], np.random.default_rng(seed))
     train = Split(held.x[rest], held.y[rest])
-    mean = train.x.mean(axis=(0, 1, 2), dtype=np.float64)
-    std = np.sqrt(np.square(train.x - mean).mean(axis=(0, 1, 2), dtype=np.float64))
+    mean, std = statistics(train.x)
     return Dataset(
         name=name,
         train=train,
         validation=Split(held.x[validation], held.y[validation]),
         test=test,
-        mean=mean.astype("float32"),
-        std=std.astype("float32"),
+        mean=mean,
+        std=std,
         num_classes=NUM_CLASSES,
     )
+
+
+def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of pixels `[N, H, W, C]` per channel, float32 `[C]` each."""
+    mean = x.mean(axis=(0, 1, 2), dtype=np.float64)
+    std = np.sqrt(np.square(x - mean).mean(axis=(0, 1, 2), dtype=np.float64))
+    return mean.astype("float32"), std.astype("float32")
 
 
 def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:
@@ -264,7 +272,7 @@ def _from_tfds(name: str, data_dir: Path | None) -> tuple[Split, Split]:
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
         try:
-            _ask(_HOSTS[name])
+            ask(_HOSTS[name])
             builder.download_and_prepare()
         except Exception as error:
             debian = (
@@ -282,7 +290,8 @@ def _from_tfds(name: str, data_dir: Path | None) -> tuple[Split, Split]:
     return _stored(name, builder)
 
 
-def _ask(host: str) -> None:
+def ask(host: str) -> None:
+    """Asks a host whether there is a network; raises OSError if it does not answer."""
     request = urllib.request.Request(host, method="HEAD")
     with contextlib.suppress(urllib.error.HTTPError):  # Somebody answers.
         urllib.request.urlopen(request, timeout=10).close()

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Self
 
 import keras
 
 from tfjacreg import arguments, datasets, networks, regularizers
+from tfjacreg.experiments import data_sources, network_sources
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lenet": {"epochs": 50, "batch_size": 32, "learning_rate": 0.01, "schedule": "constant"},
     "vgg16": {"epochs": 100, "batch_size": 128, "learning_rate": 0.1, "schedule": "cosine"},
     "resnet20": {"epochs": 100, "batch_size": 128, "learning_rate": 0.1, "schedule": "cosine"},
 }
+# A network of one's own starts from LeNet's.
+OWN_DEFAULTS = DEFAULTS["lenet"]
 SCHEDULES = ("constant", "cosine")
 # Crops and flips are for natural images: digits and clothes know left from right.
 AUGMENTED_DATASETS = ("cifar10",)
 # What a config.json means that was written before the setting existed.
-EARLIER: dict[str, Any] = {"whole_training_set": False, "initialization": "keras"}
+EARLIER: dict[str, Any] = {
+    "whole_training_set": False,
+    "initialization": "keras",
+    "pretrained": False,
+    "image_size": None,
+    "data_digest": None,
+    "network_digest": None,
+}
+# What names a file, and the digest of what is in it: that counts, not how the file is called.
+_DIGESTS = {"dataset": "data_digest", "image_size": "data_digest", "network": "network_digest"}
 
 
 class RunError(ValueError):
@@ -31,8 +44,11 @@ class RunConfig:
     """The settings of a run. `RunConfig.of` fills in what is not given.
 
     Attributes:
-        dataset: A name in `datasets.NAMES`.
-        network: A name in `networks.NAMES`.
+        dataset: A name in `datasets.NAMES`, `FILE.npz`, a folder or `tfds:NAME`.
+        network: A name in `networks.NAMES`, `FILE.keras` or `MODULE:FUNCTION`.
+        pretrained: Whether the weights of `FILE.keras` are kept as the start.
+        image_size: `(H, W)` that the images of a folder or of `tfds:NAME` are resized to; None if
+            they are of one size.
         width: Width of vgg16 and resnet20 relative to the published network.
         initialization: How the weights of lenet start, a name in `networks.INITIALIZATIONS`.
         regularizer: `"none"` or a name in `regularizers.BY_NAME`.
@@ -46,6 +62,9 @@ class RunConfig:
             validation figures, and nothing but the test split to choose an epoch or a cell by.
         seed: Of the initial weights, the order of the examples and the random vectors.
         data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+        data_digest: The SHA-256 of the images and labels of a data set of one's own; None for the
+            project's, or as long as nobody has looked (`identified`).
+        network_digest: That of the file of a network of one's own, or of its function's module.
 
     Raises:
         ValueError: If a setting is out of range; the message lists what is valid.
@@ -65,6 +84,10 @@ class RunConfig:
     whole_training_set: bool = False
     seed: int = 0
     data_dir: str | None = None
+    pretrained: bool = False
+    image_size: tuple[int, int] | None = None
+    data_digest: str | None = None
+    network_digest: str | None = None
 
     @classmethod
     def of(cls, **given: Any) -> Self:
@@ -77,9 +100,10 @@ class RunConfig:
             ValueError: If a setting is out of range; the message lists what is valid.
         """
         network = given.get("network", cls.network)
-        arguments.one_of("network", network, networks.NAMES)
+        _check_network(network)
         augment = given.get("dataset", cls.dataset) in AUGMENTED_DATASETS
-        return cls(**{**DEFAULTS[network], "augment": augment, **given})
+        defaults = DEFAULTS.get(network, OWN_DEFAULTS)
+        return cls(**{**defaults, "augment": augment, **given})
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -88,9 +112,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Checks every setting."""
+        if not data_sources.is_valid(self.dataset):
+            raise ValueError(
+                f"`dataset` must be one of {datasets.NAMES}, FILE.npz, a folder that is there "
+                f"(./NAME) or tfds:NAME. Received: dataset={self.dataset!r}"
+            )
+        _check_network(self.network)
         for name, valid in (
-            ("dataset", datasets.NAMES),
-            ("network", networks.NAMES),
             ("initialization", networks.INITIALIZATIONS),
             ("regularizer", ("none", *regularizers.BY_NAME)),
             ("schedule", SCHEDULES),
@@ -106,19 +134,54 @@ class RunConfig:
             "whole_training_set": arguments.boolean("whole_training_set", self.whole_training_set),
             "seed": arguments.fixed_seed(self.seed, below=2**32),  # NumPy's own limit.
         }
+        checked["pretrained"] = arguments.boolean("pretrained", self.pretrained)
+        if self.image_size is not None:
+            sides = self.image_size
+            if not isinstance(sides, tuple | list) or len(sides) != 2:
+                raise ValueError(
+                    f"`image_size` must be (height, width). Received: image_size={sides!r}"
+                )
+            checked["image_size"] = tuple(
+                arguments.positive_integer("image_size", side) for side in sides
+            )
+            if self.dataset in datasets.NAMES:
+                raise ValueError(
+                    f"`image_size` is for folders and tfds:NAME; {self.dataset} has one. "
+                    f"Received: image_size={sides!r}"
+                )
+        if self.pretrained and not self.network.endswith(".keras"):
+            raise ValueError(
+                "`pretrained` is for a network out of FILE.keras, which has weights. Received: "
+                f"network={self.network!r}"
+            )
         if self.data_dir is not None:
             checked["data_dir"] = str(arguments.path("data_dir", self.data_dir))
-        if self.network == "lenet" and self.width != 1:
+        if self.network not in ("vgg16", "resnet20") and self.width != 1:
             raise ValueError(
-                f"`width` is for vgg16 and resnet20; lenet has one. Received: width={self.width}"
+                f"`width` is for vgg16 and resnet20; {self.network} has one. "
+                f"Received: width={self.width}"
             )
         if self.network != "lenet" and self.initialization != "keras":
             raise ValueError(
-                f"`initialization` is for lenet; {self.network} starts as published. "
+                f"`initialization` is for lenet; {self.network} starts as it is made. "
                 f"Received: initialization={self.initialization!r}"
             )
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # As Python's own numbers, for JSON.
+
+    def identified(self) -> Self:
+        """The same settings with the digests of data and network of one's own.
+
+        A digest stays None where the data or the file is not there.
+
+        Raises:
+            ValueError: If the data set is there and something in it is wrong.
+        """
+        return dataclasses.replace(
+            self,
+            data_digest=data_sources.digest_of(self.dataset, self.data_dir, self.image_size),
+            network_digest=network_sources.digest(self.network),
+        )
 
     def make_regularizer(self) -> regularizers.Regularizer | None:
         """The penalty that the settings mean."""
@@ -135,7 +198,14 @@ class RunConfig:
         Args:
             input_shape: `(H, W, C)`.
             num_classes: How many logits it gives.
+
+        Raises:
+            ValueError: If a network of one's own cannot be loaded or does not fit.
         """
+        if self.network not in networks.NAMES:
+            return network_sources.make(
+                self.network, input_shape, num_classes, pretrained=self.pretrained
+            )
         options: dict[str, Any] = {"width": self.width}
         if self.network == "lenet":
             options = {"initialization": self.initialization}
@@ -144,16 +214,22 @@ class RunConfig:
     def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The settings that differ from those of a `config.json`: its value and this one's.
 
-        Where the data lies does not count: it does not change what the run is.
+        Where the data lies does not count, nor how a file is called that has the same digest: it
+        does not change what the run is. A digest that is None here has not been looked at.
 
         Args:
             settings: What `FolderReader.read_config` reads.
         """
-        return {
-            name: (settings.get(name), value)
-            for name, value in dataclasses.asdict(self).items()
-            if name != "data_dir" and settings.get(name) != value
-        }
+        different = {}
+        for name, value in dataclasses.asdict(self).items():
+            there = settings.get(name)
+            there = tuple(there) if isinstance(there, list) else there
+            unknown = name in _DIGESTS.values() and value is None
+            digest = getattr(self, _DIGESTS[name]) if name in _DIGESTS else None
+            same = digest is not None and digest == settings.get(_DIGESTS[name])
+            if name != "data_dir" and there != value and not unknown and not same:
+                different[name] = (there, value)
+        return different
 
     def default_folder(self) -> Path:
         """Where the run goes if nothing else is said."""
@@ -164,4 +240,23 @@ class RunConfig:
             method += "-whole"
         if self.initialization != "keras":
             method += f"-{self.initialization}"
-        return Path("runs") / f"{self.dataset}-{self.network}-{method}-seed{self.seed}"
+        if self.pretrained:
+            method += "-pretrained"
+        dataset, network = file_name(self.dataset), file_name(self.network)
+        return Path("runs") / f"{dataset}-{network}-{method}-seed{self.seed}"
+
+
+def file_name(name: str) -> str:
+    """A data set's or network's name as a part of the name of a folder."""
+    return re.sub(r"\W+", "-", Path(name).stem).strip("-") or "own"
+
+
+def _check_network(name: Any) -> None:
+    if not network_sources.is_valid(name):
+        way_out = ""
+        if isinstance(name, str) and (name.endswith((".h5", ".hdf5")) or Path(name).is_dir()):
+            way_out = ". Make one in Python: keras.models.load_model(...).save('mine.keras')"
+        raise ValueError(
+            f"`network` must be one of {networks.NAMES}, FILE.keras or MODULE:FUNCTION. "
+            f"Received: network={name!r}{way_out}"
+        )

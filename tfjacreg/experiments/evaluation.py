@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfjacreg import atomic_files, attacks, datasets
+from tfjacreg import atomic_files, attacks
+from tfjacreg.datasets import Split
 from tfjacreg.experiments import (
     checkpoint,
+    classifier_files,
     curves,
+    data_sources,
     distributions,
     environment,
     figures,
     files,
     measures,
 )
+from tfjacreg.experiments.classifier_files import Scale
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.folder import RunFolder
@@ -38,6 +42,9 @@ class Target(NamedTuple):
         data_dir: Folder of the data set, or None for the default.
         method: Name of the training method; runs that differ in the seed alone share it.
         seed: Seed of the training run, or None if not known.
+        image_size: `(H, W)` that the images are resized to, or None.
+        data_digest: That of the data that a run was trained on, if it is one's own.
+        scale: The scale of the pixels that a bare file takes; None for a run's classifier.
     """
 
     classifier: Path
@@ -46,6 +53,9 @@ class Target(NamedTuple):
     data_dir: str | None
     method: str
     seed: int | None
+    image_size: tuple[int, int] | None = None
+    data_digest: str | None = None
+    scale: Scale | None = None
 
 
 @contextlib.contextmanager
@@ -77,6 +87,8 @@ def find_targets(
     dataset: str | None = None,
     data_dir: str | None = None,
     out: str | Path = "out",
+    image_size: tuple[int, int] | None = None,
+    scale: Scale | None = None,
 ) -> list[Target]:
     """Finds the classifiers behind run folders and `.keras` files.
 
@@ -85,6 +97,8 @@ def find_targets(
         dataset: Data set of the bare files; run folders know theirs.
         data_dir: Folder of the data sets, instead of the one in a run's configuration.
         out: Folder under which bare files get a folder of their name for `evaluation.json`.
+        image_size: `(H, W)` that the images for bare files are resized to, or None.
+        scale: The scale of the pixels that the bare files take; None for [0, 1].
 
     Returns:
         One target per path, in the same order.
@@ -93,7 +107,14 @@ def find_targets(
         ValueError: If a path is neither, a run is broken or has not finished, a bare file comes
             without data set, or two runs are the same.
     """
+    for path in map(Path, paths):
+        classifier_files.refuse_other_formats(path)
     bare = [Path(path) for path in paths if Path(path).suffix == ".keras"]
+    if len(bare) < len(paths) and (scale not in (None, Scale()) or image_size is not None):
+        raise ValueError(
+            "Run folders know their own pixels: give --pixels, --mean, --std and --image-size for "
+            "bare files only."
+        )
     if dataset is None and bare:
         raise ValueError(f"A bare classifier needs --dataset. Received: {bare[0]}.")
     if dataset is not None and len(bare) < len(paths):
@@ -117,10 +138,13 @@ def find_targets(
                 data_dir=data_dir or config["data_dir"],
                 method=_method(config, configs.values()),
                 seed=config["seed"],
+                image_size=tuple(config["image_size"]) if config["image_size"] else None,
+                data_digest=config["data_digest"],
             )
         else:
             folder = RunFolder(Path(out) / path.stem)
-            target = Target(path, folder, str(dataset), data_dir, path.stem, None)
+            target = Target(path, folder, str(dataset), data_dir, path.stem, None, image_size)
+            target = target._replace(scale=scale or Scale())
         targets.append(target)
     seen: dict[tuple[str, str, int | None], Path] = {}
     for target in targets:
@@ -170,11 +194,10 @@ def judge(
     for target in targets:
         reader = target.folder.reader
         atomic_files.check_files(reader.evaluation_file, reader.examples_file)
-    places = dict.fromkeys((target.dataset, target.data_dir) for target in targets)
-    tests = {place: datasets.load(*place).test for place in places}
+    tests = {_place(target): test_images(target) for target in targets}
     judged = []
     for target in targets:
-        test = tests[target.dataset, target.data_dir]
+        test = tests[_place(target)]
         x, y = test.x[:limit], test.y[:limit]
         result = evaluate(
             target,
@@ -226,7 +249,7 @@ def judge_run(path: Path, names: Sequence[str], *, limit: int | None = None) -> 
         OSError: If the file cannot be written.
     """
     (target,) = find_targets([path])
-    test = datasets.load(target.dataset, target.data_dir).test
+    test = test_images(target)
     return evaluate(
         target,
         test.x[:limit],
@@ -234,6 +257,26 @@ def judge_run(path: Path, names: Sequence[str], *, limit: int | None = None) -> 
         perturbations=[name for name in measures.PERTURBATIONS if name in names],
         pointwise=[name for name in measures.POINTWISE if name in names],
     )
+
+
+def _place(target: Target) -> tuple[Any, ...]:
+    return target.dataset, target.data_dir, target.image_size, target.data_digest
+
+
+def test_images(target: Target) -> Split:
+    """The images that a classifier is judged on.
+
+    Raises:
+        ValueError: If they cannot be read, or are not of the data that the run was trained on.
+        FileNotFoundError: If they are not there.
+    """
+    data = data_sources.load(target.dataset, target.data_dir, target.image_size)
+    if target.data_digest not in (None, data_sources.digest(data)):
+        raise ValueError(
+            f"{target.folder.path} was trained on other data than {target.dataset} has now: their "
+            "digests differ. Put the data back as it was."
+        )
+    return data.test
 
 
 def evaluate(
@@ -265,12 +308,14 @@ def evaluate(
             cannot be loaded or judged.
         OSError: If the file cannot be written.
     """
+    scale = target.scale or Scale()
     header: dict[str, Any] = {
         "settings": {
             "dataset": target.dataset,
             "images": len(x),
             "seed": seed,
             "classifier_sha256": files.sha256(_file(target.classifier)),
+            **({} if scale.is_plain else {"scale": str(scale)}),
             **measures.PLAN,
         },
         "environment": environment.environment(),
@@ -279,12 +324,17 @@ def evaluate(
     result = None if overwrite else reader.read_evaluation()
     if result is not None:
         _refuse_other_settings(reader.evaluation_file, result, header)
-    classifier = load(target.classifier)
+    stored = load(target.classifier)
     try:
+        classifier = scale.in_front_of(stored)
         if result is None:
             subject = check_classifier(classifier, x, y)
             clean = float((predict(subject).argmax(axis=1) == subject.y).mean())
             result = {**header, "clean_accuracy": clean}
+        if target.scale is not None:
+            about = target.classifier, stored, scale, result["clean_accuracy"], len(x)
+            print(classifier_files.described(*about))
+            classifier_files.warn_of_scale(*about)
         # A file of an earlier version does not name the settings of measures that came later.
         result["settings"] = {**result["settings"], **header["settings"]}
         for name in (*perturbations, *pointwise):
@@ -316,7 +366,7 @@ def adversarial_examples(
     Raises:
         ValueError: If the classifier cannot be loaded or judged, or gets no image right.
     """
-    classifier = load(target.classifier)
+    classifier = (target.scale or Scale()).in_front_of(load(target.classifier))
     correct = np.flatnonzero(predict(check_classifier(classifier, x, y)).argmax(axis=1) == y)[
         :count
     ]
@@ -363,6 +413,8 @@ def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, An
         if settings.get(name) != value
         and (name in settings or name in before or name not in measures.PLAN)
     }
+    if "scale" in settings and "scale" not in now["settings"]:
+        different["scale"] = (settings["scale"], str(Scale()))
     different |= environment.differences(before.get("environment", {}), now["environment"])
     for name, (there, here) in different.items():
         raise ValueError(

@@ -23,7 +23,7 @@ import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.config import RunConfig, RunError, file_name
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
 from tfjacreg.experiments.storage_errors import DatabaseFile, Server
@@ -137,12 +137,18 @@ class Ledger:
             RunError: If a run folder is a link, or the database is damaged.
             OSError: If the database is no file.
         """
-        configs = {sweep.folder(c): c for c in sweep.configs(data_dir).values()}
+        # All runs have the same data and network: they are read once.
+        known = dataclasses.replace(sweep.any_config, data_dir=data_dir).identified()
+        digests = {n: getattr(known, n) for n in ("data_digest", "network_digest")}
+        configs = {
+            sweep.folder(config): dataclasses.replace(config, **digests)
+            for config in sweep.configs(data_dir).values()
+        }
         for run in configs:
             FolderReader(out / run).refuse_link()
         database = database_of(out, storage)
         digest = hashlib.sha256(sweep.content).hexdigest()[:16]
-        name = f"{sweep.any_config.dataset}-{sweep.any_config.network}-{digest}"
+        name = f"{file_name(known.dataset)}-{file_name(known.network)}-{digest}"
         locks: FileLocks
         if isinstance(database, DatabaseFile):
             database.check_kind()

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfjacreg import datasets
 from tfjacreg.datasets import Split
+from tfjacreg.experiments import data_sources
 from tfjacreg.experiments.config import RunConfig, RunError
 
 
@@ -24,6 +25,8 @@ class Data:
         validation: Held out of the official training set; None if that is trained on as a whole.
         test: The official test set.
         num_classes: The number of classes.
+        class_names: Their names; empty if they have none.
+        digest: That of a data set of one's own; None for the project's.
     """
 
     normalization: keras.layers.Normalization
@@ -31,6 +34,8 @@ class Data:
     validation: Split | None
     test: Split
     num_classes: int
+    class_names: tuple[str, ...]
+    digest: str | None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -49,12 +54,19 @@ def load(config: RunConfig) -> Data:
         config: The settings.
 
     Raises:
-        RunError: If the data is missing or has a pixel that is not a finite number.
+        RunError: If the data is missing, has fewer training images than a batch or a pixel that is
+            not a finite number, or something else is wrong with a data set of one's own.
     """
     try:
-        data = datasets.load(config.dataset, config.data_dir)
+        data = data_sources.load(config.dataset, config.data_dir, config.image_size)
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
+    if len(data.train.x) < config.batch_size and config.dataset not in datasets.NAMES:
+        raise RunError(
+            f"{config.dataset}: there must be at least a batch of training images, "
+            f"{config.batch_size}. Received: {len(data.train.x)}. Give a smaller --batch-size, or "
+            "more images"
+        )
     splits: dict[str, Split] = {name: getattr(data, name) for name in ("train", "validation")}
     splits["test"] = data.test
     for name, split in splits.items():
@@ -68,7 +80,7 @@ def load(config: RunConfig) -> Data:
     if config.whole_training_set:
         parts = splits["train"], splits.pop("validation")
         splits["train"] = Split(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-        mean, std = _statistics(splits["train"].x)
+        mean, std = datasets.statistics(splits["train"].x)
     normalization = keras.layers.Normalization(mean=mean, variance=np.square(std))
     standardized = {
         name: Split(_standardized(normalization, x), y) for name, (x, y) in splits.items()
@@ -79,14 +91,9 @@ def load(config: RunConfig) -> Data:
         validation=standardized.get("validation"),
         test=standardized["test"],
         num_classes=data.num_classes,
+        class_names=data.class_names,
+        digest=data_sources.digest(data),
     )
-
-
-def _statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the pixels per channel, as `datasets.load` gives them."""
-    mean = x.mean(axis=(0, 1, 2), dtype=np.float64)
-    std = np.sqrt(np.square(x - mean).mean(axis=(0, 1, 2), dtype=np.float64))
-    return mean.astype("float32"), std.astype("float32")
 
 
 def _standardized(normalization: keras.layers.Normalization, x: np.ndarray) -> np.ndarray:

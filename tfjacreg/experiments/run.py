@@ -62,6 +62,10 @@ def run(
             is not finite, or training diverges.
         ValueError: If the network does not take the images.
     """
+    try:
+        config = config.identified()
+    except ValueError as error:
+        raise RunError(str(error)) from error
     folder = RunFolder(out)
     if folder.reader.finished and not overwrite:
         if folder.untidy:
@@ -74,7 +78,7 @@ def run(
 def train(
     config: RunConfig, folder: RunFolder, *, overwrite: bool = False, verbose: Any = 2
 ) -> dict[str, Any]:
-    """As `run`, in a folder that this process owns already."""
+    """As `run`, in a folder that this process owns already, of a config that is `identified`."""
     if not overwrite:
         folder.reader.check_claim(config)
         if folder.reader.finished:
@@ -84,6 +88,11 @@ def train(
     _check_settings_of_keras()
     # Before the folder is claimed, or an earlier run removed: it may not go any further.
     data = pipeline.load(config)
+    if data.digest != config.data_digest:
+        raise RunError(
+            f"The data set {config.dataset} has changed since this command began: its digest was "
+            f"{config.data_digest}. Received: {data.digest}. Start again."
+        )
     keras.utils.set_random_seed(config.seed)
     fresh = compiled_model(config, data.input_shape, data.num_classes, len(data.train.x))
     folder.claim(config, overwrite=overwrite)
@@ -106,6 +115,8 @@ def train(
             "--factor."
         )
     metrics = _metrics(history, steps, sigma)
+    if data.class_names:
+        metrics["test_accuracy_by_class"] = _by_class(model.network, data)
     pixels = keras.Input(data.input_shape, name="pixels")
     # Of nothing but Keras' own layers: it loads where tfjacreg is not installed.
     logits = model.network(data.normalization(pixels))
@@ -198,6 +209,16 @@ def mean_spectral_norm(network: keras.Model, x: np.ndarray) -> float:
 
     batches = [x[i : i + EVALUATION_BATCH] for i in range(0, len(x), EVALUATION_BATCH)]
     return float(np.mean(np.concatenate([sigma(tf.constant(b)).numpy() for b in batches])))
+
+
+def _by_class(network: keras.Model, data: pipeline.Data) -> dict[str, float | None]:
+    """Which part of the test images of each class the network gets right; None of none."""
+    x, y = data.test
+    right = network.predict(x, batch_size=EVALUATION_BATCH, verbose=0).argmax(axis=-1) == y
+    return {
+        name: float(right[y == label].mean()) if (y == label).any() else None
+        for label, name in enumerate(data.class_names)
+    }
 
 
 def _metrics(history: list[dict[str, float]], steps: int, sigma: float) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tfjacreg import arguments, regularizers
-from tfjacreg.experiments import measures, reading
+from tfjacreg.experiments import measures, network_sources, reading
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.printable import printable, shown
 
@@ -49,7 +49,7 @@ METHODS = ("none", *regularizers.BY_NAME)
 SETTINGS = tuple(
     field.name
     for field in dataclasses.fields(RunConfig)
-    if field.name not in (*AXES, "regularizer", "seed", "data_dir")
+    if field.name not in (*AXES, "regularizer", "seed", "data_dir", "data_digest", "network_digest")
 )
 _TYPES = typing.get_type_hints(RunConfig)
 _KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
@@ -286,6 +286,12 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
     judgement = _judgement("", table)
     final = _final(table["final"]) if "final" in table else None
     settings = {key: _typed(key, table[key]) for key in SETTINGS if key in table}
+    if network_sources.is_function(settings.get("network", "")):
+        raise ValueError(
+            "`network` must name no code: a sweep file is data. Received: "
+            f"network = {shown(settings['network'])}. Save the network, with "
+            "network.save('mine.keras'), and name that file."
+        )
     default = RunConfig.of(**settings)
     grid = {name: [getattr(default, name)] for name in AXES}
     grid |= _axes("[grid]", _table("[grid]", table.get("grid", {})), AXES)
@@ -393,6 +399,12 @@ def _axes(where: str, table: dict[str, Any], names: tuple[str, ...]) -> dict[str
 
 def _typed(where: str, value: Any) -> Any:
     """The value as the type that `RunConfig` gives to its name, the last word of `where`."""
+    if where == "image_size":
+        if not isinstance(value, list):
+            raise ValueError(
+                f"`image_size` must be a list such as [32, 32]. Received: {shown(value)}"
+            )
+        return tuple(value)
     kind = _TYPES[where.split()[-1]]
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):

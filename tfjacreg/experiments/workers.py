@@ -23,8 +23,8 @@ import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from tfjacreg import atomic_files, datasets
-from tfjacreg.experiments import durations, evaluation, reading
+from tfjacreg import atomic_files
+from tfjacreg.experiments import durations, evaluation, pipeline, reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
 from tfjacreg.experiments.folder_reader import FolderReader
@@ -119,15 +119,17 @@ def claim_folder(sweep: Sweep, out: Path, *, way_out: str = "Choose another --ou
 
 
 def _count_test_images(ledger: Ledger) -> int:
-    """Loads the data: where it is missing, every run would fail, one after the other."""
+    """Missing data, or a network that does not fit, would fail every run, one after the other."""
     # The runs' own processes need the memory of the GPU that TensorFlow would take for this one,
     # unless it has done so before.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
     config = next(iter(ledger.configs.values()))
+    data = pipeline.load(config)
     try:
-        return len(datasets.load(config.dataset, config.data_dir).test.y)
-    except (OSError, ValueError) as error:
+        config.make_network(data.input_shape, data.num_classes)
+        return len(data.test.y)
+    except ValueError as error:
         raise RunError(str(error)) from error
 
 

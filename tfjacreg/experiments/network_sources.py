@@ -1,0 +1,320 @@
+"""Networks by name, of the project's own or of the user's: a `.keras` file, or a function.
+
+A network of one's own goes from the network's input, standardized images, to logits. What does not
+is told before anything is trained, with the lines that mend it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfjacreg import _keras, networks
+from tfjacreg.experiments import checkpoint, files
+
+_FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+_SATURATING = ("softmax", "sigmoid", "log_softmax")
+# Layers before or after which what is looked for may stand: they leave the scale as it is.
+_PASSING = (
+    *(keras.layers.Reshape, keras.layers.Flatten, keras.layers.Identity, keras.layers.Dropout),
+    *(keras.layers.CenterCrop, keras.layers.Resizing, keras.layers.ZeroPadding2D),
+    *(keras.layers.RandomCrop, keras.layers.RandomFlip, keras.layers.RandomRotation),
+    *(keras.layers.RandomTranslation, keras.layers.RandomZoom, keras.layers.GaussianNoise),
+)
+
+
+def is_valid(name: object) -> bool:
+    """Whether a network may have this name; that it exists is not asked."""
+    return isinstance(name, str) and (
+        name in networks.NAMES or name.endswith(".keras") or is_function(name)
+    )
+
+
+def is_function(name: str) -> bool:
+    """Whether a network's name is that of a function, `MODULE:FUNCTION`."""
+    return re.fullmatch(_FUNCTION, name) is not None
+
+
+def digest(name: str) -> str | None:
+    """The SHA-256 of the file of a network, or of its function's module.
+
+    None for `networks.NAMES`, and where the file is not there.
+    """
+    if name in networks.NAMES:
+        return None
+    path: str | None = str(Path(name).expanduser())
+    if is_function(name):
+        with _working_folder(), contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(name.partition(":")[0])
+            path = found.origin if found else None
+    if path is None or not Path(path).is_file():
+        return None
+    return files.sha256(Path(path).resolve())
+
+
+def make(
+    name: str, input_shape: tuple[int, int, int], num_classes: int, *, pretrained: bool
+) -> keras.Model:
+    """Makes a network of one's own and checks that it can be trained on the data.
+
+    Args:
+        name: `FILE.keras` or `MODULE:FUNCTION`.
+        input_shape: `(H, W, C)`.
+        num_classes: How many logits it must give.
+        pretrained: Whether a file's weights are kept; otherwise Keras' random generator, which
+            `keras.utils.set_random_seed` sets, draws new ones.
+
+    Raises:
+        ValueError: If it cannot be loaded or made, or does not fit; the message says what to do.
+    """
+    if is_function(name):
+        network = _call(name, input_shape, num_classes)
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ValueError(f"There is no network at {name}.")
+        network = checkpoint.load(path.resolve(), compile=False)
+    _check(name, network, input_shape, num_classes)
+    if is_function(name):
+        _check_file(name, network)
+    elif not pretrained:
+        network = _anew(name, network, input_shape)
+    return network
+
+
+def _anew(name: str, network: keras.Model, input_shape: tuple[int, int, int]) -> keras.Model:
+    """The same layers with new weights."""
+    config = network.get_config()
+    for item in _dictionaries(config):
+        # With a seed of its own an initializer would draw the same numbers in every run.
+        if "seed" in item and isinstance(item["seed"], int):
+            item["seed"] = None
+    kept = [
+        layer.name
+        for layer in _keras.layers_of(network)
+        if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None
+    ]
+    if kept:
+        raise ValueError(
+            f"{name}: layer {kept[0]!r} (Normalization) was adapted to data, which new weights "
+            "would forget. Give --pretrained, or take the layer out"
+        )
+    made = type(network).from_config(config)
+    if not made.built:
+        made.build((None, *input_shape))
+    return made
+
+
+def _dictionaries(item: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(item, dict):
+        yield item
+        item = list(item.values())
+    if isinstance(item, list | tuple):
+        for inner in item:
+            yield from _dictionaries(inner)
+
+
+@contextlib.contextmanager
+def _working_folder() -> Iterator[None]:
+    """The present folder is a place to import from, as it is for `python -c`."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _call(name: str, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
+    module_name, _, function_name = name.partition(":")
+    with _working_folder():
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:
+            raise ValueError(
+                f"{name}: the module {module_name} cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise ValueError(f"{name}: the module {module_name} has no function {function_name}")
+        try:
+            network = function(input_shape, num_classes)
+        except Exception as error:
+            raise ValueError(
+                f"{name}: the function must take (input_shape, num_classes). Called with "
+                f"{input_shape} and {num_classes} it raised {type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(network, keras.Model):
+        raise ValueError(
+            f"{name}: the function must return a keras.Model. Received: {type(network).__name__}"
+        )
+    if not network.built:
+        network.build((None, *input_shape))
+    return network
+
+
+def _check_file(name: str, network: keras.Model) -> None:
+    """A run is gone on with from a file, and its classifier is one: no code is run for either."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.keras"
+        network.save(file)
+        try:
+            checkpoint.load(file, compile=False)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{file} ")
+            raise ValueError(
+                f"{name}: its network, saved, {reason}. train.py keeps a run in such a file"
+            ) from error
+
+
+def _check(
+    name: str, network: keras.Model, input_shape: tuple[int, int, int], num_classes: int
+) -> None:
+    shown = "x".join(map(str, input_shape))
+    if not network.built:
+        network.build((None, *input_shape))
+    if len(network.inputs) != 1 or len(network.outputs) != 1:
+        raise ValueError(
+            f"{name}: the network must have one input and one output. Received: "
+            f"{len(network.inputs)} and {len(network.outputs)}. In Python tfjacreg takes others: "
+            "docs/guide.md"
+        )
+    expected, output = tuple(network.inputs[0].shape[1:]), tuple(network.outputs[0].shape[1:])
+    if len(expected) != 3 or any(
+        want not in (None, got) for want, got in zip(expected, input_shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: the network takes images of shape {expected}, and the data has {shown}. "
+            "Build it for them:\n"
+            f"    inputs = keras.Input({input_shape})\n"
+            "    network = keras.Model(inputs, ...)  # The same layers, from these inputs."
+        )
+    start = _start(network)
+    if start is not None:
+        layer, inner = start
+        raise ValueError(
+            f"{name}: the network must take standardized images, which train.py makes. Received: "
+            f"one that begins with {layer.name!r} ({type(layer).__name__}). Take it off:\n"
+            f'    inner = keras.models.load_model("{_file_of(name)}"){_inside(network, inner)}\n'
+            f"    {_without(layer, inner, input_shape)}"
+            '.save("from_standardized.keras")'
+        )
+    end = _end(network)
+    if end is not None:
+        layer, kind, inner = end
+        mend = (
+            f'inner.get_layer("{layer.name}").activation = keras.activations.linear; '
+            'network.save("logits.keras")'
+        )
+        if isinstance(layer, keras.layers.Softmax):
+            mend = (
+                f'keras.Model(inner.inputs[0], inner.get_layer("{layer.name}").input)'
+                '.save("logits.keras")'
+            )
+        raise ValueError(
+            f"{name}: the network must end in logits. Received: one that ends in the {kind} of "
+            f"{layer.name!r} ({type(layer).__name__}). Take it off:\n"
+            f'    network = keras.models.load_model("{_file_of(name)}"); '
+            f"inner = network{_inside(network, inner)}\n    {mend}"
+        )
+    if output != (num_classes,):
+        raise ValueError(
+            f"{name}: the network gives outputs of shape {output}, and the data has {num_classes} "
+            "classes. Give it another last layer:\n"
+            f'    network = keras.models.load_model("{_file_of(name)}")\n'
+            "    keras.Model(network.inputs[0], "
+            f"keras.layers.Dense({num_classes})(network.layers[-1].input))"
+            '.save("for_my_classes.keras")'
+        )
+    try:
+        found = network(np.zeros((2, *input_shape), "float32"), training=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name}: the network does not take images of {shown}: {reason}"
+        ) from error
+    if found.shape != (2, num_classes):
+        raise ValueError(
+            f"{name}: the network must give {num_classes} logits for each image. Received: shape "
+            f"{tuple(found.shape)} for two"
+        )
+
+
+def _file_of(name: str) -> str:
+    """The file of a network, for a line of code; a function's is one that it was saved in."""
+    return "network.keras" if is_function(name) else name
+
+
+def _inside(network: keras.Model, inner: keras.Model) -> str:
+    """How code gets from a network to a model in it."""
+    return "" if inner is network else f'.get_layer("{inner.name}")'
+
+
+def _without(layer: keras.layers.Layer, model: keras.Model, input_shape: tuple[int, ...]) -> str:
+    """Code that makes a model without its first layer."""
+    if isinstance(model, keras.Sequential):
+        number = model.layers.index(layer)
+        kept = f"*inner.layers[:{number}], " * (number > 0) + f"*inner.layers[{number + 1}:]"
+        return f"keras.Sequential([keras.Input({input_shape}), {kept}])"
+    return f'keras.Model(inner.get_layer("{layer.name}").output, inner.outputs[0])'
+
+
+def leading_scale(network: keras.Model) -> keras.layers.Layer | None:
+    """The Rescaling or Normalization with which a network begins; None if it has none."""
+    found = _start(network)
+    return None if found is None else found[0]
+
+
+def _start(network: keras.Model) -> tuple[keras.layers.Layer, keras.Model] | None:
+    """The Rescaling or Normalization that a network begins with, and the model that it is in."""
+    graph = _keras.graph_of(network)
+    if graph is None:
+        return None
+    reached = {id(tensor) for tensor in graph.inputs}
+    for node in _keras.nodes_in_order(graph):
+        if not any(id(tensor) in reached for tensor in node.input_tensors):
+            continue
+        operation = node.operation
+        if isinstance(operation, keras.layers.Rescaling | keras.layers.Normalization):
+            return operation, network
+        if isinstance(operation, keras.Model):
+            inner = _start(operation)
+            if inner is not None:
+                return inner
+            if all(isinstance(la, (*_PASSING, keras.layers.InputLayer)) for la in operation.layers):
+                reached |= {id(tensor) for tensor in node.output_tensors}
+        elif isinstance(operation, _PASSING):
+            reached |= {id(tensor) for tensor in node.output_tensors}
+    return None
+
+
+def _end(network: keras.Model) -> tuple[keras.layers.Layer, str, keras.Model] | None:
+    """The layer whose softmax or sigmoid a network ends in, its name, and the model it is in."""
+    graph = _keras.graph_of(network)
+    if graph is None:
+        return None
+    wanted = id(graph.outputs[0])
+    for node in reversed(_keras.nodes_in_order(graph)):
+        if wanted not in map(id, node.output_tensors) or not node.input_tensors:
+            continue
+        operation = node.operation
+        if isinstance(operation, keras.Model):
+            return _end(operation)
+        if isinstance(operation, _PASSING):
+            wanted = id(node.input_tensors[0])
+            continue
+        kind = getattr(getattr(operation, "activation", None), "__name__", "")
+        if isinstance(operation, keras.layers.Softmax):
+            kind = "softmax"
+        return (operation, kind, network) if kind in _SATURATING else None
+    return None
