@@ -80,8 +80,7 @@ def run(
         "data_dir": data_dir,
         "retry_failed": retry_failed,
     }
-    print(plan(sweep), flush=True)
-    grid = workers.run_sweep(sweep, out, **options)
+    grid = workers.run_sweep(sweep, out, announcement=plan(sweep), **options)
     if sweep.final is None:
         return Outcome(grid)
     chosen, unchosen = choose(sweep, grid, sweep.final.choose_by)

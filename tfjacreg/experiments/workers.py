@@ -46,6 +46,7 @@ def run_sweep(
     storage: str | None = None,
     data_dir: str | None = None,
     retry_failed: bool = False,
+    announcement: str = "",
 ) -> Summary:
     """Takes part in a sweep until every run of it is finished, by this worker or another.
 
@@ -59,6 +60,7 @@ def run_sweep(
             after the content of the sweep file.
         data_dir: Where tensorflow-datasets keeps its data; None is its own default.
         retry_failed: Whether runs that have failed by now are tried once more.
+        announcement: Printed when the folder and the storage can be used.
 
     Raises:
         ValueError: If the URL is not valid.
@@ -71,6 +73,8 @@ def run_sweep(
             ledger = stack.enter_context(Ledger.open(sweep, out, storage, data_dir))
             ledger.reopen(failed=retry_failed, lost=storage is None)
             ledger.check_folders()
+            if announcement:
+                print(announcement, flush=True)
             if ledger.finished():
                 return ledger.summary()
             bar = stack.enter_context(_Bar(ledger, _count_test_images(ledger)))
