@@ -133,7 +133,14 @@ def test_the_call_on_the_page_of_layers_runs():
 
 def test_every_page_with_blocks_is_run():
     pages = {page.name for page in (ROOT / "docs").glob("*.md") if examples(page.name)}
-    assert pages == {"guide.md", "sweeps.md", "coming_from.md", "layers.md"}
+    assert pages == {"guide.md", "sweeps.md", "coming_from.md", "layers.md", "own_data.md"}
+
+
+@pytest.mark.slow
+def test_the_data_and_the_network_of_the_walk_are_made(fresh_python, tmp_path):
+    (example,) = examples("own_data.md")
+    fresh_python.run(example, cwd=tmp_path)
+    assert (tmp_path / "mine.npz").exists() and (tmp_path / "mine.keras").exists()
 
 
 @pytest.mark.slow
