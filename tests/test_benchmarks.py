@@ -256,7 +256,7 @@ def test_the_time_figure_has_a_panel_for_each_content(monkeypatch):
             ("SpectralNorm, N = 1", [32, 128], [2e-3, 8e-3]),
         ]
         assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-        assert "a machine; TensorFlow 2.21.0, Keras 3.15.1" in ax.get_title()
+        assert "a machine\nTensorFlow 2.21.0, Keras 3.15.1" in ax.get_title()
     assert first.get_title().startswith("lenet\n")
     assert second.get_title().startswith("vgg16, width 0.25, XLA\n")
     assert len(drawn[0].legends[0].get_texts()) == 2

@@ -9,7 +9,7 @@ from reference import finite_difference_jacobian, seeded_input
 
 import tfjacreg
 from tfjacreg import check_network, layer_calls, second_derivatives, signature
-from tfjacreg.jacobian import FORWARD_MODES
+from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator
 
 
 class Planted(layers.Layer):
@@ -210,8 +210,11 @@ def guarded_root(x):
 
     @tf.custom_gradient
     def root(x):
-        y = tf.sqrt(x)
-        return y, lambda upstream: upstream * tf.where(x > 0, 0.5 / tf.where(x > 0, y, 1.0), 0.0)
+        def gradient(upstream):
+            y = tf.sqrt(tf.where(x > 0, x, 1.0))
+            return upstream * tf.where(x > 0, 0.5 / y, 0.0)
+
+        return tf.pow(x, 0.5), gradient
 
     return root(tf.nn.relu(x))
 
@@ -222,6 +225,19 @@ def test_an_accumulator_whose_product_alone_is_not_finite():
     with pytest.raises(ValueError, match=r"'culprit'.*not finite.*forward_mode='transpose'"):
         check_network(network, x, forward_mode="accumulator")
     check_network(network, x, forward_mode="transpose")
+
+
+def test_products_that_are_only_large_are_no_fault():
+    """Their squares end at 1e38 in float32; deep networks with fresh weights have such products."""
+    steep = [layers.Dense(4, kernel_initializer=keras.initializers.Identity(1e10)) for _ in "12"]
+    network = keras.Sequential([keras.Input((4,)), *steep])
+    x = 1e-6 * seeded_input((4,), 4).astype("float32")
+    assert np.isinf(tf.norm(JacobianOperator(network, x).rmatvec(tf.ones((4, 4)))))
+    for forward_mode in FORWARD_MODES:
+        check_network(network, x, forward_mode=forward_mode)
+    lossy = keras.Sequential([keras.Input((4,)), *steep, layers.Lambda(guarded_root)])
+    with pytest.raises(ValueError, match="lambda"):
+        check_network(lossy, x, forward_mode="accumulator")
 
 
 def test_a_derivative_without_a_derivative_is_told():

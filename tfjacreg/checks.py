@@ -249,14 +249,22 @@ class _Check:
             calls = []
         if fault is None:
             return self._wrong_second_derivative(calls)
-        name = f"the network {self.network.name!r} ({type(self.network).__name__}) as a whole"
+        name = None
         for call, position in _varied(calls):
+            # A functional model is nothing but its layers and operations: what is not finite in it,
+            # and in none of these, has only grown too large.
+            if fault.text == _NOT_FINITE and _keras.graph_of(call.layer) is not None:
+                continue
             found = self._of(call, position).fault()
             # A layer may well take a tensor that says nothing of its output.
             is_idle = found is not None and found.text == _NOT_CONNECTED != fault.text
             if found is not None and not is_idle:
                 name, fault = _named(call.layer), found
                 break
+        if name is None:
+            if fault.text == _NOT_FINITE and calls:
+                return self._wrong_second_derivative(calls)
+            name = f"the network {self.network.name!r} ({type(self.network).__name__}) as a whole"
         if self.settings.forward_mode == "accumulator" and fault.text != _MIXES_EXAMPLES:
             transposed = self.settings._replace(forward_mode="transpose")
             other = _Check(self.network, self.given, transposed, self.output, self.variables)
@@ -382,16 +390,20 @@ class _Check:
                 # Of the first example alone: what the others have of it shows how examples mix.
                 u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
                 back = op.rmatvec_to_transpose(u)
-                v = _first_alone(unit(unit(back) + random_unit(op.x, (0, 1))))
+                # Deep networks with fresh weights have products whose squares are too large for
+                # float32.
+                along_back = tf.cast(unit(tf.cast(back, tf.float64)), op.x.dtype)
+                v = _first_alone(unit(along_back + random_unit(op.x, (0, 1))))
                 forth = op.matvec(v)
+                wide = [tf.cast(a, tf.float64) for a in (u, forth, back, v)]
                 both = () if along is None else (op.tangent_out, op.matvec(tf.identity(along)))
                 return _Products(
                     op.primal,
                     back,
                     forth,
-                    inner(u, forth)[0],
-                    inner(back, v)[0],
-                    length(forth)[0],
+                    inner(wide[0], wide[1])[0],
+                    inner(wide[2], wide[3])[0],
+                    length(wide[1])[0],
                     both,
                 )
 
