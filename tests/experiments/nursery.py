@@ -207,6 +207,8 @@ def _main():
         Popen=_Forked, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired
     )
     workers._POLL = 0.1
+    # A worker forks its runs: TensorFlow must not have computed anything in it.
+    workers._check_network = lambda *_: None
     commands = {"train": train.main, "evaluate": evaluate.main, "tfjacreg": __main__.main}
     # As in tests/conftest.py. What is not searched is not copied in the forks either.
     gc.freeze()

@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from tfjacreg import atomic_files
+from tfjacreg.datasets import Dataset
 from tfjacreg.experiments import durations, evaluation, pipeline, reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
@@ -130,9 +131,13 @@ def _count_test_images(ledger: Ledger) -> int:
         tf.config.set_visible_devices([], "GPU")
     config = next(iter(ledger.configs.values()))
     data = pipeline.load(config)
+    _check_network(config, data)
+    return len(data.test.y)
+
+
+def _check_network(config: RunConfig, data: Dataset) -> None:
     try:
         config.make_network(data.input_shape, data.num_classes)
-        return len(data.test.y)
     except ValueError as error:
         raise RunError(str(error)) from error
 
