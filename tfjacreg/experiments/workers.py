@@ -24,7 +24,6 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from tfjacreg import atomic_files
-from tfjacreg.datasets import Dataset
 from tfjacreg.experiments import durations, evaluation, pipeline, reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
@@ -129,17 +128,16 @@ def _count_test_images(ledger: Ledger) -> int:
     # unless it has done so before.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
-    config = next(iter(ledger.configs.values()))
+    return _test_images(next(iter(ledger.configs.values())))
+
+
+def _test_images(config: RunConfig) -> int:
     data = pipeline.load(config)
-    _check_network(config, data)
-    return len(data.test.y)
-
-
-def _check_network(config: RunConfig, data: Dataset) -> None:
     try:
         config.make_network(data.input_shape, data.num_classes)
     except ValueError as error:
         raise RunError(str(error)) from error
+    return len(data.test.y)
 
 
 class _Bar(tqdm):
