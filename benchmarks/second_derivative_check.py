@@ -158,11 +158,11 @@ def planted(name: str) -> dict[str, Any]:
             network, x = (made_of_layer if name == LAYERS else made)(own, seed)
             # Of unit size: tanh is nearly linear where a network gives next to nothing.
             unit = keras.layers.LayerNormalization(epsilon=1e-12, name="planted_unit")
-            flat = unit(keras.layers.Flatten(name="planted_flat")(network.output))
+            flat = unit(keras.layers.Flatten(name="planted_flat")(network.outputs[0]))
             outputs = keras.layers.Dense(10, name="planted_end")(
                 Planted(part, name="planted")(flat)
             )
-            whole = keras.Model(network.input, outputs)
+            whole = keras.Model(network.inputs[0], outputs)
             try:
                 check_network(whole, tf.cast(x, "float32"), forward_mode="transpose")
             except ValueError as error:

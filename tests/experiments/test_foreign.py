@@ -38,10 +38,11 @@ TEXTS = [
 
 def as_rendered(text):
     """The text that a table's cell shows, and the kinds of tokens in it."""
-    markdown = f"# title\n\n{tables.table(['head'], [[tables.plain(text)]])}\n"
+    # A column with nothing in it would be left out.
+    markdown = f"# title\n\n{tables.table(['head'], [[tables.plain(text)], ['x']])}\n"
     tokens = MarkdownIt("commonmark", {"html": False}).enable("table").parse(markdown)
     cells = [token for before, token in itertools.pairwise(tokens) if before.type == "td_open"]
-    assert len(cells) == 1
+    assert len(cells) == 2
     children = cells[0].children or []
     return "".join(child.content for child in children), {child.type for child in children}
 

@@ -14,7 +14,7 @@ import wrong_inputs
 from keras import layers
 from wrong_inputs import CLASSIFIERS, RUNS, arrays
 
-from tfjacreg import dataset_files, datasets
+from tfjacreg import dataset_files, datasets, published
 from tfjacreg.experiments import data_sources, measures, network_sources, pipeline
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.run import run
@@ -141,6 +141,7 @@ def doors(door, fashion, folder, monkeypatch):
         return str(folder / "mine")
     images = {"train": (x_train, y_train), "test": (x_test, y_test)}
     monkeypatch.setattr(dataset_files, "read", lambda name, source, split: images[split])
+    monkeypatch.setattr(published, "check", lambda *_: None)
     datasets.prepare("fashion_mnist", folder, folder / "tfds")
     return "tfds:fashion_mnist"
 

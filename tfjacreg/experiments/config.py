@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ import keras
 
 from tfjacreg import arguments, datasets, networks, regularizers
 from tfjacreg.experiments import data_sources, network_sources
+from tfjacreg.printable import shown
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lenet": {"epochs": 50, "batch_size": 32, "learning_rate": 0.01, "schedule": "constant"},
@@ -115,7 +117,7 @@ class RunConfig:
         if not data_sources.is_valid(self.dataset):
             raise ValueError(
                 f"`dataset` must be one of {datasets.NAMES}, FILE.npz, a folder that is there "
-                f"(./NAME) or tfds:NAME. Received: dataset={self.dataset!r}"
+                f"(./NAME) or tfds:NAME. Received: dataset={shown(self.dataset)}"
             )
         _check_network(self.network)
         for name, valid in (
@@ -254,9 +256,9 @@ def file_name(name: str) -> str:
 def _check_network(name: Any) -> None:
     if not network_sources.is_valid(name):
         way_out = ""
-        if isinstance(name, str) and (name.endswith((".h5", ".hdf5")) or Path(name).is_dir()):
+        if isinstance(name, str) and (name.endswith((".h5", ".hdf5")) or os.path.isdir(name)):
             way_out = ". Make one in Python: keras.models.load_model(...).save('mine.keras')"
         raise ValueError(
             f"`network` must be one of {networks.NAMES}, FILE.keras or MODULE:FUNCTION. "
-            f"Received: network={name!r}{way_out}"
+            f"Received: network={shown(name)}{way_out}"
         )

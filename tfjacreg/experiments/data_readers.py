@@ -5,6 +5,7 @@ What comes out is as it was stored: `data_checks` says what is wrong with it.
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -40,8 +41,9 @@ class Raw(NamedTuple):
 
 def is_own(name: Any) -> bool:
     """Whether a data set's name is that of an .npz file, a folder or a set of tfds."""
+    # Unlike `Path.is_dir`, this takes "" for no folder, and names that no file can have too.
     return isinstance(name, str) and (
-        name.startswith(TFDS) or name.endswith(".npz") or "/" in name or Path(name).is_dir()
+        name.startswith(TFDS) or name.endswith(".npz") or "/" in name or os.path.isdir(name)
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from tfjacreg import datasets
 from tfjacreg.datasets import Dataset, Split
 from tfjacreg.experiments import data_checks, data_readers
+from tfjacreg.printable import is_one_line
 
 TEST_FRACTION = 0.2  # Of all images, where there is no test split.
 VALIDATION_FRACTION = 0.1  # Of the training images, where there is no validation split.
@@ -25,7 +26,7 @@ _SHARED = 0.01
 
 def is_valid(name: object) -> bool:
     """Whether a data set may have this name; that it exists is not asked."""
-    return isinstance(name, str) and (name in datasets.NAMES or data_readers.is_own(name))
+    return is_one_line(name) and (name in datasets.NAMES or data_readers.is_own(name))
 
 
 def load(

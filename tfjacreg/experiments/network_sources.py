@@ -21,6 +21,7 @@ import numpy as np
 
 from tfjacreg import _keras, networks
 from tfjacreg.experiments import checkpoint, files
+from tfjacreg.printable import is_one_line
 
 _FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 _SATURATING = ("softmax", "sigmoid", "log_softmax")
@@ -35,7 +36,7 @@ _PASSING = (
 
 def is_valid(name: object) -> bool:
     """Whether a network may have this name; that it exists is not asked."""
-    return isinstance(name, str) and (
+    return is_one_line(name) and (
         name in networks.NAMES or name.endswith(".keras") or is_function(name)
     )
 
