@@ -38,12 +38,27 @@ def call(*command: object, folder: Path, path: Path | None = None) -> str:
     return done.stdout.strip()
 
 
+def tracked() -> list[str]:
+    """The project's files: those that git knows, or all that are there in a copy without it."""
+    if (ROOT / ".git").exists():
+        return call("git", "ls-files", "-z", folder=ROOT).split("\0")[:-1]
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*"))
+    made = ("__pycache__", "build", "dist", "runs", "out", "site")
+    return [
+        str(path)
+        for path in paths
+        if path.parts[0] not in made
+        and not any(
+            part.startswith(".") or part.endswith((".egg-info", *made[:1])) for part in path.parts
+        )
+    ]
+
+
 def built(folder: Path) -> tuple[Path, Path]:
     """The wheel, made out of the source distribution, and that one, unpacked."""
     source = folder / "source"  # A copy of what is tracked: no folder of an earlier build goes in.
     source.mkdir()
-    files = call("git", "ls-files", "-z", folder=ROOT).split("\0")[:-1]
-    files = [name for name in files if (ROOT / name).is_file()]
+    files = [name for name in tracked() if (ROOT / name).is_file()]
     for name in files:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
