@@ -17,7 +17,7 @@ which it gave no verdict.
 planted: the same network with a layer behind it whose value and first derivative are right, and
 whose second derivative is wrong by a given part, from small to large until two in a row are refused
 at all of three seeds: the smaller of these.
-seconds: of the check, of this checkout and another one in turns, the smallest of three each.
+seconds: of the check, of this checkout and another one in turns, the smallest of some each.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def planted(name: str) -> dict[str, Any]:
     return {"seen_of_3": seen, "smallest": min(always, default=None)}
 
 
-def seconds(name: str, before: Path) -> dict[str, dict[str, float]]:
+def seconds(name: str, before: Path, repetitions: int) -> dict[str, dict[str, float]]:
     """Seconds of the check of the checkout before and of this one, by forward mode."""
     script = f"""
         import sys, time, os
@@ -189,7 +189,7 @@ def seconds(name: str, before: Path) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
     for mode in networks.variants(name)[1:]:
         times: dict[str, list[float]] = {"before": [], "after": []}
-        for _ in range(REPETITIONS):
+        for _ in range(repetitions):
             for side, checkout in (("before", before), ("after", _rows.ROOT)):
                 path = os.pathsep.join([str(checkout), str(checkout / "benchmarks")])
                 done = subprocess.run(
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS[:2]))
     parser.add_argument("--before", type=Path, help="another checkout, for the seconds")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of right networks")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="of the seconds")
     parser.add_argument("--redo", action="store_true", help="also what is there already")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -273,7 +274,7 @@ def main() -> None:
             if (part in row and not arguments.redo) or (part == "seconds" and name not in TIMED):
                 continue
             if part == "seconds":
-                row[part] = seconds(name, arguments.before.resolve())
+                row[part] = seconds(name, arguments.before.resolve(), arguments.repetitions)
                 content["environment"] = environment()
             else:
                 rest = [str(arguments.seeds)] if part == "right" else []
