@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfjacreg import dataset_files, datasets, published
+from tfjacreg import dataset_files, datasets, hosts, published
 
 ROOT = Path(__file__).parents[1]
 FILES = ("data_batch_1.bin", *(f"data_batch_{n}.bin" for n in range(2, 6)), "test_batch.bin")
@@ -171,7 +171,7 @@ def test_prepared_data_that_is_damaged(prepared, tmp_path, monkeypatch, any_file
 
     if (name, damage) == ("dataset_info.json", "after a record"):
         pytest.skip("it has no records")
-    monkeypatch.setattr(datasets, "ask", unreachable)
+    monkeypatch.setattr(hosts, "ask", unreachable)
     monkeypatch.setitem(datasets.VALIDATION_SIZES, "kmnist", 10)
     folder = tmp_path / "data" / "kmnist" / prepared.name
     shutil.copytree(prepared, folder)

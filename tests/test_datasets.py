@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tfjacreg import __main__ as command
-from tfjacreg import dataset_files, datasets, published
+from tfjacreg import dataset_files, datasets, hosts, published
 
 RNG = np.random.default_rng(0)
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -300,7 +300,7 @@ def test_no_network_and_no_data_names_both_ways_out(tmp_path, monkeypatch, name)
     def unreachable(_):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(datasets, "ask", unreachable)
+    monkeypatch.setattr(hosts, "ask", unreachable)
     with pytest.raises(FileNotFoundError, match=r"there is a network.*tfjacreg prepare") as caught:
         datasets.load(name, tmp_path)
     assert ("dataset-fashion-mnist" in str(caught.value)) == (name == "fashion_mnist")

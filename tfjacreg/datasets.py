@@ -8,8 +8,6 @@ import io
 import os
 import re
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from tfjacreg import (
     atomic_files,
     dataset_files,
     error_causes,
+    hosts,
     optional_packages,
     published,
 )
@@ -50,6 +49,12 @@ class Split(NamedTuple):
 
     x: np.ndarray
     y: np.ndarray
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the pixels per channel, float32 `[C]` each."""
+        mean = self.x.mean(axis=(0, 1, 2), dtype=np.float64)
+        std = np.sqrt(np.square(self.x - mean).mean(axis=(0, 1, 2), dtype=np.float64))
+        return mean.astype("float32"), std.astype("float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     held, test = _digits() if name == "digits" else _from_tfds(name, data_dir)
     rest, validation = _stratified(held.y, VALIDATION_SIZES[name], np.random.default_rng(seed))
     train = Split(held.x[rest], held.y[rest])
-    mean, std = statistics(train.x)
+    mean, std = train.statistics()
     return Dataset(
         name=name,
         train=train,
@@ -122,13 +127,6 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
         std=std,
         num_classes=NUM_CLASSES,
     )
-
-
-def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of pixels `[N, H, W, C]` per channel, float32 `[C]` each."""
-    mean = x.mean(axis=(0, 1, 2), dtype=np.float64)
-    std = np.sqrt(np.square(x - mean).mean(axis=(0, 1, 2), dtype=np.float64))
-    return mean.astype("float32"), std.astype("float32")
 
 
 def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:
@@ -272,7 +270,7 @@ def _from_tfds(name: str, data_dir: Path | None) -> tuple[Split, Split]:
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
         try:
-            ask(_HOSTS[name])
+            hosts.ask(_HOSTS[name])
             builder.download_and_prepare()
         except Exception as error:
             debian = (
@@ -288,13 +286,6 @@ def _from_tfds(name: str, data_dir: Path | None) -> tuple[Split, Split]:
                 "--data-dir says where to put it."
             ) from error
     return _stored(name, builder)
-
-
-def ask(host: str) -> None:
-    """Asks a host whether there is a network; raises OSError if it does not answer."""
-    request = urllib.request.Request(host, method="HEAD")
-    with contextlib.suppress(urllib.error.HTTPError):  # Somebody answers.
-        urllib.request.urlopen(request, timeout=10).close()
 
 
 def _digits() -> tuple[Split, Split]:

@@ -231,7 +231,7 @@ def test_images_of_several_sizes_and_colours(tmp_path):
 def test_a_set_of_tensorflow_datasets(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr("tfjacreg.datasets.ask", lambda host: None)
+    monkeypatch.setattr("tfjacreg.hosts.ask", lambda host: None)
     # Without a network the sizes of the splits are not known.
     splits = {
         name: tfds.core.SplitInfo(name=name, shard_lengths=[60], num_bytes=0)

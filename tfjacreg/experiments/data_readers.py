@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import datasets, optional_packages
+from tfjacreg import hosts, optional_packages
 
 TFDS = "tfds:"
 # What keras.utils.image_dataset_from_directory takes.
@@ -300,7 +300,7 @@ def _prepare(name: str, builder: Any) -> None:
     if builder.is_prepared():
         return
     try:
-        datasets.ask("https://storage.googleapis.com/")
+        hosts.ask("https://storage.googleapis.com/")
         builder.download_and_prepare()
     except Exception as error:
         raise FileNotFoundError(

@@ -87,7 +87,7 @@ def _load(name: str, data_dir: str | Path | None, image_size: tuple[int, int] | 
     train = splits["train"]
     data_checks.channels(name, train)
     _look_for_shared_images(name, splits)
-    mean, std = datasets.statistics(train.x)
+    mean, std = train.statistics()
     return Dataset(
         name=name,
         train=train,

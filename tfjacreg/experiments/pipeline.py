@@ -80,7 +80,7 @@ def load(config: RunConfig) -> Data:
     if config.whole_training_set:
         parts = splits["train"], splits.pop("validation")
         splits["train"] = Split(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-        mean, std = datasets.statistics(splits["train"].x)
+        mean, std = splits["train"].statistics()
     normalization = keras.layers.Normalization(mean=mean, variance=np.square(std))
     standardized = {
         name: Split(_standardized(normalization, x), y) for name, (x, y) in splits.items()
