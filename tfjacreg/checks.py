@@ -395,15 +395,17 @@ class _Check:
                 along_back = tf.cast(unit(tf.cast(back, tf.float64)), op.x.dtype)
                 v = _first_alone(unit(along_back + random_unit(op.x, (0, 1))))
                 forth = op.matvec(v)
-                wide = [tf.cast(a, tf.float64) for a in (u, forth, back, v)]
+                wide_u, wide_forth, wide_back, wide_v = (
+                    tf.cast(a, tf.float64) for a in (u, forth, back, v)
+                )
                 both = () if along is None else (op.tangent_out, op.matvec(tf.identity(along)))
                 return _Products(
                     op.primal,
                     back,
                     forth,
-                    inner(wide[0], wide[1])[0],
-                    inner(wide[2], wide[3])[0],
-                    length(wide[1])[0],
+                    inner(wide_u, wide_forth)[0],
+                    inner(wide_back, wide_v)[0],
+                    length(wide_forth)[0],
                     both,
                 )
 
