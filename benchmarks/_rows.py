@@ -90,6 +90,16 @@ def in_a_process(script: str, *command: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def python_with(folder: Path, *requirements: str) -> Path:
+    """The Python of a virtual environment with some packages; made where it is not there yet."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *requirements], check=True)
+    return python
+
+
 def between(page: str, begin: str, end: str, table: str) -> str:
     """The page with the table between two marks."""
     before, rest = page.split(begin)

@@ -26,13 +26,13 @@ import _rows
 import _setup  # noqa: F401
 import applications
 import keras
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 from keras import layers
+from matplotlib.figure import Figure
 
-from tfjacreg import atomic_files, networks
+from tfjacreg import networks
+from tfjacreg.experiments import figures
 from tfjacreg.jacobian import FORWARD_MODES
 
 VARIANTS = ("plain", *FORWARD_MODES)
@@ -181,30 +181,25 @@ def table(content: dict[str, Any]) -> str:
 
 def draw(content: dict[str, Any]) -> None:
     """A panel for each axis: ratios to the plain step, and the floor."""
-    matplotlib.use("agg")
     styles = {"accumulator": ("N = 1, the default", "o-"), "transpose": ("transposed", "s--")}
-    settings: Any = {"font.size": 11, "svg.fonttype": "path", "svg.hashsalt": "growth"}
-    with plt.rc_context(settings):
-        figure, panels = plt.subplots(2, 3, figsize=(9.5, 6), layout="constrained", sharey=True)
-        for panel, (name, axis) in zip(panels.flat, AXES.items(), strict=False):
-            rows = [content["points"][f"{name} {size}"]["steps"] for size in axis.sizes]
-            for mode, (label, style) in styles.items():
-                ratios = [row[mode] / row["plain"] for row in rows]
-                panel.plot(axis.sizes, ratios, style, label=label)
-            floors = [row["floor"] for row in rows]
-            panel.plot(axis.sizes, floors, ":", color="black", label="floor: multiply-adds")
-            panel.set_xscale("log", base=2 if name != "outputs" else 10)
-            panel.set_xticks(axis.sizes, [f"{size:,}" for size in axis.sizes])
-            panel.minorticks_off()
-            panel.set_xlabel(f"{name} ({axis.words})")
-            panel.set_ylim(bottom=1)
-        for row in panels:
-            row[0].set_ylabel("step, in plain steps")
-        panels.flat[-1].set_axis_off()
-        panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), loc="center")
-        with atomic_files.replacing(FIGURE) as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        plt.close(figure)
+    figure = Figure(figsize=(9.5, 6), layout="constrained")
+    panels = figure.subplots(2, 3, sharey=True)
+    for panel, (name, axis) in zip(panels.flat, AXES.items(), strict=False):
+        rows = [content["points"][f"{name} {size}"]["steps"] for size in axis.sizes]
+        for mode, (label, style) in styles.items():
+            panel.plot(axis.sizes, [row[mode] / row["plain"] for row in rows], style, label=label)
+        floors = [row["floor"] for row in rows]
+        panel.plot(axis.sizes, floors, ":", color="black", label="floor: multiply-adds")
+        panel.set_xscale("log", base=2 if name != "outputs" else 10)
+        panel.set_xticks(axis.sizes, [f"{size:,}" for size in axis.sizes])
+        panel.minorticks_off()
+        panel.set_xlabel(f"{name} ({axis.words})")
+        panel.set_ylim(bottom=1)
+    for row in panels:
+        row[0].set_ylabel("step, in plain steps")
+    panels.flat[-1].set_axis_off()
+    panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), loc="center")
+    figures.save(figure, FIGURE)
 
 
 def with_table(page: str, content: dict[str, Any]) -> str:

@@ -27,13 +27,12 @@ import _peers
 import _rows
 import _setup  # noqa: F401
 import keras
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 
 from tfjacreg import RegularizedModel, atomic_files, datasets, networks
-from tfjacreg.experiments import files
+from tfjacreg.experiments import figures, files
 from tfjacreg.experiments.environment import environment
 
 JSON = _rows.ROOT / "results" / "peers.json"
@@ -44,7 +43,6 @@ BATCHES = (32, 256)
 SETS, ROUNDS, STEPS = 3, 10, 10
 DRAWS = 20
 REQUIREMENTS = ("torch", "torchvision", "deepinv", "jax")
-FRAMEWORKS = ("tensorflow", "torch", "jax")
 # Framework, name there, in words, and what it estimates: sigma, or the squared Frobenius norm.
 PEERS: dict[str, tuple[str, str, str]] = {
     "tensorflow plain": ("TensorFlow", "no penalty", ""),
@@ -82,16 +80,6 @@ def write_problem(path: Path) -> dict[str, np.ndarray]:
     dense = tape.batch_jacobian(logits, some).numpy().reshape(len(some), 10, -1).astype(float)
     values = np.linalg.svd(dense, compute_uv=False)
     return {"sigma": values[:, 0], "frobenius": np.sum(values**2, axis=1)}
-
-
-def make_environment(folder: Path) -> Path:
-    """A virtual environment with the other frameworks; returns its Python."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *REQUIREMENTS], check=True)
-    return python
 
 
 class Worker:
@@ -198,7 +186,6 @@ def table(content: dict[str, Any]) -> str:
 
 def draw(content: dict[str, Any], path: Path) -> None:
     """A bar for each peer: milliseconds of a step at the larger batch."""
-    matplotlib.use("agg")
     names = [name for name in PEERS if name in content["peers"]]
     batch = max(BATCHES)
     sets = [[1e3 * s for s in content["peers"][name][f"batch {batch}"]] for name in names]
@@ -206,17 +193,15 @@ def draw(content: dict[str, Any], path: Path) -> None:
     spread = [middle - [min(one) for one in sets], np.array([max(one) for one in sets]) - middle]
     colours = {"tfjacreg": "#0072b2", "TensorFlow": "#56b4e9", "PyTorch": "#d55e00"}
     labels = [f"{PEERS[n][0]}: {PEERS[n][1].replace('`', '')}" for n in names]
-    with plt.rc_context({"font.size": 11, "svg.fonttype": "path", "svg.hashsalt": "peers"}):
-        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-        axes.barh(
-            labels, middle, xerr=spread, color=[colours.get(PEERS[n][0], "#009e73") for n in names]
-        )
-        axes.invert_yaxis()
-        axes.set_xlabel(f"milliseconds per training step, LeNet, batch {batch} (lower is better)")
-        axes.spines[["top", "right"]].set_visible(False)
-        with atomic_files.replacing(path) as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
-        plt.close(figure)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        labels, middle, xerr=spread, color=[colours.get(PEERS[n][0], "#009e73") for n in names]
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel(f"milliseconds per training step, LeNet, batch {batch} (lower is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figures.save(figure, path)
 
 
 def main() -> None:
@@ -232,7 +217,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         with tempfile.TemporaryDirectory() as folder:
-            others = make_environment((arguments.cache or Path(folder)) / "environment")
+            others = _rows.python_with(
+                (arguments.cache or Path(folder)) / "environment", *REQUIREMENTS
+            )
             pythons = {"tensorflow": Path(sys.executable), "torch": others, "jax": others}
             content = measure(
                 pythons, list(PEERS), arguments.sets, arguments.rounds, arguments.steps

@@ -382,23 +382,13 @@ def decided(name: str, ours: Gradient, jax: Gradient, sigma: np.ndarray) -> dict
     }
 
 
-def make_environment(folder: Path) -> Path:
-    """A virtual environment with JAX and the Keras that is installed here; returns its Python."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, f"keras=={keras.__version__}", "jax"], check=True)
-    return python
-
-
 def refer(cache: Path, names: Iterable[str]) -> Path:
     """Lets JAX compute what the cache lacks; returns the folder of the references."""
     folder = cache / "reference"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not _path(folder, name).exists()]
     if missing:
-        python = make_environment(cache / "environment")
+        python = _rows.python_with(cache / "environment", f"keras=={keras.__version__}", "jax")
         variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         variables |= {"KERAS_BACKEND": "jax", "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
         script = Path(__file__).with_name("_oracle_reference.py")
