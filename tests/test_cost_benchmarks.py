@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import _peers
 import _peers_tensorflow
@@ -10,9 +11,16 @@ import growth
 import numpy as np
 import peers
 import pytest
+import training_set_size
 from reference import dense_jacobian
 
-from tfjacreg import networks
+from tfjacreg import datasets, networks
+from tfjacreg.experiments.config import RunConfig
+from tfjacreg.experiments.folder_reader import FolderReader
+from tfjacreg.experiments.selection import RunResult
+from tfjacreg.experiments.sweep import Sweep
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_multiply_adds_in_closed_form():
@@ -109,3 +117,65 @@ def test_steps_of_fit_are_timed_and_told(monkeypatch):
     cells = "2.00 (1.87 to 2.00) | 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00)"
     assert lines[3] == f"| `SpectralNorm(f)`, N = 1 | {cells} |"
     assert len(lines) == 2 + len(fit_time.PENALTIES)
+
+
+def test_training_sets_are_shares_of_each_class(monkeypatch):
+    rng = np.random.default_rng(0)
+    splits = [
+        datasets.Split(rng.random((n, 2, 2, 1)).astype("float32"), np.arange(n) % 10)
+        for n in (50, 10, 20)
+    ]
+    whole = datasets.Dataset("fashion_mnist", *splits, *splits[0].statistics(), 10)
+    monkeypatch.setattr(datasets, "load", lambda *arguments: whole)
+    found = training_set_size.data(30, None)
+    assert np.bincount(found["y_train"]).tolist() == [3] * 10
+    assert np.array_equal(found["x_test"], np.round(255 * splits[2].x))
+    pool = np.concatenate([splits[0].x, splits[1].x])
+    labels = np.concatenate([splits[0].y, splits[1].y])
+    indices = [np.flatnonzero((np.round(255 * pool) == x).all((1, 2, 3))) for x in found["x_train"]]
+    assert [len(index) for index in indices] == [1] * 30  # No image twice.
+    assert len(np.unique(indices)) == 30
+    assert np.array_equal(labels[np.ravel(indices)], found["y_train"])
+
+
+def test_gains_by_training_set_size_are_paired_by_seed(tmp_path, monkeypatch):
+    """Their sweeps and network are valid, and the table has the differences by hand."""
+    for repeats, (size, epochs) in enumerate(training_set_size.EPOCHS.items(), start=1):
+        text = training_set_size.SWEEP.format(epochs=epochs, repeats=repeats)
+        (tmp_path / f"{size}.toml").write_text(text)
+        sweep = Sweep.load(tmp_path / f"{size}.toml")
+        assert (sweep.any_config.epochs, len(sweep.cells), sweep.final.repeats) == (epochs, 10, 4)
+    network = training_set_size.batch_norm()
+    assert network.output_shape == (None, 10) and network.count_params() < 30_000
+    done = RunConfig(dataset="fashion_mnist", regularizer="spectral", factor=0.03, seed=2)
+    folder = ROOT / "results/fashion_mnist/final/spectral-0.03-lr0.001-b16-seed2"
+    metrics = FolderReader(folder).read_metrics()
+    row = training_set_size.row(RunResult(FolderReader(folder), done, None, metrics, [], {}))
+    judged = json.loads((folder / "evaluation.json").read_text())
+    assert (row["method"], row["factor"], row["seed"]) == ("spectral", 0.03, 2)
+    assert row["under_noise"] == judged["noise"]["accuracy"][2]
+    assert row["under_pgd"] == judged["pgd_margin"]["accuracy"][2]
+    assert row["test_accuracy"] == metrics["test_accuracy"] and "val_loss" not in row
+
+    def rows(method, gains):
+        figures = {"under_noise": 0.7, "test_spectral_norm": 3.0}
+        return [
+            {"method": method, "seed": seed, "test_accuracy": 0.8 + seed / 100 + gain / 100}
+            | {"under_pgd": 0.4 + gain / 50, **figures}
+            for seed, gain in enumerate(gains)
+        ]
+
+    final = [*rows("none", [0, 0, 0]), *rows("weight_decay", [1, -1, 0.3])]
+    final += [*rows("frobenius", [0, 0.1, 0]), *rows("spectral", [1, 1.1, 0.9])]
+    chosen = {"spectral": 0.03, "frobenius": 0.01, "weight_decay": 0.001, "none": None}
+    content = {
+        "sweeps": {name: {"chosen": chosen, "final": final} for name in training_set_size.SWEEPS}
+    }
+    lines = training_set_size.table(content).splitlines()
+    assert len(lines) == 2 + 4 * len(training_set_size.SWEEPS)
+    cells = "82.00 ± 1.00 | +1.00 ± 0.10 * | 0.003 | 70.0 ± 0.0 | 42.0 ± 0.2 | 3.00"
+    assert lines[2] == f"| LeNet, 1,000 | spectral, 0.03 | {cells} |"
+    assert "+0.10 ± 1.01 | 0.879" in lines[4] and "81.00 ± 1.00 |  |  |" in lines[5]
+    monkeypatch.setattr(training_set_size, "FIGURE", tmp_path / "size.svg")
+    training_set_size.draw(content)
+    assert "training images" in (tmp_path / "size.svg").read_text()

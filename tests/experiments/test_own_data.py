@@ -226,6 +226,12 @@ def test_images_of_several_sizes_and_colours(tmp_path):
     assert data.train.x.min() >= 0 and data.train.x.max() <= 1
     grey = np.ptp(data.train.x, axis=-1).max(axis=(1, 2)) == 0
     assert grey.sum() >= len(grey) - 1
+    # A run asks twice: nothing is decoded again until an image changes.
+    assert data_sources.load(str(root), image_size=(10, 10)) is data
+    (root / "emu" / "0.jpg").write_bytes(wrong_inputs.picture((14, 12), kind="jpeg"))
+    assert data_sources.digest(data_sources.load(str(root), image_size=(10, 10))) != (
+        data_sources.digest(data)
+    )
 
 
 def test_a_set_of_tensorflow_datasets(tmp_path, monkeypatch):

@@ -51,25 +51,27 @@ def load(
     """
     if name in datasets.NAMES:
         return datasets.load(name, data_dir)
-    place = Path(name).expanduser()
-    # A file that is written anew is read anew.
-    stamp = place.stat().st_mtime_ns if place.is_file() else None
-    if stamp is None:
-        return _load(name, data_dir, image_size)
-    return _remembered(name, data_dir, image_size, stamp)
+    return _load(name, data_dir, image_size, _stamp(Path(name).expanduser()))
 
 
+def _stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
+    """Path, time and size of every file of a data set: one that is written anew is read anew.
+
+    Those of tensorflow-datasets have none here: it never writes a prepared set anew.
+    """
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    stats = [(str(file), file.stat()) for file in files]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+# A run asks for its data twice, for their digest and to train on them.
 @functools.lru_cache(maxsize=1)
-def _remembered(
+def _load(
     name: str,
     data_dir: str | Path | None,
     image_size: tuple[int, int] | None,
-    _stamp: int,
+    _stamp: tuple[tuple[str, int, int], ...],
 ) -> Dataset:
-    return _load(name, data_dir, image_size)
-
-
-def _load(name: str, data_dir: str | Path | None, image_size: tuple[int, int] | None) -> Dataset:
     raw = data_readers.read(name, data_dir, image_size)
     splits = {
         split: data_checks.split(f"{name}: x_{split}", *pair) for split, pair in raw.splits.items()

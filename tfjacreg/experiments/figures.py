@@ -61,7 +61,7 @@ class Style(NamedTuple):
 
 
 # The paper's methods look the same in all figures, whichever of them are there.
-_METHODS = {
+METHODS = {
     "Spectral": Style(_BLUE, "s"),
     "Frobenius": Style(_ORANGE, "P", "--"),
     "Spectral-Bound": Style(_PURPLE, "v", ":"),
@@ -70,12 +70,12 @@ _METHODS = {
 }
 # Methods of other names take these in turn.
 _OTHERS = (
-    _METHODS["None"],
+    METHODS["None"],
     Style(_VERMILION, "s", "--"),
     Style(_BLUE, "D"),
-    _METHODS["Weight decay"],
-    _METHODS["Spectral-Bound"],
-    _METHODS["Frobenius"],
+    METHODS["Weight decay"],
+    METHODS["Spectral-Bound"],
+    METHODS["Frobenius"],
     Style(_SKY_BLUE, "*", "-."),
 )
 _OPEN = f"open marks: gradient lost on {100 * curves.FADED:g} % of\nthe images or more, still right"
@@ -83,16 +83,16 @@ _OPEN = f"open marks: gradient lost on {100 * curves.FADED:g} % of\nthe images o
 _LOGARITHMIC = 8
 # The steps that are drawn, out of those timed, and the estimators.
 _STEPS = {
-    "plain": ("plain", _METHODS["None"]),
-    "spectral_bound": ("SpectralBound", _METHODS["Spectral-Bound"]),
-    "frobenius": ("FrobeniusNorm, 1 projection", _METHODS["Frobenius"]),
-    "power_1": ("SpectralNorm, N = 1", _METHODS["Spectral"]),
+    "plain": ("plain", METHODS["None"]),
+    "spectral_bound": ("SpectralBound", METHODS["Spectral-Bound"]),
+    "frobenius": ("FrobeniusNorm, 1 projection", METHODS["Frobenius"]),
+    "power_1": ("SpectralNorm, N = 1", METHODS["Spectral"]),
     "power_1_transpose": ("SpectralNorm, N = 1, transpose", Style(_SKY_BLUE, "D", "--")),
     "exact": ("SpectralNorm, exact", Style(_GREEN, "^")),
     "analytic": ("analytic (row by row, SVD)", Style(_VERMILION, "*")),
 }
 _ESTIMATORS = {
-    "power": ("power iteration", _METHODS["Spectral"]),
+    "power": ("power iteration", METHODS["Spectral"]),
     "lanczos": ("Lanczos as penalty", Style(_VERMILION, "o", "--")),
     "complete_lanczos": ("Lanczos in spectral_norm", Style(_GREEN, "^", "-.")),
 }
@@ -200,7 +200,7 @@ def training_figure(
     figure, axes = panels(1, len(losses), (PANEL[0] * len(losses), PANEL[1]))
     for ax, (title, methods) in zip(axes[0], losses.items(), strict=True):
         for method, loss in methods.items():
-            style = _METHODS[method]
+            style = METHODS[method]
             epochs = np.arange(1, loss.shape[1] + 1)
             mean = loss.mean(axis=0)
             every = max(1, len(mean) // 10)
@@ -436,7 +436,7 @@ def styles(evaluations: Sequence[Evaluation]) -> dict[str, Style]:
     """How each method is drawn."""
     methods = dict.fromkeys(e.method for e in evaluations)
     return {
-        method: _METHODS.get(method, _OTHERS[i % len(_OTHERS)]) for i, method in enumerate(methods)
+        method: METHODS.get(method, _OTHERS[i % len(_OTHERS)]) for i, method in enumerate(methods)
     }
 
 
