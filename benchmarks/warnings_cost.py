@@ -3,9 +3,9 @@
     python benchmarks/warnings_cost.py    # on a quiet machine
 
 LeNet at batch 32 and ResNet50 at batch 8, 32x32 pixels, with `SpectralNorm` by default, with the
-warnings and with functions that do nothing in their place. first: seconds of a `fit` of one batch in
-a process of its own, tracing and all, with and without in turn. step: of `fit` afterwards, the
-median of executions that take turns in one process.
+warnings and with functions that do nothing in their place. first: seconds of a first `fit` of one
+execution, tracing and all, in a process of its own, with and without in turn. steps: of `fit`
+afterwards, the median of executions that take turns in one process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def without(warns: bool) -> Any:
     with contextlib.ExitStack() as stack:
         if not warns:
             for name in ("warn_of_layers", "warn_of_first_step"):
-                stack.enter_context(mock.patch.object(weak_penalties, name, lambda *_, **__: None))
+                stack.enter_context(mock.patch.object(weak_penalties, name))
             stack.enter_context(
                 mock.patch.object(tfjacreg.RegularizedModel, "_weighing", lambda _, train: train)
             )
