@@ -7,8 +7,8 @@
 Fashion-MNIST as an .npz of 1,000, 6,000 or all 60,000 training images, the same share of each
 class, with all 10,000 test images. LeNet, and a small network with augmentation and BatchNorm. For
 each pair a sweep of two stages (docs/sweeps.md): a tenth of the images chooses the factor of each
-method by the lowest validation loss, then four new seeds are trained on all images and judged. The
-same command started again goes on where it was, and started twice makes two workers.
+method by the lowest validation loss, then new seeds are trained on all images and judged. The same
+command started again goes on where it was, and started twice makes two workers.
 
 The results hold every run of both stages. A gain is the test accuracy less that of the run without
 penalty of the same seed; it counts where the p of a paired t test, times the number of penalties,
@@ -21,7 +21,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _rows
 import _setup  # noqa: F401
@@ -38,15 +38,31 @@ JSON = _rows.ROOT / "results" / "training_set_size.json"
 FIGURE = _rows.ROOT / "results" / "training_set_size.svg"
 PAGE = _rows.ROOT / "docs" / "choosing.md"
 BEGIN, END = "<!-- training_set_size.py: begin -->", "<!-- training_set_size.py: end -->"
-# The more images, the fewer epochs bring the validation loss without penalty past its lowest.
-EPOCHS = {1_000: 100, 6_000: 40, 60_000: 12}
+
+
+class Size(NamedTuple):
+    """How many images are trained on how long and how often.
+
+    Attributes:
+        epochs: The more images, the fewer bring the validation loss without penalty past its
+            lowest.
+        choice: Seeds of each cell of the grid: a tenth of 1,000 images is little to choose by.
+        final: Seeds of each choice.
+    """
+
+    epochs: int
+    choice: int
+    final: int
+
+
+SIZES = {1_000: Size(100, 3, 5), 6_000: Size(40, 1, 5), 60_000: Size(8, 1, 3)}
 NETWORKS = {"LeNet": "lenet", "BatchNorm": "batch_norm.keras"}
-SWEEPS = {f"{name}, {size}": (name, size) for size in EPOCHS for name in NETWORKS}
+SWEEPS = {f"{name}, {size}": (name, size) for size in SIZES for name in NETWORKS}
 SWEEP = """dataset = "digits"
 network = "lenet"
 epochs = {epochs}
 schedule = "cosine"
-repeats = {repeats}
+repeats = {choice}
 
 [grid]
 learning_rate = [0.01]
@@ -62,7 +78,7 @@ factor = [0.01, 0.03, 0.1]
 
 [final]
 choose_by = "val_loss"
-repeats = 4
+repeats = {final}
 whole_training_set = true
 judge = ["noise", "pgd_margin"]
 limit = 2000
@@ -107,15 +123,13 @@ def batch_norm(shape: tuple[int, int, int] = (28, 28, 1), classes: int = 10) -> 
 
 def prepare(out: Path, data_dir: str | None) -> None:
     """Writes the files of data, network and sweeps that are missing."""
-    for size, epochs in EPOCHS.items():
+    for size, settings in SIZES.items():
         if not (out / f"{size}.npz").exists():
             with atomic_files.replacing(out / f"{size}.npz") as path:
                 np.savez_compressed(path, **data(size, data_dir))
         if not (out / f"{size}.toml").exists():
-            # A tenth of 1,000 images is little to choose by.
-            text = SWEEP.format(epochs=epochs, repeats=3 if size == 1_000 else 1)
             with atomic_files.replacing(out / f"{size}.toml") as path:
-                path.write_text(text, encoding="utf-8")
+                path.write_text(SWEEP.format(**settings._asdict()), encoding="utf-8")
     if not (out / NETWORKS["BatchNorm"]).exists():
         with atomic_files.replacing(out / NETWORKS["BatchNorm"]) as path:
             batch_norm().save(path)
@@ -230,7 +244,7 @@ def draw(content: dict[str, Any]) -> None:
             for shift, method in zip((0.93, 1, 1.07), PENALTIES, strict=True):
                 style = figures.METHODS[LABELS[method]]
                 sizes, gains = [], []
-                for size in EPOCHS:
+                for size in SIZES:
                     rows = content["sweeps"][f"{network}, {size}"]["final"]
                     pair = values(rows, method, key), values(rows, "none", key)
                     sizes.append(shift * size)
@@ -246,7 +260,7 @@ def draw(content: dict[str, Any]) -> None:
                     label=LABELS[method],
                 )
         column[1].set_xscale("log")
-        column[1].set_xticks(list(EPOCHS), [f"{size:,}" for size in EPOCHS])
+        column[1].set_xticks(list(SIZES), [f"{size:,}" for size in SIZES])
         column[1].minorticks_off()
         column[1].set_xlabel("training images")
     panels[0, 0].set_ylabel("gain in test accuracy, points")

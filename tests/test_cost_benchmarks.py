@@ -140,14 +140,15 @@ def test_training_sets_are_shares_of_each_class(monkeypatch):
 
 def test_gains_by_training_set_size_are_paired_by_seed(tmp_path, monkeypatch):
     """Their sweeps and network are valid, and the table has the differences by hand."""
-    for repeats, (size, epochs) in enumerate(training_set_size.EPOCHS.items(), start=1):
-        text = training_set_size.SWEEP.format(epochs=epochs, repeats=repeats)
-        (tmp_path / f"{size}.toml").write_text(text)
-        sweep = Sweep.load(tmp_path / f"{size}.toml")
-        assert (sweep.any_config.epochs, len(sweep.cells), sweep.final.repeats) == (epochs, 10, 4)
+    for settings in training_set_size.SIZES.values():
+        text = training_set_size.SWEEP.format(**settings._asdict())
+        (tmp_path / "sweep.toml").write_text(text)
+        sweep = Sweep.load(tmp_path / "sweep.toml")
+        assert (sweep.any_config.epochs, len(sweep.seeds), sweep.final.repeats) == settings
+        assert len(sweep.cells) == 10
     network = training_set_size.batch_norm()
     assert network.output_shape == (None, 10) and network.count_params() < 30_000
-    done = RunConfig(dataset="fashion_mnist", regularizer="spectral", factor=0.03, seed=2)
+    done = RunConfig.of(dataset="fashion_mnist", regularizer="spectral", factor=0.03, seed=2)
     folder = ROOT / "results/fashion_mnist/final/spectral-0.03-lr0.001-b16-seed2"
     metrics = FolderReader(folder).read_metrics()
     row = training_set_size.row(RunResult(FolderReader(folder), done, None, metrics, [], {}))
