@@ -55,7 +55,7 @@ class Size(NamedTuple):
     final: int
 
 
-SIZES = {1_000: Size(100, 3, 5), 6_000: Size(40, 1, 5), 60_000: Size(8, 1, 3)}
+SIZES = {1_000: Size(30, 2, 5), 6_000: Size(20, 1, 5), 60_000: Size(8, 1, 3)}
 NETWORKS = {"LeNet": "lenet", "BatchNorm": "batch_norm.keras"}
 SWEEPS = {f"{name}, {size}": (name, size) for size in SIZES for name in NETWORKS}
 SWEEP = """dataset = "digits"
