@@ -1,5 +1,6 @@
 """Independent oracles: dense Jacobians by finite differences or reverse mode, and NumPy's SVD."""
 
+import collections
 import contextlib
 
 import keras
@@ -163,3 +164,15 @@ def build(name):
         if weight.name == "bias":
             weight.assign(np.random.default_rng(1).normal(size=weight.shape) * 0.1)
     return network
+
+
+def operations(function, *args):
+    """How many operations of each kind the results of a traced function are computed by."""
+    graph = tf.function(function, autograph=False).get_concrete_function(*args).graph
+    waiting, needed = [*(t.op for t in graph.outputs), *graph.control_outputs], set()
+    while waiting:
+        op = waiting.pop()
+        if op not in needed:
+            needed.add(op)
+            waiting += [*(t.op for t in op.inputs), *op.control_inputs]
+    return collections.Counter(op.type for op in needed)

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import arguments, graph_search, recording, signature
+from tfjacreg import arguments, graph_search, recording, rewrites, signature
 
 FORWARD_MODES = ("accumulator", "transpose")
 
@@ -247,7 +247,9 @@ class JacobianOperator:
         return pulled_back
 
     def _vjp(self, u: tf.Tensor) -> tf.Tensor:
-        return self._connected(self._tape.gradient(self.primal, self.x, output_gradients=u))
+        with rewrites.in_blocks():
+            product = self._tape.gradient(self.primal, self.x, output_gradients=u)
+        return self._connected(product)
 
     def _lost(self) -> LostDerivative:
         return LostDerivative(

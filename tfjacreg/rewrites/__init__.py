@@ -25,12 +25,14 @@ from tfjacreg.rewrites.context import (
 from tfjacreg.rewrites.functions import FUNCTIONS, MOMENTS
 from tfjacreg.rewrites.grouped_convolutions import grouped_convolution
 from tfjacreg.rewrites.image_layers import linear_image_map
+from tfjacreg.rewrites.input_gradients import in_blocks
 from tfjacreg.rewrites.traced_functions import AS_WRITTEN, TRACED_ANEW
 
 __all__ = [
     "MOMENTS",
     "Place",
     "active",
+    "in_blocks",
     "is_replacing",
     "stepping_aside",
     "undone",
