@@ -149,7 +149,7 @@ def test_the_example_of_several_gpus_runs(fresh_python, tmp_path):
     assert "penalty" in fresh_python.run(example, cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize(("page", "script"), [("training.md", train), ("robustness.md", evaluate)])
+@pytest.mark.parametrize(("page", "script"), [("training.md", train), ("evaluating.md", evaluate)])
 def test_options_in_the_docs_are_options_of_the_script(capsys, page, script):
     """Every --option on the lines of the script's synopsis is in its --help."""
     text = (ROOT / "docs" / page).read_text()

@@ -108,8 +108,8 @@ NAMES = {
 
 
 def run_named(text):
-    """The run folder of "spectral .1", as the page writes it."""
-    method, _, factor = text.partition(" .")
+    """The run folder of "spectral 0.1", as the page writes it."""
+    method, _, factor = text.partition(" 0.")
     return f"{NAMES[method]}{factor and f'-0.{factor}'}-lr0.01-b32-seed0"
 
 
