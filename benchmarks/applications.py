@@ -3,7 +3,7 @@
     python benchmarks/applications.py                         # what is missing in the results
     python benchmarks/applications.py --models VGG16 --redo   # anew
     python benchmarks/applications.py --redo --parts timings  # on a quiet machine
-    python benchmarks/applications.py --parts                 # the table of docs/verification.md alone
+    python benchmarks/applications.py --parts                 # docs/verification.md alone
 
 Every model is made without weights, at its smallest size, with ten logits. Each part of a model
 runs in a process of its own, and its row is written as soon as it is known.
