@@ -3,7 +3,7 @@
     python benchmarks/applications.py                         # what is missing in the results
     python benchmarks/applications.py --models VGG16 --redo   # anew
     python benchmarks/applications.py --redo --parts timings  # on a quiet machine
-    python benchmarks/applications.py --parts                 # the table of docs/layers.md alone
+    python benchmarks/applications.py --parts                 # docs/verification.md alone
 
 Every model is made without weights, at its smallest size, with ten logits. Each part of a model
 runs in a process of its own, and its row is written as soon as it is known.
@@ -188,7 +188,7 @@ def measured(name: str, part: str, repeats: int) -> Any:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The table of docs/layers.md."""
+    """The table of docs/verification.md."""
     lines = [
         "| model | pixels | seeds refused | error of sigma, float64 | float32 "
         "| first step, s: plain, accumulator, transpose | a step, times the plain one "
@@ -225,7 +225,7 @@ def main() -> None:
         timed=("timings",),
         repeats=5,
         json=_rows.ROOT / "results" / "applications.json",
-        page=_rows.ROOT / "docs" / "layers.md",
+        page=_rows.ROOT / "docs" / "verification.md",
         in_a_process=IN_A_PROCESS,
         measured=measured,
         with_table=with_table,

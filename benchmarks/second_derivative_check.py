@@ -3,11 +3,11 @@
     python benchmarks/second_derivative_check.py                    # what is missing in the results
     python benchmarks/second_derivative_check.py --networks ResNet50 --redo
     python benchmarks/second_derivative_check.py --parts seconds --before CHECKOUT --redo
-    python benchmarks/second_derivative_check.py --parts            # the table of docs/layers.md
+    python benchmarks/second_derivative_check.py --parts            # docs/verification.md alone
 
 The networks are the families of keras.applications (`applications.py`), those of `networks.py`,
-and the layers of `docs/layers.md`, each a network of its own (`_oracle_networks.py`). Every part
-of a network runs in a process of its own.
+and the layers of `docs/verification.md`, each a network of its own (`_oracle_networks.py`). Every
+part of a network runs in a process of its own.
 
 right: `check_network` in training mode, with fresh weights and two images for each of some seeds,
 in float32, mixed_float16 and mixed_bfloat16. What it refuses
@@ -51,7 +51,7 @@ NAMES = (*applications.MODELS, *networks.OWN, LAYERS)
 TIMED = networks.NETWORKS
 REPETITIONS = 3
 JSON = _rows.ROOT / "results" / "second_derivative_check.json"
-PAGE = _rows.ROOT / "docs" / "layers.md"
+PAGE = _rows.ROOT / "docs" / "verification.md"
 BEGIN = "<!-- second_derivative_check.py: begin -->"
 END = "<!-- second_derivative_check.py: end -->"
 
@@ -206,7 +206,7 @@ def seconds(name: str, before: Path, repetitions: int) -> dict[str, dict[str, fl
 
 
 def table(content: dict[str, Any]) -> str:
-    """The table of docs/layers.md."""
+    """The table of docs/verification.md."""
     lines = [
         "| network | checks, refused | layers compared, without a verdict "
         "| largest error of a right layer | smallest planted error that is seen |",

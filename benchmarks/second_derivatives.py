@@ -3,7 +3,7 @@
     python benchmarks/second_derivatives.py                        # what is missing in the results
     python benchmarks/second_derivatives.py --cache FOLDER --redo  # anew; keeps what JAX gave
     python benchmarks/second_derivatives.py --networks GRU --redo
-    python benchmarks/second_derivatives.py --table                # docs/layers.md alone
+    python benchmarks/second_derivatives.py --table           # docs/verification.md alone
 
 The gradient of a penalty of the Jacobian takes the second derivative of every layer. TensorFlow and
 JAX derive those from other code, by other rules, so that an error of one is hardly one of both.
@@ -52,7 +52,7 @@ from tfjacreg.regularizers import SpectralNorm
 
 AT_ONCE = 40  # Networks in one process.
 RESULTS = _rows.ROOT / "results" / "second_derivatives.json"
-PAGE = _rows.ROOT / "docs" / "layers.md"
+PAGE = _rows.ROOT / "docs" / "verification.md"
 BEGIN, END = "<!-- second_derivatives.py: begin -->", "<!-- second_derivatives.py: end -->"
 TOLERANCE = 1e-6
 FLOOR = 1e-3
@@ -445,7 +445,7 @@ def wrong_ways(row: dict[str, Any]) -> set[str]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The table of docs/layers.md, a row for each family and one for all."""
+    """The table of docs/verification.md, a row for each family and one for all."""
     lines = [
         "| layers | networks | weights | error of sigma | of the gradient: eager, graph | XLA "
         "| other values on JAX | wrong | refused | seconds |",

@@ -17,7 +17,7 @@ def content():
 
 
 def test_the_page_has_the_table_of_the_results(content):
-    page = (ROOT / "docs" / "layers.md").read_text()
+    page = (ROOT / "docs" / "verification.md").read_text()
     assert applications.with_table(page, content) == page
     assert applications.table(content).count("\n") == 1 + len(content["models"])
 

@@ -1,5 +1,6 @@
 """What README.md and docs/ tell a reader to type."""
 
+import collections
 import contextlib
 import re
 from pathlib import Path
@@ -29,30 +30,83 @@ def test_the_readme_is_short():
 
 
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "results").rglob("README.md")),
-    ROOT / "benchmarks" / "NOTES.md",
-    ROOT / "tests" / "README.md",
+    *sorted(ROOT.glob("*.md")),
+    *(
+        page
+        for folder in ("docs", "results", "benchmarks", "tests", "examples", "sweeps")
+        for page in sorted((ROOT / folder).rglob("*.md"))
+    ),
 ]
 
 
+def prose(page):
+    """A page without its blocks of code, in which nothing is a heading or a link."""
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.M)
+
+
 def anchors(page):
-    """The anchors that GitHub gives the headings of a page, and those set by hand."""
-    text = page.read_text()
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
-    kept = (re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") for heading in headings)
-    return {*kept, *re.findall(r'<a id="(.*?)">', text)}
+    """The anchors of a page: as GitHub makes them of headings, and those set by hand."""
+    found = collections.Counter()
+    for heading in re.findall(r"^#+ +(.*?) *$", prose(page), re.M):
+        shown = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w -]", "", shown).replace(" ", "-")
+        if found[anchor]:
+            found[f"{anchor}-{found[anchor]}"] += 1
+        found[anchor] += 1
+    return {*found, *re.findall(r'<a id="(.*?)">', prose(page))}
+
+
+def has_anchor(page, anchor):
+    """Whether a page has it. What a page of the API shows has the names below it, too."""
+    shown = re.findall(r"^::: (\S+)$", prose(page), re.M)
+    return anchor in anchors(page) or any(f"{anchor}.".startswith(f"{name}.") for name in shown)
+
+
+def broken_links(page):
+    """The links of a page that lead to no file, to no heading, or to no address."""
+    text = prose(page)
+    for link in re.findall(r"\]\((.*?)\)|<(https?:.*?)>|(?:href|src)=\"(.*?)\"", text):
+        (link,) = filter(None, link)
+        name, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            if not re.fullmatch(r"https://(\w[\w-]*\.)+[a-z]{2,}(/[\w./~%?=&#+-]*[\w/])?", link):
+                yield link
+            continue
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and not has_anchor(target, anchor)):
+            yield link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_and_links_name_files_that_exist(page):
+def test_links_lead_somewhere(page):
+    assert list(broken_links(page)) == []
+
+
+def test_a_broken_link_would_be_seen(tmp_path):
+    page = tmp_path / "page.md"
+    good = ["page.md#a-call-of-f", "#a-call-of-f-1", "#set", "#tfjacreg.networks.get"]
+    good += ["https://a.org/b_c/#d", "page.md"]
+    bad = [
+        "other.md",
+        "page.md#a-call",
+        "#a-call-of-f-2",
+        "http://a.org",
+        "https://a",
+        "https://a.b c",
+    ]
+    page.write_text(
+        '# A call, of `f`\n# A [call](page.md) of f!\n<a id="set">\n::: tfjacreg.networks\n'
+        "```\n# no heading\n[no link](nowhere.md)\n```\n"
+        + "".join(f"[x]({link})\n" for link in good + bad)
+    )
+    assert list(broken_links(page)) == bad
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_files_that_a_page_names_exist(page):
     text = page.read_text()
     for name in re.findall(r"python ((?:\w+/)?\w+\.py)", text):
         assert (ROOT / name).exists(), name
-    for name, anchor in re.findall(r"\]\(([\w/.-]+)(?:#([\w-]+))?\)", text):
-        assert (page.parent / name).exists(), name
-        assert not anchor or anchor in anchors(page.parent / name), f"{name}#{anchor}"
     for name in re.findall(r"`((?:sweeps|docs|results|benchmarks|tests)/[\w/.-]+\.\w+)", text):
         assert (ROOT / name).exists(), name
 
@@ -149,7 +203,7 @@ def test_the_example_of_several_gpus_runs(fresh_python, tmp_path):
     assert "penalty" in fresh_python.run(example, cwd=tmp_path).stdout
 
 
-@pytest.mark.parametrize(("page", "script"), [("training.md", train), ("robustness.md", evaluate)])
+@pytest.mark.parametrize(("page", "script"), [("training.md", train), ("evaluating.md", evaluate)])
 def test_options_in_the_docs_are_options_of_the_script(capsys, page, script):
     """Every --option on the lines of the script's synopsis is in its --help."""
     text = (ROOT / "docs" / page).read_text()

@@ -39,7 +39,7 @@ class PenaltyWarning(UserWarning):
 
     `RegularizedModel` gives it once, at the first training step or before: for outputs that are
     probabilities, for inputs that the network scales down itself, and where factor times penalty is
-    below 3e-5 of the loss in the first step. `docs/guide.md` says what to do about each.
+    below 3e-5 of the loss in the first step. `docs/troubleshooting.md` says what to do.
     With `warnings.filterwarnings("ignore", category=tfjacreg.PenaltyWarning)` you hear of none;
     `message=` of that function leaves out one kind.
     """
