@@ -48,8 +48,10 @@ def derivatives(convolve, x, u, v, gradient):
     return [product, *outer.gradient(along, [u, kernel]), *third]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in CONVOLUTIONS for way in WAYS if way != "XLA" or "," in name],
+)
 def test_products_and_their_derivatives(name, way):
     shape, size, filters, padding, _ = CONVOLUTIONS[name]
     layer = layers.Conv2D(filters, size, padding=padding, dtype="float64")
@@ -71,12 +73,13 @@ def test_which_convolutions_are_taken_in_blocks(name):
     """Those of the table; and the operator's products are those of the dense Jacobian."""
     shape, size, filters, padding, side = CONVOLUTIONS[name]
     layer = layers.Conv2D(filters, size, padding=padding, dtype="float64")
-    network = keras.Sequential([keras.Input(shape), layer, layers.Flatten()])
+    network = keras.Sequential([keras.Input(shape), layer, layers.Flatten(dtype="float64")])
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(2, *shape)))
     u = tf.constant(rng.normal(size=network(x).shape))
     right = np.einsum("bo...,bo->b...", dense_jacobian(network, x), u)
-    np.testing.assert_allclose(JacobianOperator(network, x).rmatvec(u), right, rtol=1e-9)
+    found = JacobianOperator(network, x).rmatvec(u)
+    np.testing.assert_allclose(np.reshape(found, right.shape), right, rtol=1e-9)
     counted = operations(lambda x, u: JacobianOperator(network, x).rmatvec(u), x, u)
     assert counted["Conv2DBackpropInput"] == 0 and counted["DepthToSpace"] == 1
     strides = {op.get_attr("strides")[1] for op in in_graph(network, x, u, "Conv2D")}
@@ -94,13 +97,12 @@ def in_graph(network, x, u, kind):
     [
         (layers.Conv2D(3, 3), (16, 16, 5)),
         (layers.Conv2D(3, 3, strides=2), (16, 16, 1)),
-        (layers.Conv2D(3, 3, dilation_rate=2), (16, 16, 1)),
         (layers.Conv2D(3, 1), (16, 16, 1)),
         (layers.Conv2D(3, 3), (7, 16, 1)),
         (layers.Conv2D(3, 3), (None, 16, 1)),
         (layers.Conv2D(3, 3, dtype="float16"), (16, 16, 1)),
     ],
-    ids=["channels", "strides", "dilation", "one pixel", "small", "any size", "half"],
+    ids=["channels", "strides", "one pixel", "small", "any size", "half"],
 )
 def test_others_are_left_to_tensorflow(layer, shape):
     network = keras.Sequential([keras.Input(shape), layer])
