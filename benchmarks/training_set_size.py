@@ -56,7 +56,7 @@ class Size(NamedTuple):
     final: int
 
 
-SIZES = {1_000: Size(30, 2, 5), 6_000: Size(20, 1, 5), 60_000: Size(8, 1, 3)}
+SIZES = {1_000: Size(30, 2, 5), 6_000: Size(20, 1, 5), 60_000: Size(4, 1, 3)}
 NETWORKS = {"LeNet": "lenet", "BatchNorm": "batch_norm.keras"}
 # The paper's protocol, whose runs are committed: 50 epochs, two rates and batch sizes in the grid.
 COMMITTED = {"LeNet, 60000": _rows.ROOT / "results" / "fashion_mnist"}

@@ -73,7 +73,8 @@ def test_which_convolutions_are_taken_in_blocks(name):
     """Those of the table; and the operator's products are those of the dense Jacobian."""
     shape, size, filters, padding, side = CONVOLUTIONS[name]
     layer = layers.Conv2D(filters, size, padding=padding, dtype="float64")
-    network = keras.Sequential([keras.Input(shape), layer, layers.Flatten(dtype="float64")])
+    inputs = keras.Input(shape, dtype="float64")
+    network = keras.Model(inputs, layers.Flatten(dtype="float64")(layer(inputs)))
     rng = np.random.default_rng(0)
     x = tf.constant(rng.normal(size=(2, *shape)))
     u = tf.constant(rng.normal(size=network(x).shape))
