@@ -52,7 +52,8 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True)
-    np.savez_compressed(out / "mine.npz", **images(arguments.data_dir))
+    content = images(arguments.data_dir)
+    np.savez_compressed(out / "mine.npz", **content)  # type: ignore[arg-type]
     training_set_size.batch_norm((SIDE, SIDE, 3), CLASSES).save(out / "mine.keras")
     command = [sys.executable, str(_rows.ROOT / "train.py")]
     command += ["--sweep", str(_rows.ROOT / "sweeps" / "compare.toml")]
@@ -64,10 +65,10 @@ def main() -> None:
     minutes = (time.perf_counter() - start) / 60
     answer = report.write([out / "compare"], out / "compare" / "report").answer
     print(f"{minutes:.1f} minutes with {arguments.workers} workers\n{answer}")
-    content = files.read_json(JSON) if JSON.exists() else {}
-    content[f"{arguments.workers} workers"] = {"minutes": minutes, "answer": answer}
-    content["environment"] = environment()
-    files.write_json(JSON, content)
+    results = files.read_json(JSON) if JSON.exists() else {}
+    results[f"{arguments.workers} workers"] = {"minutes": minutes, "answer": answer}
+    results["environment"] = environment()
+    files.write_json(JSON, results)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def prepare(out: Path, data_dir: str | None) -> None:
     for size, settings in SIZES.items():
         if not (out / f"{size}.npz").exists():
             with atomic_files.replacing(out / f"{size}.npz") as path:
-                np.savez_compressed(path, **data(size, data_dir))
+                np.savez_compressed(path, **data(size, data_dir))  # type: ignore[arg-type]
         if not (out / f"{size}.toml").exists():
             with atomic_files.replacing(out / f"{size}.toml") as path:
                 path.write_text(SWEEP.format(**settings._asdict()), encoding="utf-8")
@@ -217,7 +217,7 @@ def table(content: dict[str, Any]) -> str:
             if method == "none":
                 cells += ["", ""]
             else:
-                found = comparison.paired(accuracy, values(rows, "none", "test_accuracy"))
+                found = gain(rows, method, "test_accuracy")
                 counted = " *" if counts(found, sweep) else ""
                 cells += [
                     f"{found.less.mean:+.2f} ± {found.less.std:.2f}{counted}",
@@ -231,6 +231,14 @@ def table(content: dict[str, Any]) -> str:
             cells.append(f"{np.mean(sigma):.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def gain(rows: list[dict[str, Any]], method: str, key: str) -> Difference:
+    """A figure of a method less that without penalty, seed by seed, in points."""
+    found = comparison.paired(values(rows, method, key), values(rows, "none", key))
+    if found is None:
+        raise ValueError(f"There must be two seeds of {method} and none. Received: {rows}.")
+    return found
 
 
 def shown(found: list[float], digits: int) -> str:
@@ -256,9 +264,8 @@ def draw(content: dict[str, Any]) -> None:
                 sizes, gains = [], []
                 for size in SIZES:
                     rows = content["sweeps"][f"{network}, {size}"]["final"]
-                    pair = values(rows, method, key), values(rows, "none", key)
                     sizes.append(shift * size)
-                    gains.append(comparison.paired(*pair).less)
+                    gains.append(gain(rows, method, key).less)
                 panel.errorbar(
                     sizes,
                     [gain.mean for gain in gains],

@@ -247,9 +247,9 @@ class JacobianOperator:
         return pulled_back
 
     def _vjp(self, u: tf.Tensor) -> tf.Tensor:
-        with rewrites.in_blocks():
-            product = self._tape.gradient(self.primal, self.x, output_gradients=u)
-        return self._connected(product)
+        return self._connected(
+            rewrites.in_blocks(lambda: self._tape.gradient(self.primal, self.x, output_gradients=u))
+        )
 
     def _lost(self) -> LostDerivative:
         return LostDerivative(

@@ -14,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import tensorflow as tf
+
+T = TypeVar("T")
 
 # Channels times pixels of a block: as many as a processor multiplies at once.
 _LANES = 16
@@ -31,12 +33,19 @@ class _State(threading.local):
 _state = _State()
 
 
-@contextlib.contextmanager
-def in_blocks() -> Iterator[None]:
-    """Has gradients that are taken meanwhile in this thread use blocks."""
-    before, _state.is_active = _state.is_active, True
+def in_blocks(function: Callable[[], T]) -> T:
+    """Calls a function that takes gradients: those of convolutions come in blocks of pixels.
+
+    Args:
+        function: Called without arguments.
+
+    Returns:
+        What the function returns.
+    """
+    before = _state.is_active
     try:
-        yield
+        _state.is_active = True
+        return function()
     finally:
         _state.is_active = before
 
