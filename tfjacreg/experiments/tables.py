@@ -264,10 +264,11 @@ def machines(results: SweepResults) -> str:
     """How many runs were made with which versions on which hardware, and their hours."""
     counts = Counter(json.dumps(run.environment, sort_keys=True) for run in results.finished)
     found = [(json.loads(text), count) for text, count in counts.most_common()]
-    names = list(dict.fromkeys(name for machine, _ in found for name in machine))
-    rows = [
-        [str(count), *(plain(str(machine.get(name, ""))) for name in names)]
+    machines = [
+        f"- {count} run{'s' * (count != 1)}: "
+        + "; ".join(f"{plain(name)} {plain(str(value))}" for name, value in machine.items())
         for machine, count in found
+        if machine
     ]
     # Runs of version 0.1.0 did not record it.
     timed = [run.metrics for run in results.finished if "training_seconds" in run.metrics]
@@ -279,7 +280,7 @@ def machines(results: SweepResults) -> str:
         )
     if len(timed) < len(results.finished):
         sentence += f"; {len(results.finished) - len(timed)} of them did not record their hours"
-    return f"{sentence}.\n\n{table(['runs', *map(plain, names)], rows)}" if rows else f"{sentence}."
+    return "\n\n".join([f"{sentence}.", "\n".join(machines)]).rstrip()
 
 
 def fence(text: str) -> str:
