@@ -99,7 +99,7 @@ some: digits, lenet
   in {out}
   grid: 12 runs of 4 epochs
   choice: the cell of best val_loss of each of 3 methods
-  final: 9 runs of the choices, 3 of each with new seeds; judged by noise, pgd_margin
+  final: 9 runs of the choices, 3 of each with new seeds; judged by noise, pgd_margin, on 6 images
   in all 21 runs; the time left is shown after the first
 """
     )
