@@ -71,7 +71,7 @@ DIFFERENCES = """\
 Test accuracy after the last epoch, the first method's less the second's, in percentage points. Runs
 with the same seed are a pair: they begin with the same weights and see the images in the same
 order. p is that of the two-sided paired t test over the seeds, of this difference alone: of twenty
-such tests between equal methods, one falls below .05 by chance. "All" is p times the number of the
+such tests between equal methods, one falls below 0.05 by chance. "All" is p times the number of the
 tests here (Bonferroni)."""
 WHOLE_TRAINING_SET = """\
 Runs on the whole training set have no validation loss to choose by: a method's only cell stands for
