@@ -1,124 +1,37 @@
-"""Judges trained classifiers against noise, attacks and the distance to the decision boundary.
+"""Measures how robust trained classifiers are, to noise, attacks and distances.
 
-python evaluate.py runs/none runs/spectral --boundary --distance --sigma --limit 1000 --out out
-python evaluate.py mine.keras --dataset mine.npz --pixels 0..255 --attacks pgd square
+    python evaluate.py runs/none runs/spectral --limit 1000
+    python evaluate.py runs/none --attacks pgd_margin --distance --sigma
+    python evaluate.py mine.keras --dataset mine.npz --pixels 0..255
 
-`python -m tfjacreg report` writes the report of a whole sweep.
+The same command goes on where it was interrupted. docs/robustness.md explains
+the numbers. `python -m tfjacreg report` writes the report of a whole sweep.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
+    import tfjacreg_arguments
     import tfjacreg_startup
 
     tfjacreg_startup.prepare()
+    tfjacreg_arguments.evaluate(__doc__)  # --help and mistakes end here, before seconds of imports.
+    tfjacreg_startup.import_tensorflow()
 
 import argparse
 import sys
-from pathlib import Path
 
-from tfjacreg import cli, datasets, optional_packages
-from tfjacreg.printable import printable
+import tfjacreg_arguments
+from tfjacreg import cli, optional_packages
 
 with optional_packages.script_importing("experiments", "evaluate.py"):
-    from tfjacreg.experiments import data_sources, evaluation, measures
+    from tfjacreg.experiments import evaluation, measures, stopped
     from tfjacreg.experiments.classifier_files import Scale
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", nargs="+", type=cli.path, metavar="RUN", help="run folder or .keras file"
-    )
-    parser.add_argument(
-        "--attacks",
-        nargs="*",
-        choices=measures.PERTURBATIONS,
-        default=list(measures.PERTURBATIONS),
-        help="perturbations to try (default: all)",
-    )
-    parser.add_argument(
-        "--boundary",
-        action="store_true",
-        help="measure the distance to the boundary along random directions too",
-    )
-    parser.add_argument(
-        "--distance",
-        action="store_true",
-        help="measure the distance to the nearest adversarial image found too",
-    )
-    parser.add_argument(
-        "--sigma", action="store_true", help="measure the spectral norm at each image too"
-    )
-    parser.add_argument("--limit", type=_count, help="judge on the first LIMIT test images only")
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of noise and attacks (0)")
-    parser.add_argument(
-        "--out", type=cli.path, default=Path("out"), help="folder of the figures (out)"
-    )
-    parser.add_argument(
-        "--dataset",
-        metavar="DATA",
-        type=_data,
-        help=f"of bare .keras files: {', '.join(datasets.NAMES)}, FILE.npz, a folder or tfds:NAME",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=_count,
-        nargs=2,
-        metavar=("H", "W"),
-        help="what images of a folder or of tfds:NAME are resized to",
-    )
-    parser.add_argument(
-        "--pixels", metavar="LOW..HIGH", help="scale that bare .keras files take, such as 0..255"
-    )
-    parser.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        default=(),
-        help="what bare .keras files want subtracted, on the scale of --pixels (0..1)",
-    )
-    parser.add_argument(
-        "--std", type=float, nargs="+", default=(), help="what they want that divided by"
-    )
-    parser.add_argument("--data-dir", type=cli.path, help="folder of the data sets")
-    parser.add_argument(
-        "--adversarial-examples",
-        type=_count,
-        metavar="N",
-        help="draw N images before and after PGD, beside each evaluation.json",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="start afresh where there is an evaluation.json"
-    )
-    parser.add_argument(
-        "--wait", action="store_true", help="wait for processes that work in the run folders"
-    )
-    return parser.parse_args(argv)
-
-
-def _data(text: str) -> str:
-    if not data_sources.is_valid(text):
-        raise argparse.ArgumentTypeError(
-            f"must be one of {datasets.NAMES}, FILE.npz, a folder that is there (./NAME) or "
-            f"tfds:NAME. Received: {text}."
-        )
-    return text
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {value}.")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1. Received: {value}.")
-    return value
+    return tfjacreg_arguments.evaluate(__doc__, argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -132,17 +45,38 @@ def run(args: argparse.Namespace) -> None:
             image_size=tuple(args.image_size) if args.image_size else None,
             scale=Scale.of(args.pixels, args.mean, args.std),
         )
+        names = [*args.attacks, *_pointwise(args)]
+        images = f"the first {args.limit} " if args.limit else "all "
+        where = f"numbers in {_files(targets)}, figures in {args.out}"
+        cli.say(f"Measures {', '.join(names)} on {images}test images\n  {where}\n")
         tables = evaluation.judge(
             targets,
             args.out,
             perturbations=args.attacks,
-            pointwise=[name for name in measures.POINTWISE if getattr(args, name)],
+            pointwise=_pointwise(args),
             limit=args.limit,
             examples=args.adversarial_examples,
             seed=args.seed,
             overwrite=args.overwrite,
         )
-    print(printable(tables))
+    cli.say("\n\n".join(table.text(cli.columns()) for table in tables))
+    cli.say(f"\n  {where}")
+
+
+def _files(targets: list[evaluation.Target]) -> str:
+    """Where the numbers are."""
+    first, *others = (target.folder.reader.evaluation_file for target in targets)
+    return f"{first} and {len(others)} more of that name" if others else str(first)
+
+
+def _pointwise(args: argparse.Namespace) -> list[str]:
+    return [name for name in measures.POINTWISE if getattr(args, name)]
+
+
+def _stopped(args: argparse.Namespace) -> str:
+    folders = evaluation.folders(args.runs, args.out)
+    names = [*args.attacks, *_pointwise(args)]
+    return stopped.evaluation(folders, names, overwrite=args.overwrite)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
         return 0
 
-    stopped = "Stopped. The same command goes on after the last finished measurement."
-    return cli.run("evaluate.py", judge, stopped)
+    return cli.run("evaluate.py", judge, lambda: _stopped(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a command does before TensorFlow is imported, which takes seconds.
+"""What a command does before and while TensorFlow is imported, which takes seconds.
 
 Not in the package `tfjacreg`: whoever imports that has imported TensorFlow.
 """
@@ -6,15 +6,28 @@ Not in the package `tfjacreg`: whoever imports that has imported TensorFlow.
 import os
 import signal
 import sys
+import unicodedata
 
 # What a command was called with, for the process that begins anew without it.
 _ARGUMENTS = "TFJACREG_ARGUMENTS"
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+# What TensorFlow writes as it is imported, whatever TF_CPP_MIN_LOG_LEVEL is, and is no news: that
+# it is fast, that a machine has no GPU, and (2.18) that it has two copies of a plugin.
+_NO_NEWS = (
+    b"All log messages before absl::InitializeLog() is called are written to STDERR",
+    b"oneDNN custom operations are on.",
+    b"Could not find cuda drivers on your machine, GPU will not be used.",
+    b"failed call to cuInit: INTERNAL: CUDA error: Failed call to cuInit: UNKNOWN ERROR (303)",
+    b" factory: Attempting to register factory for plugin cu",
+)
+# Controls, direction marks and other invisible ones, surrogates, and separators of lines.
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def prepare() -> None:
-    """Readies streams and signals, hides passwords, and makes TensorFlow fast and quiet."""
+    """Readies streams and signals, hides passwords, and has TensorFlow be fast and say little."""
     # Until `cli.run` replaces them: while TensorFlow is imported there is nothing to save.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     _open_streams()
@@ -31,6 +44,51 @@ def prepare() -> None:
     # TensorFlow leaves oneDNN off on some processors, at a third of the speed.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow and lists its GPUs, without the lines on stderr that are no news.
+
+    The other lines are written as they come, by a process that outlives a crash of this one.
+    """
+    if "tensorflow" in sys.modules:
+        return
+    sys.stderr.flush()
+    receiver, sender = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    reader = os.fork()
+    if reader == 0:
+        for number in _STOPPING:  # They are for the command; this process ends with its pipe.
+            signal.signal(number, signal.SIG_IGN)
+        os.close(sender)
+        _copy_news(receiver)
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    os.close(receiver)
+    stderr = os.dup(2)
+    os.dup2(sender, 2)
+    os.close(sender)
+    try:
+        import tensorflow as tf
+
+        tf.config.list_physical_devices("GPU")
+    except ImportError:
+        pass  # Whoever needs it says so.
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.waitpid(reader, 0)
+
+
+def _copy_news(receiver: int) -> None:
+    """Copies the lines of a pipe to stderr, except those that are no news."""
+    with open(receiver, "rb") as lines:
+        for line in lines:
+            if not any(text in line for text in _NO_NEWS):
+                try:
+                    os.write(2, line)
+                except OSError:
+                    return
 
 
 def is_module_command() -> bool:
@@ -146,6 +204,20 @@ def redacted(text: str) -> str:
         pairs.append(f"{name}=***" if equals and secret else pair)
     shown = f"{scheme}{separator}{owner}{at}{place}{mark}{'&'.join(pairs)}"
     return re.sub(r"(?is)(\w*pass\w*\s*[=:]\s*)(?!\*\*\*(&|$)).*", r"\1***", shown)
+
+
+def printable(text: str, *, limit: int | None = None) -> str:
+    """Writes out what is not seen, such as ESC; line breaks and tabs stay.
+
+    Args:
+        text: The text.
+        limit: How many characters are shown, at most.
+    """
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}..."
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) in _HIDDEN and c not in "\n\t" else c for c in text
+    )
 
 
 def hide_arguments(text: str) -> str:

@@ -43,7 +43,9 @@ def install(folder: Path, requirements: list[str]) -> Path:
     source = folder / "source"
     source.mkdir()
     # A copy: a build folder that an earlier build left would go into the package.
-    for name in ("pyproject.toml", "README.md", "LICENSE", "tfjacreg_startup.py"):
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    modules = (f"{name}.py" for name in setuptools["py-modules"])
+    for name in ("pyproject.toml", "README.md", "LICENSE", *modules):
         shutil.copy(ROOT / name, source)
     shutil.copytree(
         ROOT / "tfjacreg", source / "tfjacreg", ignore=shutil.ignore_patterns("__pycache__")

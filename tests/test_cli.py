@@ -1,15 +1,19 @@
 """How a command ends: one message and a status, at whatever moment it is told to stop."""
 
+import io
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
+import tfjacreg_arguments
 from tfjacreg import cli, optional_packages
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder_reader import FolderReader
@@ -34,13 +38,13 @@ def fails(error):
     ],
 )
 def test_an_error_is_one_message(capsys, error):
-    assert cli.run("name", fails(error), "Stopped.") == 2
+    assert cli.run("name", fails(error), lambda: "Stopped.") == 2
     assert capsys.readouterr().err.endswith("it is wrong\n")
 
 
 def test_a_fault_of_the_program_is_no_message():
     with pytest.raises(ZeroDivisionError):
-        cli.run("name", fails(ZeroDivisionError()), "Stopped.")
+        cli.run("name", fails(ZeroDivisionError()), lambda: "Stopped.")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -52,11 +56,11 @@ def test_a_signal_stops_and_handlers_are_as_before(capsys, number):
         time.sleep(60)
 
     started = time.monotonic()
-    assert cli.run("name", main, "Stopped. Go on so.") == 130
+    assert cli.run("name", main, lambda: "Stopped. Go on so.") == 130
     assert time.monotonic() - started < 10
     assert capsys.readouterr().out == "\nStopped. Go on so.\n"
     assert [signal.getsignal(n) for n in SIGNALS] == before
-    assert cli.run("name", lambda: 7, "Stopped.") == 7
+    assert cli.run("name", lambda: 7, lambda: "Stopped.") == 7
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemError])
@@ -68,7 +72,7 @@ def test_what_a_signal_has_become_is_no_error(capsys, error):
         except KeyboardInterrupt:
             raise error("the network cannot be differentiated") from None
 
-    assert cli.run("name", main, "Stopped.") == 130
+    assert cli.run("name", main, lambda: "Stopped.") == 130
     assert capsys.readouterr() == ("\nStopped.\n", "")
 
 
@@ -84,6 +88,7 @@ def main():
 """,
     "swallowed": """
 import time
+import warnings
 def main():
     print("working", flush=True)
     while True:
@@ -100,7 +105,7 @@ TOLD = """
 import os, sys, threading
 from tfjacreg import cli
 threading.Timer(1, os.kill, (os.getpid(), int(sys.argv[1]))).start()
-sys.exit(cli.run("name", main, "Stopped."))
+sys.exit(cli.run("name", main, lambda: "Stopped."))
 """
 
 
@@ -178,9 +183,9 @@ def test_closed_streams_lose_nothing_and_get_nothing(tmp_path):
 def test_messages_have_no_password_and_command_no_terminal(capsys, monkeypatch):
     url = "postgresql://me:hunter2\x1b[2J@host/db"
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", url])
-    assert cli.run("name", fails(ValueError(f"{url} is wrong")), "Stopped.") == 2
+    assert cli.run("name", fails(ValueError(f"{url} is wrong")), lambda: "Stopped.") == 2
     with pytest.raises(SystemExit) as caught:
-        cli.Parser(prog="name").parse_args(sys.argv[1:])
+        tfjacreg_arguments.Parser(prog="name").parse_args(sys.argv[1:])
     shown = capsys.readouterr().err
     assert caught.value.code == 2 and "hunter2" not in shown and "\x1b" not in shown
     assert shown.count("postgresql://me:***@host/db") == 2
@@ -189,8 +194,8 @@ def test_messages_have_no_password_and_command_no_terminal(capsys, monkeypatch):
 def test_a_url_with_a_password_is_no_path(capsys, tmp_path):
     """Whichever option it was given to by mistake: it would stand in config.json."""
     url = "postgresql://me:hunter2@host/db"
-    parser = cli.Parser(prog="name")
-    parser.add_argument("--data-dir", type=cli.path)
+    parser = tfjacreg_arguments.Parser(prog="name")
+    parser.add_argument("--data-dir", type=tfjacreg_arguments.path)
     with pytest.raises(SystemExit):
         parser.parse_args(["--data-dir", url])
     assert "hunter2" not in capsys.readouterr().err
@@ -200,8 +205,61 @@ def test_a_url_with_a_password_is_no_path(capsys, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "a\udcff", "\ud800"])
 def test_a_path_that_tensorflow_cannot_name_is_refused(capsys, text):
-    parser = cli.Parser(prog="name")
-    parser.add_argument("--out", type=cli.path)
+    parser = tfjacreg_arguments.Parser(prog="name")
+    parser.add_argument("--out", type=tfjacreg_arguments.path)
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(["--out", text])
     assert caught.value.code == 2 and "--out: must be a path" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_lines_that_fit(monkeypatch):
+    """A path is not broken, nor what is to be copied; a file gets the lines as they are."""
+    monkeypatch.setenv("COLUMNS", "60")
+    path, code = f"runs/{'x' * 70}", f"    python {'y ' * 40}"
+    text = f"{'a word ' * 20}\n  in {path}\n{code}\n  {'end ' * 20}"
+    terminal, file = Terminal(), io.StringIO()
+    cli.say(text, file=terminal)
+    cli.say(text, file=file)
+    assert file.getvalue() == f"{text}\n"
+    lines = terminal.getvalue().splitlines()
+    assert {line for line in lines if len(line) > 60} == {f"    {path}", code}
+    assert terminal.getvalue().split() == text.split()
+    starts = [len(line) - len(line.lstrip()) for line in lines]
+    assert starts == [0, 2, 2, 2, 4, 4, 2, 4]
+    assert (cli.columns(terminal), cli.columns(file)) == (60, None)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_message(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "postgresql://me:hunter2@host/db"])
+
+    def main():
+        warnings.warn("of \x1b postgresql://me:hunter2@host/db", stacklevel=1)
+        warnings.warn("of others", DeprecationWarning, stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():  # Without pytest's own records.
+        monkeypatch.setattr(warnings, "_showwarnmsg_impl", _written)
+        assert cli.run("name", main, lambda: "Stopped.") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "name: warning: of \\x1b postgresql://me:***@host/db"
+    assert re.match(r".*test_cli\.py:\d+: DeprecationWarning: of others", lines[1])
+
+
+def _written(message):
+    """As Python writes a warning."""
+    parts = message.message, message.category, message.filename, message.lineno, message.line
+    sys.stderr.write(warnings.formatwarning(*parts))
+
+
+@pytest.mark.parametrize("error", [OSError("lost"), ValueError("damaged"), KeyboardInterrupt()])
+def test_what_is_kept_may_be_unreadable(capsys, error):
+    status = cli.run("name", fails(KeyboardInterrupt()), fails(error))
+    assert status == 130
+    shown = "" if isinstance(error, KeyboardInterrupt) else "\nStopped.\n"
+    assert capsys.readouterr() == (shown, "")

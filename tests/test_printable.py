@@ -17,7 +17,7 @@ def test_what_is_not_seen_is_written_out(character, capsys):
     def main():
         raise ValueError(f"a{character}b")
 
-    assert cli.run("name", main, "Stopped.") == 2
+    assert cli.run("name", main, lambda: "Stopped.") == 2
     assert capsys.readouterr().err == f"name: error: {shown}\n"
 
 

@@ -1,6 +1,10 @@
 """What the commands do before TensorFlow is imported."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +122,55 @@ def test_a_backend_other_than_tensorflow_is_refused(tmp_path, monkeypatch, capsy
     assert caught.value.code == 2 and f"Received: {backend!r}." in capsys.readouterr().err
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     assert startup.configured_backend() == "tensorflow"
+
+
+# Stands for TensorFlow, with lines of 2.21 and 2.18, and one that is news.
+NOISY = """
+import os
+def log(*lines, end=chr(10)):
+    os.write(2, (chr(10).join(lines) + end).encode())
+log(
+    "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+    "I0000 00:00:1.6    1788 port.cc:153] oneDNN custom operations are on. You may see ...",
+    "I0000 00:00:1.6    1788 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU "
+    "will not be used.",
+    "E external/cuda_fft.cc:477] Unable to register cuFFT factory: Attempting to register factory "
+    "for plugin cuFFT when one has already been registered",
+)
+log("F0000 no AVX here", end="")
+{then}
+class config:
+    @staticmethod
+    def list_physical_devices(kind):
+        log(
+            "!",
+            "E0000 00:00:1.4    1788 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA "
+            "error: Failed call to cuInit: UNKNOWN ERROR (303)",
+        )
+"""
+IMPORTING = """
+import sys, tfjacreg_startup
+tfjacreg_startup.import_tensorflow()
+print(" after", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "status", "shown"),
+    [
+        ("", 0, "F0000 no AVX here!\n after\n"),
+        ("os.abort()", -6, "F0000 no AVX here"),
+        # Whoever needs it says that it is not there.
+        ("raise ImportError", 0, "F0000 no AVX here after\n"),
+    ],
+)
+def test_tensorflow_says_what_is_news_even_as_it_crashes(tmp_path, then, status, shown):
+    (tmp_path / "tensorflow.py").write_text(NOISY.format(then=then))
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (status, shown)

@@ -7,7 +7,11 @@ Mostad 2022).
 import tfjacreg_startup
 
 if tfjacreg_startup.is_module_command():
+    import tfjacreg_arguments
+
     tfjacreg_startup.prepare()
+    tfjacreg_arguments.module()  # --help and mistakes end here, before seconds of imports.
+    tfjacreg_startup.import_tensorflow()
 
 from tfjacreg import attacks, callbacks, datasets, networks, norms, regularizers, robustness
 from tfjacreg.checks import check_network

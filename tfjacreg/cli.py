@@ -1,17 +1,18 @@
-"""How a command ends: its errors in one message, and at once when it is told to."""
+"""What a command prints, and how it ends: errors in one message, and at once when told to."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, TextIO
 
 import tfjacreg_startup
 from tfjacreg import optional_packages
@@ -23,63 +24,93 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds for what is being computed to end by itself. Then the process is ended, which harms
 # nothing: files are written whole or not at all, and locks go with their owner.
 _GRACE = 3.0
+_NARROWEST = 40  # Columns of a terminal: no lines are broken for less.
+_CODE = "    "
 
 
-def run(name: str, main: Callable[[], int], stopped: str) -> int:
+def run(name: str, main: Callable[[], int], stopped: Callable[[], str]) -> int:
     """Runs a command.
 
     Args:
         name: Its name, which begins every message.
         main: Does the work and returns the exit status.
-        stopped: What to say when Ctrl-C or SIGTERM ends it.
+        stopped: Gives what to say when Ctrl-C or SIGTERM ends it.
 
     Returns:
         The exit status: that of `main`; 2 after one message on stderr where something was wrong
         with what the command was given, or could not be written; 130 where it was stopped.
     """
     try:
-        with _interruptible(stopped):
+        with _interruptible(stopped), _warnings_as_messages(name):
             status = main()
             if sys.stdout is not None:
                 sys.stdout.flush()
             return status
     except KeyboardInterrupt:
-        _say(stopped)
+        with contextlib.suppress(KeyboardInterrupt):  # Whoever is in a hurry.
+            _say(stopped)
         return STOPPED
     except (ValueError, OSError, optional_packages.MissingExtraError) as error:
         with contextlib.suppress(OSError):
-            print(f"{name}: error: {_shown(str(error))}", file=sys.stderr)
+            say(f"{name}: error: {tfjacreg_startup.hide_arguments(str(error))}", file=sys.stderr)
         return FAILED
     finally:
         _give_up(sys.stdout)
         _give_up(sys.stderr)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose messages have no password and command no terminal."""
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Prints a text, in lines that fit where the stream is a terminal.
 
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong with the command line, and ends with status 2."""
-        super().error(_shown(message))
+    Args:
+        text: The text. A line that is broken goes on two columns to the right of its own start;
+            one that starts with four spaces or more is code, and stays.
+        file: The stream; None for stdout.
+    """
+    print(_fitted(printable(text), columns(file)), file=file, flush=True)
 
 
-def path(text: str) -> Path:
-    """The type of an option that names a file or folder, which TensorFlow must be able to name."""
-    if not text:  # A variable that is not set.
-        raise argparse.ArgumentTypeError("must be a path. Received: an empty one.")
-    if "://" in text and tfjacreg_startup.redacted(text) != text:
-        raise argparse.ArgumentTypeError("must be a path. Received: a URL with a password.")
+def columns(file: TextIO | None = None) -> int | None:
+    """How many characters a line has; None where the stream, stdout by default, is no terminal."""
+    file = sys.stdout if file is None else file
+    if file is None or not file.isatty():
+        return None
+    return max(shutil.get_terminal_size().columns, _NARROWEST)
+
+
+def _fitted(text: str, width: int | None) -> str:
+    if width is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        if len(line) > width and not line.startswith(_CODE):
+            line = textwrap.fill(
+                line,
+                width,
+                subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),
+                break_long_words=False,  # A path is one word.
+                break_on_hyphens=False,
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _warnings_as_messages(name: str) -> Iterator[None]:
+    """Shows a warning as its text, without the place in the code that has it."""
+    before = warnings.formatwarning
+
+    def shown(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
+        if not issubclass(category, UserWarning):
+            return before(message, category, *args, **kwargs)
+        text = tfjacreg_startup.hide_arguments(f"{name}: warning: {message}")
+        return _fitted(printable(text), columns(sys.stderr)) + "\n"
+
+    warnings.formatwarning = shown
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a path in UTF-8, which TensorFlow needs. Received: {text!r}. Rename it."
-        ) from error
-    return Path(text)
-
-
-def _shown(message: str) -> str:
-    return printable(tfjacreg_startup.hide_arguments(message))
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _give_up(stream: TextIO | None) -> None:
@@ -93,13 +124,17 @@ def _give_up(stream: TextIO | None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _say(text: str) -> None:
+def _say(stopped: Callable[[], str]) -> None:
     with contextlib.suppress(OSError):
-        print(f"\n{printable(text)}", flush=True)
+        try:
+            text = stopped()
+        except (OSError, ValueError):  # What is there cannot be read.
+            text = "Stopped."
+        say(f"\n{text}")
 
 
 @contextlib.contextmanager
-def _interruptible(stopped: str) -> Iterator[None]:
+def _interruptible(stopped: Callable[[], str]) -> Iterator[None]:
     """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Signals are another thread's.

@@ -55,8 +55,8 @@ FOREIGN = {
     "None.Nobody": DENSE | {"module": None, "class_name": "Nobody"},
     "None.__typespec__": DENSE | {"module": None, "class_name": "__typespec__"},
     "tfjacreg.model.Dense": DENSE | {"module": "tfjacreg.model"},
-    "tfjacreg.cli.Path": DENSE
-    | {"module": "tfjacreg.cli", "class_name": "Path", "registered_name": "tfjacreg>Path"},
+    "tfjacreg.datasets.Path": DENSE
+    | {"module": "tfjacreg.datasets", "class_name": "Path", "registered_name": "tfjacreg>Path"},
     "keras.layers.Dense": DENSE | {"registered_name": "Other>Dense"},
     "3.Dense": DENSE | {"module": 3},
 }

@@ -159,3 +159,23 @@ def test_where_sigma_is_0_the_margin_promises_too_much():
         "1.41",
         "50.0",
     ]
+
+
+def test_a_table_fits_the_width_that_there_is():
+    """What does not fit follows below; every cell is there once, beside its method."""
+    head = ["method", "runs", *map(str, range(6))]
+    rows = [
+        [name, "2", *(f"{name[0]}{i}.0±0.1" for i in range(6))] for name in ("none", "spectral")
+    ]
+    table = curves.Table("title", head, rows, "note")
+    wide, narrow = str(table), table.text(40)
+    assert wide == table.text(len(wide.splitlines()[1])) and wide.count("\n") == 4
+    assert all(len(line) <= 40 for line in narrow.splitlines())
+    title, *lines, note = narrow.splitlines()
+    assert (title, note) == ("title", "note") and len(lines) == 9
+    for i, row in enumerate([head, *rows]):
+        parts = [line.split() for line in lines[i::3]]
+        assert {part[0] for part in parts} == {row[0]}
+        assert [cell for part in parts for cell in part[1:]] == row[1:]
+    # A column that is wider than all there is stands alone.
+    assert len(table.text(5).splitlines()) == 2 + 3 * 7

@@ -144,3 +144,32 @@ def test_a_name_is_no_formula(tmp_path, name):
     runs = [Evaluation(name, name, e.result) for e in POINTS[:1]]
     distributions.distance_figure(runs, tmp_path / "distance.png")
     assert (tmp_path / "examples.png").exists() and (tmp_path / "distance.png").exists()
+
+
+def test_no_title_label_or_legend_is_cut(tmp_path, monkeypatch):
+    """With names as long as those of a report."""
+    drawn = []
+    for module in (figures, distributions):
+        monkeypatch.setattr(module, "save", lambda figure, path: drawn.append(figure))
+    runs = [
+        Evaluation("fashion_mnist, final", method, e.result)
+        for e, method in zip(POINTS, ("Spectral-Bound", "Weight decay"), strict=True)
+    ]
+    path = tmp_path / "figure.svg"
+    distributions.boundary_figure(runs, path)
+    distributions.distance_figure(runs, path)
+    distributions.sigma_figure(runs, path)
+    figures.robustness_figure(runs, ["pgd"], path)
+    figures.accuracy_figure(runs, "pgd", path)
+    losses = {e.method: np.array([[4.0, 1.0], [3.0, 2.0]]) for e in runs}
+    figures.training_figure({"fashion_mnist, final": losses}, path)
+    assert len(drawn) == 6
+    for figure in drawn:
+        figure.draw_without_rendering()
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        for ax in figure.axes:
+            texts += [ax.title, ax.xaxis.label, ax.yaxis.label]
+        for text in texts:
+            box = text.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text

@@ -1,20 +1,25 @@
-"""What happens around the epochs of a run: they are timed, checked, tested and kept."""
+"""What happens around the epochs of a run: they are timed, checked, tested, kept and shown."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from tfjacreg.datasets import Split
 from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.folder import RunFolder
 
 EVALUATION_BATCH = 500
+# The figures of an epoch that a terminal shows, and in how many columns each.
+_SHOWN = ("loss", "accuracy", "penalty", "val_loss", "val_accuracy")
+_WIDTH = 8
 
 
 class EpochClock(keras.callbacks.Callback):
@@ -38,7 +43,8 @@ class EpochClock(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Reads the clock."""
-        self.step_seconds = (time.perf_counter() - self._started) / (batch + 1)
+        seconds = time.perf_counter() - self._started
+        self.step_seconds = seconds / _steps_done(batch, self.params["steps"])
 
 
 class StopAtNaN(keras.callbacks.Callback):
@@ -112,3 +118,59 @@ class Recorder(keras.callbacks.Callback):
             raise self._guard.diverged()
         self._history.append(row)
         self._folder.write_epoch(self._history, self.model)
+
+
+class EpochTable(keras.callbacks.Callback):
+    """Shows a line of figures per epoch, and a bar of the present one, in 80 columns of a terminal.
+
+    Comes after `Recorder`: an epoch that has its line is kept.
+    """
+
+    def __init__(self, clock: EpochClock) -> None:
+        super().__init__()
+        self._clock = clock
+        self._bar: Any = None
+        self._has_head = False
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begins a bar."""
+        self._bar = tqdm(
+            desc=f"epoch {epoch + 1}/{self.params['epochs']}",
+            total=self.params["steps"],
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+        )
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Moves the bar."""
+        self._bar.update(_steps_done(batch, self.params["steps"]) - self._bar.n)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Puts the line in the place of the bar."""
+        self.close()
+        names = [n for n in _SHOWN if n in logs]
+        widths = {name: max(len(name), _WIDTH) for name in names}
+        if not self._has_head:
+            head = "".join(f"  {name:>{width}}" for name, width in widths.items())
+            print(f"{'epoch':>7}{head}  ms/step")
+            self._has_head = True
+        figures = "".join(f"  {_shown(logs[name]):>{width}}" for name, width in widths.items())
+        counted = f"{epoch + 1}/{self.params['epochs']}"
+        print(f"{counted:>7}{figures}  {1e3 * self._clock.step_seconds:7.1f}", flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _steps_done(batch: int, steps: int) -> int:
+    """The steps of an epoch so far: Keras counts the last `steps_per_execution` as a full one."""
+    return min(batch + 1, steps)
+
+
+def _shown(value: float) -> str:
+    text = f"{value:.4f}"
+    return text if len(text) <= _WIDTH else f"{value:.1e}"

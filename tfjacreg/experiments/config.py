@@ -233,6 +233,31 @@ class RunConfig:
                 different[name] = (there, value)
         return different
 
+    def described(self) -> str:
+        """The settings in two lines, for whoever starts the run."""
+        penalty = self.regularizer
+        if penalty != "none":
+            penalty += f", factor {self.factor:g}"
+        parts = [
+            f"{self.epochs} epoch{'s' * (self.epochs != 1)}",
+            f"batches of {self.batch_size}",
+            f"learning rate {self.learning_rate:g} ({self.schedule})",
+        ]
+        if self.width != 1:
+            parts.append(f"width {self.width:g}")
+        if self.initialization != "keras":
+            parts.append(f"initial weights of {self.initialization}")
+        if self.pretrained:
+            parts.append("pretrained")
+        if self.image_size is not None:
+            parts.append("images of {}x{}".format(*self.image_size))
+        if self.augment:
+            parts.append("images cropped and flipped")
+        if self.whole_training_set:
+            parts.append("whole training set")
+        first = f"{self.dataset}, {self.network}, {penalty}, seed {self.seed}"
+        return f"{first}\n  {', '.join(parts)}"
+
     def default_folder(self) -> Path:
         """Where the run goes if nothing else is said."""
         method = self.regularizer

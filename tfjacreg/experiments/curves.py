@@ -66,13 +66,26 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """The table as text, in columns."""
-        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """The table in columns; those that do not fit follow below, beside the methods' names.
+
+        Args:
+            width: How many characters a line has at most; None for any number.
+        """
+        rows = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        parts: list[list[int]] = [[]]
+        for column in range(1, len(widths)):
+            taken = sum(widths[i] + 2 for i in [*parts[-1], column])
+            if parts[-1] and width is not None and widths[0] + taken > width:
+                parts.append([])
+            parts[-1].append(column)
         lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in [self.head, *self.rows]
+            row[0].ljust(widths[0]) + "".join(f"  {row[i]:>{widths[i]}}" for i in part)
+            for part in parts
+            for row in rows
         ]
         return "\n".join([self.title, *lines, *filter(None, [self.note])])
 

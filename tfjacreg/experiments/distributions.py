@@ -39,7 +39,7 @@ def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
             label = f"{method} (median {np.median(found.values):.2f})"
             _draw_shares(ax, found.values, drawn_as[method], label=label)
         ax.set_title(_title(dataset, methods))
-        ax.set_xlabel("distance to the decision boundary (Euclidean, pixel units)")
+        ax.set_xlabel("distance to the decision boundary\n(Euclidean, pixel units)")
         ax.set_ylabel("points within (%)")
         ax.set_xlim(left=0)
     legend_below(figure)
@@ -103,7 +103,7 @@ def sigma_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
             label = f"{method} (median {np.median(slope.sigma):.2f})"
             _draw_shares(ax, slope.sigma, drawn_as[method], label=label)
         points = next(iter(methods.values())).sigma.shape[1]
-        ax.set_title(f"{dataset}: {points} points")
+        ax.set_title(f"{dataset}:\n{points} points")
         ax.set_xlabel("exact sigma (logits per pixel unit)")
         ax.set_ylabel("points with at most that (%)")
         _logarithmic(ax, [slope.sigma for slope in methods.values()])
@@ -123,7 +123,7 @@ def _shares(gathered: dict[str, Any]) -> tuple[Figure, list[Axes]]:
 
 def _title(dataset: str, methods: dict[str, Distances]) -> str:
     points = next(iter(methods.values()))
-    return f"{dataset}: {points.values.shape[1]} of {points.points} points"
+    return f"{dataset}:\n{points.values.shape[1]} of {points.points} points"
 
 
 def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], style: Style, **options: Any) -> None:

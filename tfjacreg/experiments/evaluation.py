@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from tfjacreg import atomic_files, attacks
+from tfjacreg import atomic_files, attacks, cli, datasets
 from tfjacreg.datasets import Split
 from tfjacreg.experiments import (
     checkpoint,
@@ -70,15 +70,25 @@ def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -
     Raises:
         RunError: If another process works there.
     """
-    folders = {
-        RunFolder(Path(out) / path.stem if path.suffix == ".keras" else path).path.resolve()
-        for path in map(Path, paths)
-        if (path.suffix == ".keras" and path.is_file()) or FolderReader(path).claimed
-    }
+    there = {folder.resolve() for folder in folders(paths, out)}
     with contextlib.ExitStack() as stack:
-        for folder in sorted(folders):  # In one order, so that no two wait for each other.
+        for folder in sorted(there):  # In one order, so that no two wait for each other.
             stack.enter_context(RunFolder(folder).owned(wait=wait))
         yield
+
+
+def folders(paths: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Where the evaluations of those classifiers go that are there.
+
+    Args:
+        paths: Those of `find_targets`.
+        out: That of `find_targets`.
+    """
+    return [
+        Path(out) / path.stem if path.suffix == ".keras" else path
+        for path in map(Path, paths)
+        if (path.suffix == ".keras" and path.is_file()) or FolderReader(path).claimed
+    ]
 
 
 def find_targets(
@@ -114,6 +124,11 @@ def find_targets(
         raise ValueError(
             "Run folders know their own pixels: give --pixels, --mean, --std and --image-size for "
             "bare files only."
+        )
+    if dataset is not None and not data_sources.is_valid(dataset):
+        raise ValueError(
+            f"--dataset must be one of {datasets.NAMES}, FILE.npz, a folder that is there (./NAME) "
+            f"or tfds:NAME. Received: {shown(dataset)}."
         )
     if dataset is None and bare:
         raise ValueError(f"A bare classifier needs --dataset. Received: {bare[0]}.")
@@ -168,7 +183,7 @@ def judge(
     examples: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
-) -> str:
+) -> list[curves.Table]:
     """Evaluates classifiers one after the other and draws what was measured.
 
     Args:
@@ -182,7 +197,7 @@ def judge(
         overwrite: Start afresh instead of going on with the files that are there.
 
     Returns:
-        The tables, as text.
+        The tables.
 
     Raises:
         ValueError: If data is missing, a file that is there was made with other settings, or a
@@ -230,7 +245,7 @@ def judge(
         distributions.sigma_figure(judged, out / "sigma.png")
     if set(pointwise) == set(measures.POINTWISE):
         tables.extend(curves.ratio_tables(judged))
-    return "\n\n".join(map(str, tables))
+    return tables
 
 
 def judge_run(path: Path, names: Sequence[str], *, limit: int | None = None) -> dict[str, Any]:
@@ -333,7 +348,7 @@ def evaluate(
             result = {**header, "clean_accuracy": clean}
         if target.scale is not None:
             about = target.classifier, stored, scale, result["clean_accuracy"], len(x)
-            print(classifier_files.described(*about))
+            cli.say(classifier_files.described(*about))
             classifier_files.warn_of_scale(*about)
         # A file of an earlier version does not name the settings of measures that came later.
         result["settings"] = {**result["settings"], **header["settings"]}

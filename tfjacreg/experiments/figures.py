@@ -411,7 +411,7 @@ def legend_below(figure: Figure, note: str = "") -> None:
     """
     found = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    # Of an entry the line takes about .6 inches, and a letter .07.
+    # Of an entry the line takes about 0.6 inches, and a letter 0.07.
     columns = int(figure.get_size_inches()[0] / (0.6 + 0.07 * max(map(len, handles))))
     columns = max(1, min(columns, len(handles)))
     with rc_context(_TYPE):

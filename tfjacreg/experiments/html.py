@@ -67,6 +67,7 @@ code {{ font-family: ui-monospace, monospace; font-size: .92em; }}
  table {{ width: 100%; font-size: 8pt; }}
  th, td {{ padding: .2em .4em; }}
  tr {{ break-inside: avoid; }}
+ p:has(+ .scroll) {{ break-after: avoid; }}
  pre {{ white-space: pre-wrap; font-size: 7pt; }}
 }}
 </style>

@@ -65,7 +65,7 @@ def load(config: RunConfig) -> Data:
         raise RunError(
             f"{config.dataset}: there must be at least a batch of training images, "
             f"{config.batch_size}. Received: {len(data.train.x)}. Give a smaller --batch-size, or "
-            "more images"
+            "more images."
         )
     splits: dict[str, Split] = {name: getattr(data, name) for name in ("train", "validation")}
     splits["test"] = data.test

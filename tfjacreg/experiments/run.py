@@ -14,7 +14,13 @@ import tensorflow as tf
 
 from tfjacreg import norms
 from tfjacreg.experiments import pipeline
-from tfjacreg.experiments.callbacks import EVALUATION_BATCH, EpochClock, Recorder, StopAtNaN
+from tfjacreg.experiments.callbacks import (
+    EVALUATION_BATCH,
+    EpochClock,
+    EpochTable,
+    Recorder,
+    StopAtNaN,
+)
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.environment import differences, environment
 from tfjacreg.experiments.folder import RunFolder
@@ -43,7 +49,8 @@ def run(
         out: The run folder; made if needed. No other process may work in it meanwhile.
         overwrite: Whether to throw away what the folder has of a run and start anew.
         wait: Whether to wait for a process that works in the folder.
-        verbose: Keras' own setting for `fit`: 1 is a progress bar, 2 a line per epoch, 0 silence.
+        verbose: 1 is a bar and a line per epoch in 80 columns, for a terminal; 2 is Keras' line per
+            epoch; 0 is silence.
 
     Returns:
         What `metrics.json` says: `test_accuracy`, `test_loss`, `test_spectral_norm` (the mean over
@@ -186,18 +193,27 @@ def _fit(
     """Trains what is left of the run; `history` grows by a row per epoch."""
     clock = EpochClock(len(history))
     guard = StopAtNaN(folder, history)
-    model.fit(
-        pipeline.training_batches(
-            *data.train, config.batch_size, config.seed, clock.epoch, config.augment
-        ),
-        validation_data=data.validation,
-        validation_batch_size=EVALUATION_BATCH,
-        initial_epoch=len(history),
-        epochs=config.epochs,
-        callbacks=[clock, guard, Recorder(folder, history, clock, data.test, guard)],
-        shuffle=False,  # The batches are already.
-        verbose=verbose,
-    )
+    callbacks = [clock, guard, Recorder(folder, history, clock, data.test, guard)]
+    table = EpochTable(clock)
+    if verbose == 1:
+        callbacks.append(table)
+    if history and verbose:
+        print(f"Goes on after epoch {len(history)}.", flush=True)
+    try:
+        model.fit(
+            pipeline.training_batches(
+                *data.train, config.batch_size, config.seed, clock.epoch, config.augment
+            ),
+            validation_data=data.validation,
+            validation_batch_size=EVALUATION_BATCH,
+            initial_epoch=len(history),
+            epochs=config.epochs,
+            callbacks=callbacks,
+            shuffle=False,  # The batches are already.
+            verbose=0 if verbose == 1 else verbose,
+        )
+    finally:
+        table.close()
 
 
 def mean_spectral_norm(network: keras.Model, x: np.ndarray) -> float:

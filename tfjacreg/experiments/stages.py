@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from tfjacreg import cli
 from tfjacreg.experiments import report, workers
 from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.ledger import Result, Summary
@@ -80,11 +81,11 @@ def run(
         "data_dir": data_dir,
         "retry_failed": retry_failed,
     }
-    grid = workers.run_sweep(sweep, out, announcement=plan(sweep), **options)
+    grid = workers.run_sweep(sweep, out, announcement=plan(sweep, out), **options)
     if sweep.final is None:
         return Outcome(grid)
     chosen, unchosen = choose(sweep, grid, sweep.final.choose_by)
-    print(_told(sweep.final.choose_by, chosen, unchosen), flush=True)
+    cli.say(_told(sweep.final.choose_by, chosen, unchosen))
     if not chosen:
         raise RunError(
             f"No cell of any method in {out} has finished all its repeats: there is nothing to "
@@ -104,25 +105,32 @@ def run(
     return Outcome(grid, final, unchosen, written.path, written.answer)
 
 
-def plan(sweep: Sweep) -> str:
-    """What is going to be run, in words."""
+def plan(sweep: Sweep, out: Path) -> str:
+    """What is going to be run, and where, in lines."""
     config = sweep.any_config
     count = len(sweep.cells) * sweep.repeats
-    text = f"{sweep.name}: {config.dataset}, {config.network}: {count} runs"
-    text += f" of {config.epochs} epochs"
+    lines = [f"{sweep.name}: {config.dataset}, {config.network}", f"in {out}"]
+    runs = f"{count} run{'s' * (count != 1)} of {config.epochs} epoch{'s' * (config.epochs != 1)}"
     final = sweep.final
-    if final is not None:
+    if final is None:
+        lines.append(runs)
+    else:
         more = len(sweep.methods) * final.repeats
-        text += (
-            f" choose a cell for each of {len(sweep.methods)} methods by {final.choose_by}; then "
-            f"{more} runs train the choices again with {final.repeats} new seeds"
-        )
+        last = f"final: {more} runs of the choices, {final.repeats} of each with new seeds"
         if final.whole_training_set:
-            text += " on the whole training set"
+            last += ", on the whole training set"
         if final.judgement.names:
-            text += f" and are judged ({', '.join(final.judgement.names)})"
-        text += f". In all {count + more} runs"
-    return f"{text}. The time that is left is shown after the first."
+            last += f"; judged by {', '.join(final.judgement.names)}"
+        if final.judgement.limit:
+            last += f", on {final.judgement.limit} images"
+        lines += [
+            f"grid: {runs}",
+            f"choice: the cell of best {final.choose_by} of each of {len(sweep.methods)} methods",
+            last,
+            f"in all {count + more} runs",
+        ]
+    lines[-1] += "; the time left is shown after the first"
+    return "\n  ".join(lines)
 
 
 def choose(sweep: Sweep, grid: Summary, choose_by: str) -> tuple[dict[str, Cell], dict[str, str]]:

@@ -71,7 +71,7 @@ DIFFERENCES = """\
 Test accuracy after the last epoch, the first method's less the second's, in percentage points. Runs
 with the same seed are a pair: they begin with the same weights and see the images in the same
 order. p is that of the two-sided paired t test over the seeds, of this difference alone: of twenty
-such tests between equal methods, one falls below .05 by chance. "All" is p times the number of the
+such tests between equal methods, one falls below 0.05 by chance. "All" is p times the number of the
 tests here (Bonferroni)."""
 WHOLE_TRAINING_SET = """\
 Runs on the whole training set have no validation loss to choose by: a method's only cell stands for
@@ -264,10 +264,11 @@ def machines(results: SweepResults) -> str:
     """How many runs were made with which versions on which hardware, and their hours."""
     counts = Counter(json.dumps(run.environment, sort_keys=True) for run in results.finished)
     found = [(json.loads(text), count) for text, count in counts.most_common()]
-    names = list(dict.fromkeys(name for machine, _ in found for name in machine))
-    rows = [
-        [str(count), *(plain(str(machine.get(name, ""))) for name in names)]
+    machines = [
+        f"- {count} run{'s' * (count != 1)}: "
+        + "; ".join(f"{plain(name)} {plain(str(value))}" for name, value in machine.items())
         for machine, count in found
+        if machine
     ]
     # Runs of version 0.1.0 did not record it.
     timed = [run.metrics for run in results.finished if "training_seconds" in run.metrics]
@@ -279,7 +280,7 @@ def machines(results: SweepResults) -> str:
         )
     if len(timed) < len(results.finished):
         sentence += f"; {len(results.finished) - len(timed)} of them did not record their hours"
-    return f"{sentence}.\n\n{table(['runs', *map(plain, names)], rows)}" if rows else f"{sentence}."
+    return "\n\n".join([f"{sentence}.", "\n".join(machines)]).rstrip()
 
 
 def fence(text: str) -> str:

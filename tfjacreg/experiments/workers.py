@@ -23,7 +23,7 @@ import tensorflow as tf
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from tfjacreg import atomic_files
+from tfjacreg import atomic_files, cli
 from tfjacreg.experiments import durations, evaluation, pipeline, reading
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.folder import RunFolder
@@ -74,7 +74,7 @@ def run_sweep(
             ledger.reopen(failed=retry_failed, lost=storage is None)
             ledger.check_folders()
             if announcement:
-                print(announcement, flush=True)
+                cli.say(announcement)
             if ledger.finished():
                 return ledger.summary()
             bar = stack.enter_context(_Bar(ledger, _count_test_images(ledger)))
@@ -170,8 +170,8 @@ class _Bar(tqdm):
         if left:
             text += f", {durations.shown(left)} left"
             if not self._told:
-                both = ", with the second stage," * (self._ledger.sweep.final is not None)
-                self.write(f"By the first run, all{both} takes {durations.shown(left)} more.")
+                both = ", with the second stage" * (self._ledger.sweep.final is not None)
+                self.write(f"Left after the first run{both}: {durations.shown(left)}.")
                 self._told = True
         self.set_postfix_str(text, refresh=False)
         self.update(self._ledger.epochs() - self.n)
