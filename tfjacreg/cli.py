@@ -47,12 +47,27 @@ def run(name: str, main: Callable[[], int], stopped: str) -> int:
         _say(stopped)
         return STOPPED
     except (ValueError, OSError, optional_packages.MissingExtraError) as error:
-        with contextlib.suppress(OSError):
-            print(f"{name}: error: {_shown(str(error))}", file=sys.stderr)
+        reason = str(error)
+        if isinstance(error, OSError) and (lost := _lost()):
+            reason = f"its output cannot be written: {lost}. {stopped}"
+        for stream in filter(None, (sys.stderr, sys.stdout)):
+            with contextlib.suppress(OSError):
+                print(f"{name}: error: {_shown(reason)}", file=stream, flush=True)
+                break
         return FAILED
     finally:
         _give_up(sys.stdout)
         _give_up(sys.stderr)
+
+
+def _lost() -> str | None:
+    """Why a stream cannot be written any more: who reads it has ended, or its disk is full."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 class Parser(argparse.ArgumentParser):
