@@ -105,7 +105,7 @@ def test_the_table_of_the_guide_says_so_too():
     table = page.split("## Beside the network alone")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*`) \| (.*) \|$", table, re.M)
     kinds = {name: what for names, what in rows for name in re.findall(r"`(\w+)`", names)}
-    methods = {"save", "get_config", "clone_model", "export", "save_weights"}
+    methods = {"save", "get_config", "clone_model", "export", "save_weights", "get_layer"}
     assert methods < set(kinds) and len(kinds) > 25
     for name in set(kinds) - methods:
         assert (kinds[name] == "the network's own") == (ATTRIBUTES[name] == SAME), name
@@ -128,7 +128,10 @@ def test_a_network_without_known_inputs_has_none_of_its_own():
 
 def test_a_part_of_the_network_by_its_inputs():
     model = wrapped()
-    part = keras.Model(model.input, model.network.get_layer("logits").output)
+    part = keras.Model(model.input, model.get_layer("logits").output)
+    assert model.get_layer("both") is model.get_layer(index=0) is model.network
+    with pytest.raises(ValueError, match="No such layer: nobody.*logits"):
+        model.get_layer("nobody")
     np.testing.assert_array_equal(part.predict(X, verbose=0), model.predict(X, verbose=0))
 
 

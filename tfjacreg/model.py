@@ -157,6 +157,12 @@ class RegularizedModel(keras.Model):
         """The shape of the network's output, or their shapes; as for the network alone."""
         return self.network.output_shape
 
+    def get_layer(self, name: str | None = None, index: int | None = None) -> keras.Layer:
+        """The layer of that name, of the model or of its network; or Keras' own by an index."""
+        if name is None or any(layer.name == name for layer in self.layers):
+            return super().get_layer(name, index)
+        return self.network.get_layer(name)
+
     @property
     def metrics(self) -> list[keras.Metric]:
         """Keras' own, and those that the network keeps for itself."""
