@@ -267,6 +267,20 @@ def test_a_frozen_model_is_a_layer_of_another_that_trains():
         np.testing.assert_array_equal(a, b)
 
 
+def test_another_network_or_penalty_needs_another_model():
+    """Its step and state would go on with the first one, in silence."""
+    model = of_images("spectral")
+    for name, value in (("regularizer", regularizers.SpectralNorm(7.0)), ("regularizer", None)):
+        with pytest.raises(AttributeError, match=f"RegularizedModel.*anew.*Received: {name}="):
+            setattr(model, name, value)
+    before = model.network
+    with pytest.raises(AttributeError, match="Received: network="):
+        model.network = of_images(None).network
+    assert model.network is before
+    model.more = layers.Dense(2)  # As a functional model may be given one.
+    assert model.layers == [before, model.more]
+
+
 @pytest.mark.parametrize("way", ["clone_model", "config", "json"])
 def test_a_copy_is_a_model_of_its_own(way):
     model = wrapped(regularizers.SpectralNorm(0.3, "lanczos", 2, threshold=0.1))

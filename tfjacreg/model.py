@@ -77,7 +77,7 @@ class RegularizedModel(keras.Model):
                 "scope of a MultiWorkerMirroredStrategy"
             )
         self.network = network
-        self._regularizer = regularizers.get(regularizer)
+        self.regularizer = regularizers.get(regularizer)
         signature.check_name("input", input)
         signature.check_name("output", output)
         if self._is_of_the_jacobian and type(self).call is not RegularizedModel.call:
@@ -102,18 +102,15 @@ class RegularizedModel(keras.Model):
             # A subclass may keep a teacher or a metric, as one of a functional model may.
             _keras.unlock(self)
 
-    @property
-    def regularizer(self) -> regularizers.Regularizer | None:
-        """The penalty. Its factor may be set anew; another penalty needs another model."""
-        return self._regularizer
-
-    @regularizer.setter
-    def regularizer(self, regularizer: Any) -> None:
-        raise AttributeError(
-            "A model keeps the penalty that it was made with, whose state it holds. For another "
-            "one make RegularizedModel(model.network, ...); another factor may be set as "
-            f"`model.regularizer.factor`. Received: regularizer={regularizer!r}"
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keras' own; network and penalty stay those whose state and training step it has."""
+        if name in ("network", "regularizer") and name in vars(self):
+            raise AttributeError(
+                "A model keeps the network and the penalty that it was made with. For others make "
+                "RegularizedModel(network, regularizer) anew; another factor may be set as "
+                f"`model.regularizer.factor`. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
 
     @property
     def output_names(self) -> list[str] | None:
