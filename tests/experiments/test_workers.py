@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
@@ -437,53 +436,6 @@ def test_a_database_that_another_program_has_locked(tmp_path, monkeypatch):
         with pytest.raises(RunError, match="sweep.sqlite3, is locked by another program") as caught:
             _work(tmp_path, FEW, monkeypatch)
         assert "remove" not in str(caught.value)
-    _work(tmp_path, FEW, monkeypatch)
-
-
-@contextlib.contextmanager
-def read_only(path):
-    """As it is on a disk that is mounted so for root, to whom modes mean nothing."""
-    if os.getuid():
-        mode = path.stat().st_mode
-        path.chmod(mode & 0o555)
-        try:
-            yield
-        finally:
-            path.chmod(mode)
-        return
-    mounts = [["--bind", str(path), str(path)], ["-o", "remount,ro,bind", str(path)]]
-    done = []
-    try:
-        for options in mounts:
-            if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
-                if os.environ.get("CI"):
-                    pytest.fail("CI must be allowed to mount")
-                pytest.skip("nothing can be mounted here")
-            done.append(options)
-        yield
-    finally:
-        if done:
-            subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("sweep.sqlite3", "sweep.sqlite3, cannot be written. Make it and its folder writable, and"),
-        ("", "Cannot write the sweep's folder .*Choose a writable --out"),
-    ],
-)
-def test_a_database_that_cannot_be_written(tmp_path, monkeypatch, part, message):
-    """A real one: SQLite and the kernel say so, whatever the codes of their errors."""
-    _work(tmp_path, FEW, monkeypatch)
-    # There is a run to take again, which would be written down.
-    shutil.rmtree(next((tmp_path / "out").glob("*-seed0")))
-    with (
-        read_only(tmp_path / "out" / part),
-        pytest.raises(RunError, match=message) as caught,
-    ):
-        _work(tmp_path, FEW, monkeypatch)
-    assert "remove" not in str(caught.value) and "\n" not in str(caught.value)
     _work(tmp_path, FEW, monkeypatch)
 
 
