@@ -158,9 +158,8 @@ def without_secrets(arguments: list[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if equals and _is_storage(option):
             argument = f"{option}={redacted(value)}"
-        elif follows or "://" in argument or "pass" in argument.lower():
-            # A file may have a colon in its name.
-            argument = redacted(argument) if follows or _is_url(argument) else argument
+        elif follows or _is_url(argument):  # A file may have a colon in its name.
+            argument = redacted(argument)
         shown.append(argument)
         follows = not equals and _is_storage(argument)
     return shown
@@ -174,7 +173,8 @@ def _is_storage(option: str) -> bool:
 def _is_url(argument: str) -> bool:
     import re
 
-    return re.search(r"://|pass\w*\s*=", argument, re.IGNORECASE) is not None
+    names = re.findall(r"([\w%+.-]+)\s*=", argument)
+    return "://" in argument or any(map(is_secret, names))
 
 
 def redacted(text: str) -> str:
@@ -184,26 +184,43 @@ def redacted(text: str) -> str:
         text: The URL, or libpq's own `host=... password=...`.
     """
     import re
-    import urllib.parse
+
+    # First as a parameter of its own, then as a part of whatever else: all that follows may belong
+    # to it, an @ too.
+    for pattern in (r"(?<![^?&;\s])([\w%+.-]+)\s*[=:]\s*", r"([\w%+.-]+)\s*[=:]\s*"):
+        for name in re.finditer(pattern, text):
+            if is_secret(name[1]):
+                return f"{_without_owner(text[: name.start()])}{name[0]}***"
+        text = _without_owner(text)
+    return text
+
+
+def _without_owner(text: str) -> str:
+    """A URL with `***` for the password that stands before its host, or where its port would."""
+    import re
 
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = "", text
     # A password may hold any character: it ends at the last @.
     owner, at, place = rest.rpartition("@")
-    user, colon, _ = owner.partition(":")
-    owner = f"{user}:***" if colon else owner
+    user, *rest_of_owner = re.split("(:|%3a)", owner, maxsplit=1, flags=re.IGNORECASE)
+    if rest_of_owner:
+        owner = f"{user}{rest_of_owner[0]}***"
     place, mark, query = place.partition("?")
     host, colon, port = place.partition("/")[0].rpartition(":")
     if colon and not (port.isdecimal() or port.endswith("]") or not port):
         place = f"{host}:***"
-    pairs = []
-    for pair in query.split("&"):
-        name, equals, _ = pair.partition("=")
-        secret = "pass" in urllib.parse.unquote_plus(name).lower()
-        pairs.append(f"{name}=***" if equals and secret else pair)
-    shown = f"{scheme}{separator}{owner}{at}{place}{mark}{'&'.join(pairs)}"
-    return re.sub(r"(?is)(\w*pass\w*\s*[=:]\s*)(?!\*\*\*(&|$)).*", r"\1***", shown)
+    return f"{scheme}{separator}{owner}{at}{place}{mark}{query}"
+
+
+def is_secret(name: str) -> bool:
+    """Whether a parameter of a URL, perhaps with %, is one whose value nobody else is to see."""
+    import re
+    import urllib.parse
+
+    plain = urllib.parse.unquote_plus(name)
+    return re.search(r"pass|pwd|secret|token|(api_?|ssl|_)key\b", plain, re.IGNORECASE) is not None
 
 
 def printable(text: str, *, limit: int | None = None) -> str:

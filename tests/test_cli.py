@@ -42,6 +42,26 @@ def test_an_error_is_one_message(capsys, error):
     assert capsys.readouterr().err.endswith("it is wrong\n")
 
 
+@pytest.mark.parametrize("lost", ["stdout", "stderr"])
+@pytest.mark.parametrize("why", ["No space left on device", "Broken pipe"])
+def test_output_that_nobody_gets_is_told_on_the_other_stream(monkeypatch, tmp_path, lost, why):
+    """With the way on: what was computed is kept."""
+    number = os.open("/dev/full", os.O_WRONLY)
+    if why == "Broken pipe":
+        reader, number = os.pipe()
+        os.close(reader)
+    monkeypatch.setattr(sys, lost, os.fdopen(number, "w"))
+    other = (tmp_path / "other").open("w")
+    monkeypatch.setattr(sys, "stdout" if lost == "stderr" else "stderr", other)
+
+    def main():
+        print("a line", file=getattr(sys, lost), flush=True)
+
+    assert cli.run("name", main, "Stopped. Go on so.") == 2
+    told = f"name: error: its output cannot be written: {why}. Stopped. Go on so.\n"
+    assert (tmp_path / "other").read_text() == told
+
+
 def test_a_fault_of_the_program_is_no_message():
     with pytest.raises(ZeroDivisionError):
         cli.run("name", fails(ZeroDivisionError()), lambda: "Stopped.")

@@ -1,5 +1,6 @@
 """Every name of Keras without a public way that tfjacreg needs: a new Keras must still have it."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -118,6 +119,25 @@ def test_own_metrics(network):
     measuring.compile("sgd", "mse", metrics=["mae"])
     assert _keras.own_metrics(measuring) == [measuring.activity]
     assert _keras.own_metrics(network) == _keras.own_metrics(Nested()) == []
+
+
+def test_group_in_file(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), Nested(), layers.Dense(2), layers.Dense(2)])
+    model.save_weights(tmp_path / "a.weights.h5")
+    with h5py.File(tmp_path / "a.weights.h5") as file:
+        names = [_keras.group_in_file(layer) for layer in model.layers]
+        assert names == ["nested", "dense", "dense"]
+        assert set(file["layers"]) == {"nested", "dense", "dense_1"}
+
+
+def test_unlock():
+    layer = layers.Dense(2)
+    layer.build((None, 3))
+    with pytest.raises(ValueError, match="already built"):
+        layer.more = layers.Dense(2)
+    _keras.unlock(layer)
+    layer.more = layers.Dense(2)
+    assert layer.more in _keras.layers_of(layer)
 
 
 @pytest.mark.parametrize("knows_training", [True, False])

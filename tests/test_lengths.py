@@ -215,6 +215,25 @@ def views(*more):
     return keras.Sequential([keras.Input((2, 3)), Fold((3,)), layers.Dense(4), *more])
 
 
+def test_a_ragged_tensor_is_no_set_of_points():
+    rows = tf.RaggedTensor.from_row_lengths(RNG.normal(size=(5, 3)).astype("float32"), [2, 3])
+    with pytest.raises(TypeError, match=r"ragged tensor.*padded_batch.*Received"):
+        tfjacreg.callbacks.SpectralNormMonitor({"a": rows})
+
+
+def test_a_batch_axis_that_is_reduced():
+    class Mean(layers.Layer):
+        def call(self, x):
+            return keras.ops.mean(x, axis=0, keepdims=True)
+
+    reduced = keras.Sequential([keras.Input((3,)), layers.Dense(4), Mean()])
+    model = RegularizedModel(reduced, "spectral")
+    model.compile("sgd", "mse")
+    words = r"one row for each example.*Nothing may be reduced over the batch axis.*\(1, 4\)"
+    with pytest.raises(ValueError, match=words):
+        model.fit(np.zeros((4, 3), "float32"), np.zeros((4, 4)), batch_size=4, verbose=0)
+
+
 def test_views_folded_into_the_batch_axis():
     x = RNG.normal(size=(4, 2, 3)).astype("float32")
     words = r"one row for each example.*unfolded.*TimeDistributed.*Received.*\(8, 4\)"

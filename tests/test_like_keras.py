@@ -105,7 +105,7 @@ def test_the_table_of_the_guide_says_so_too():
     table = page.split("## Beside the network alone")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*`) \| (.*) \|$", table, re.M)
     kinds = {name: what for names, what in rows for name in re.findall(r"`(\w+)`", names)}
-    methods = {"save", "get_config", "clone_model", "export", "save_weights"}
+    methods = {"save", "get_config", "clone_model", "export", "save_weights", "get_layer"}
     assert methods < set(kinds) and len(kinds) > 25
     for name in set(kinds) - methods:
         assert (kinds[name] == "the network's own") == (ATTRIBUTES[name] == SAME), name
@@ -128,7 +128,10 @@ def test_a_network_without_known_inputs_has_none_of_its_own():
 
 def test_a_part_of_the_network_by_its_inputs():
     model = wrapped()
-    part = keras.Model(model.input, model.network.get_layer("logits").output)
+    part = keras.Model(model.input, model.get_layer("logits").output)
+    assert model.get_layer("both") is model.get_layer(index=0) is model.network
+    with pytest.raises(ValueError, match="No such layer: nobody.*logits"):
+        model.get_layer("nobody")
     np.testing.assert_array_equal(part.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
@@ -262,6 +265,20 @@ def test_a_frozen_model_is_a_layer_of_another_that_trains():
     outer.fit(X["img"], Y, **FIT)
     for a, b in zip(before, inner.network.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_another_network_or_penalty_needs_another_model():
+    """Its step and state would go on with the first one, in silence."""
+    model = of_images("spectral")
+    for name, value in (("regularizer", regularizers.SpectralNorm(7.0)), ("regularizer", None)):
+        with pytest.raises(AttributeError, match=f"RegularizedModel.*anew.*Received: {name}="):
+            setattr(model, name, value)
+    before = model.network
+    with pytest.raises(AttributeError, match="Received: network="):
+        model.network = of_images(None).network
+    assert model.network is before
+    model.more = layers.Dense(2)  # As a functional model may be given one.
+    assert model.layers == [before, model.more]
 
 
 @pytest.mark.parametrize("way", ["clone_model", "config", "json"])

@@ -1,8 +1,11 @@
 """Networks that are more than their layers, and losses of one's own."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from tfjacreg import RegularizedModel, regularizers
@@ -85,6 +88,51 @@ def test_a_method_of_its_own_is_refused(name, where):
     for penalty in ("spectral", None):
         with pytest.raises(ValueError, match=f"`{name}` of its own.*Received"):
             RegularizedModel(network, penalty)
+
+
+@pytest.mark.parametrize("name", ["losses", "trainable_variables", "trainable_weights"])
+def test_what_a_network_says_of_its_layers_itself_is_refused(name):
+    """The model around it would ask the layers, and train or count what the network leaves out."""
+    kind = type("Own", (keras.Model,), {name: property(lambda self: [])})
+    pixels = keras.Input((4, 4, 1))
+    with pytest.raises(ValueError, match=f"`{name}` of its own.*`trainable = False`.*Received"):
+        RegularizedModel(kind(pixels, layers.Dense(3)(layers.Flatten()(pixels))), None)
+
+
+def test_it_counts_which_class_has_a_method_not_how_it_is_called(monkeypatch):
+    """One that bears the name of Keras' is the network's; one that a tool gives Keras is not."""
+
+    class Halves(keras.Model):
+        @functools.wraps(keras.Model.fit)
+        def fit(self, x=None, *args, **kwargs):
+            return super().fit(x / 2, *args, **kwargs)
+
+    pixels = keras.Input((4, 4, 1))
+    logits = layers.Dense(3)(layers.Flatten()(pixels))
+    with pytest.raises(ValueError, match="`fit` of its own"):
+        RegularizedModel(Halves(pixels, logits), "spectral")
+    before = keras.Model.fit
+    monkeypatch.setattr(keras.Model, "fit", lambda self, *args, **kw: before(self, *args, **kw))
+    compiled(RegularizedModel(keras.Model(pixels, logits), "spectral")).fit(X / 255, Y, **FIT)
+
+
+def test_a_call_of_its_own_is_refused_where_training_would_not_run_it():
+    class Doubled(RegularizedModel):
+        def call(self, inputs, training=None):
+            return 2 * super().call(inputs, training)
+
+    def network():
+        keras.utils.set_random_seed(3)
+        return keras.Sequential([keras.Input((4,)), layers.Dense(3, use_bias=False)])
+
+    for penalty in ("spectral", regularizers.FrobeniusNorm(0.1)):
+        with pytest.raises(ValueError, match=r"`call` must be.*into the network.*Doubled"):
+            Doubled(network(), penalty)
+    x, y = np.ones((8, 4), "float32"), np.zeros((8, 3), "float32")
+    expected = np.mean((2 * network()(x)) ** 2)
+    for penalty in (None, regularizers.WeightDecay(0.0)):
+        model = compiled(Doubled(network(), penalty), "mse")
+        assert model.fit(x, y, verbose=0).history["loss"] == pytest.approx([expected], rel=1e-5)
 
 
 def test_other_methods_of_its_own_are_taken():
@@ -175,3 +223,86 @@ def test_a_loss_of_ones_own_that_takes_no_training():
     kernel = linear().get_weights()[0]
     loss = model.fit(x, y, batch_size=8, verbose=0).history["loss"][0]
     assert loss == pytest.approx(np.mean((x @ kernel - y) ** 2), rel=1e-5)
+
+
+class Cubic(layers.Layer):
+    """u = a x + b x^3."""
+
+    def build(self, shape):
+        self.weight = self.add_weight(shape=(2,), name="weight")
+
+    def call(self, x):
+        return x * self.weight[0] + x**3 * self.weight[1]
+
+
+class Equation(RegularizedModel):
+    """The residual of u'' = g, and no data: y holds g."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        with tf.GradientTape() as second:
+            second.watch(x)
+            with tf.GradientTape() as first:
+                first.watch(x)
+                u = self.network(x, training=training)
+            slope = first.gradient(u, x)
+        return keras.ops.mean(keras.ops.square(second.gradient(slope, x) - y))
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_the_residual_of_an_equation(options):
+    """A PINN, one step by hand: u'' = 6 b x, and sigma = |a + 3 b x^2|."""
+    a, b, factor = 0.7, -0.4, 0.2
+    x = np.array([[-1.5], [0.3], [0.9], [2.0]])
+    g = np.sin(x)
+    network = keras.Sequential([keras.Input((1,)), Cubic()])
+    network.set_weights([np.array([a, b], "float32")])
+    model = Equation(network, regularizers.SpectralNorm(factor, seed=0))
+    model.compile(keras.optimizers.SGD(0.1), **options)
+    history = model.fit(x.astype("float32"), g.astype("float32"), verbose=0).history
+    residual, slope = 6 * b * x - g, a + 3 * b * x**2
+    loss = np.mean(residual**2) + factor * np.mean(np.abs(slope))
+    assert history["loss"] == pytest.approx([loss], rel=1e-5)
+    sign = np.sign(slope)
+    gradient = [
+        factor * np.mean(sign),
+        np.mean(2 * residual * 6 * x) + factor * np.mean(sign * 3 * x**2),
+    ]
+    expected = np.array([a, b]) - 0.1 * np.array(gradient)
+    np.testing.assert_allclose(network.get_weights()[0], expected, rtol=1e-5)
+
+
+class Taught(RegularizedModel):
+    """Its outputs stay close to those of a teacher, which it holds."""
+
+    def __init__(self, network, regularizer=None, teacher=None, **kwargs):
+        super().__init__(network, regularizer, **kwargs)
+        self.teacher = teacher
+        teacher.trainable = False
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        own = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return own + keras.ops.mean(keras.ops.square(y_pred - self.teacher(x, training=False)))
+
+
+def test_distillation(tmp_path):
+    """One step by hand; the teacher stays as it is, and no penalty is taken of it."""
+    x, y = RNG.normal(size=(8, 4)).astype("float32"), RNG.normal(size=(8, 3)).astype("float32")
+    teacher, student = linear(), linear()
+    teacher.set_weights([3 * teacher.get_weights()[0]])
+    kernel, taught = (net.get_weights()[0].astype(float) for net in (student, teacher))
+    model = compiled(Taught(student, regularizers.SpectralNorm(0.3, "exact"), teacher), "mse")
+    history = model.fit(x, y, batch_size=8, verbose=0).history
+    left, values, right = np.linalg.svd(kernel)
+    error, away = x @ kernel - y, x @ (kernel - taught)
+    loss = np.mean(error**2) + np.mean(away**2) + 0.3 * values[0]
+    assert history["loss"] == pytest.approx([loss], rel=1e-5)
+    slope = 2 * x.T @ (error + away) / error.size + 0.3 * np.outer(left[:, 0], right[0])
+    np.testing.assert_allclose(student.get_weights()[0], kernel - 0.01 * slope, atol=1e-6)
+    np.testing.assert_allclose(teacher.get_weights()[0], taught, rtol=1e-7)
+    model.save_weights(tmp_path / "model.weights.h5")
+    before = student.get_weights()[0]
+    for net in (student, teacher):
+        net.set_weights([0 * net.get_weights()[0]])
+    model.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(student.get_weights()[0], before)
+    np.testing.assert_allclose(teacher.get_weights()[0], taught, rtol=1e-7)

@@ -33,7 +33,13 @@ def test_a_password_before_the_host_is_hidden(start, password):
         assert startup.without_secrets(shown) == shown
 
 
-@pytest.mark.parametrize("name", ["password", "pass%77ord", "sslpassword", "PASSWD", "SSLPassWord"])
+QUERY = [
+    *("password", "pass%77ord", "p%61ssword", "sslpassword", "PASSWD", "SSLPassWord", "pwd"),
+    *("oauth_client_secret", "sslkey", "scram_client_key", "access_token"),
+]
+
+
+@pytest.mark.parametrize("name", QUERY)
 @pytest.mark.parametrize(
     ("before", "after"), [("", ""), ("a=1&", ""), ("", "&a=1"), ("a=1&", "&b=2")]
 )
@@ -44,6 +50,8 @@ def test_a_password_in_the_query_is_hidden(name, before, after):
         assert "hunter2" not in shown and shown.startswith("postgresql+psycopg://")
         assert "9/db" in shown or ":9" not in start
         assert startup.without_secrets([shown]) == [shown]
+        (shown,) = startup.without_secrets([url.replace("hunter2", "an@hunter2")])
+        assert "hunter2" not in shown and startup.without_secrets([shown]) == [shown]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,8 @@ def test_a_password_in_the_query_is_hidden(name, before, after):
         *("postgresql://me:hunter2", "postgresql://me:hunter2/db", "sslpassword=hunter2"),
         *("PGPASSWORD=hunter2", "postgresql://h/db;password=hunter2", "//me:hunter2@h"),
         *("postgresql:\\\\me:hunter2@h", "jdbc:postgresql://h/db?user=me&password=hunter2"),
-        "postgresql://a:b@postgresql://me:hunter2@host/db",
+        *("postgresql://a:b@postgresql://me:hunter2@host/db", "postgresql://me%3Ahunter2@host/db"),
+        *("host=h p%61ssword=hunter2", "host=h oauth_client_secret = hunter2"),
     ],
 )
 def test_a_password_in_what_is_no_url_is_hidden(storage, monkeypatch):

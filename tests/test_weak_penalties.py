@@ -57,6 +57,7 @@ def told(network, loss=LOGITS, input=None, output=None):
 
 
 OUTPUTS, INPUTS = "The outputs", "The inputs"
+MEAN = np.array([120.0, 110, 100, 120, 110, 100], "float32")
 SATURATES = {
     "a softmax": lambda: chain(layers.Dense(3, "softmax")),
     "a sigmoid": lambda: chain(layers.Dense(1, "sigmoid")),
@@ -72,6 +73,19 @@ SATURATES = {
         layers.Dense(3), layers.Lambda(tf.nn.softmax, output_shape=(3,))
     ),
     "a subclass": lambda: Unordered(layers.Dense(4), layers.Dense(3, "softmax")),
+    "in another dtype": lambda: functional(
+        lambda x: keras.ops.cast(layers.Dense(3, "softmax")(x), "float16")
+    ),
+    "clipped": lambda: functional(
+        lambda x: keras.ops.clip(layers.Dense(3, "softmax")(x), 1e-7, 1.0)
+    ),
+    "one of two": lambda: functional(lambda x: layers.Dense(2, "softmax")(x)[:, 1:]),
+    "a mean of models": lambda: functional(
+        lambda x: layers.Average()([layers.Dense(3, "softmax")(x), layers.Dense(3, "softmax")(x)])
+    ),
+    "a mean over time": lambda: chain(
+        layers.Dense(3, "softmax"), layers.GlobalAveragePooling1D(), shape=(4, 6)
+    ),
 }
 
 
@@ -96,6 +110,17 @@ IS_LOGITS = {
     ),
     "not adapted": lambda: chain(layers.Normalization(), layers.Dense(3)),
     "a difference": lambda: functional(lambda x: layers.Dense(3)(x - 255.0)),
+    "an image from a code": lambda: chain(layers.Dense(16, "sigmoid"), layers.Reshape((4, 4, 1))),
+    "a number up to 10": lambda: functional(lambda x: 10 * layers.Dense(1, "sigmoid")(x)),
+    "a mean with logits": lambda: functional(
+        lambda x: layers.Average()([layers.Dense(3, "softmax")(x), layers.Dense(3)(x)])
+    ),
+    "down and up again": lambda: chain(
+        layers.Rescaling(1 / 255), layers.Rescaling(255.0), layers.Dense(3)
+    ),
+    "a branch that takes it as it comes": lambda: functional(
+        lambda x: layers.Dense(3)(layers.Concatenate()([x, layers.Rescaling(0.01)(x)]))
+    ),
 }
 
 
@@ -126,6 +151,63 @@ def test_a_loss_of_logits_tells_that_another_layer_is_the_last():
     assert told(Unordered(layers.Dense(4), layers.Dense(3, "softmax")), LOGITS) == []
 
 
+class Head(layers.Layer):
+    """A layer of one's own, of which nothing says what it ends with."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.dense = function, layers.Dense(3)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.function(self.dense(x))
+
+
+class Sure(keras.Model):
+    """The layer that runs last was made first."""
+
+    def __init__(self):
+        super().__init__()
+        self.sure, self.dense = layers.Softmax(), layers.Dense(3)
+
+    def call(self, x):
+        return self.sure(self.dense(x))
+
+
+def with_activation(function):
+    return chain(layers.Dense(3, activation=function))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: chain(Head(tf.nn.softmax)), [OUTPUTS]),
+        (lambda: chain(Head(tf.sigmoid), layers.Reshape((3, 1))), [OUTPUTS]),
+        (lambda: chain(Head(tf.nn.log_softmax)), []),
+        (lambda: chain(Head(tf.nn.softmax), layers.Dense(2)), []),
+        (lambda: Sure(), [OUTPUTS]),
+        (lambda: Unordered(layers.Dense(3, "softmax"), Head(tf.tanh)), []),
+        (lambda: functional(lambda x: Sure()(x)), [OUTPUTS]),
+        (lambda: with_activation(lambda x: keras.activations.softmax(x)), [OUTPUTS]),
+        (lambda: with_activation(lambda x: x * tf.sigmoid(x)), []),
+        (lambda: chain(layers.Reshape((2, 3, 1)), Head(tf.sigmoid)), []),  # An image.
+    ],
+)
+def test_what_code_of_ones_own_ends_with_is_seen_in_its_graph(make, words):
+    """Before the first step, whatever the loss; nothing else is told."""
+    network = make()
+    y = np.zeros((16, *network(X).shape[1:]), "float32")
+    model = RegularizedModel(network, regularizers.SpectralNorm(0.1, forward_mode="transpose"))
+    model.compile("sgd", "mse")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PenaltyWarning)
+        model.fit(X, y, **FIT)
+        model.fit(X, y, **FIT)
+    assert [str(warning.message).split(" of network")[0] for warning in caught] == words
+
+
 @pytest.mark.parametrize(
     ("output", "words"), [("logits", []), ("sure", [OUTPUTS]), (0, []), (1, [OUTPUTS])]
 )
@@ -150,6 +232,18 @@ SHRINKS = {
     "nested": lambda: chain(chain(layers.Rescaling(1 / 255), layers.Dense(4)), layers.Dense(3)),
     "behind a reshape": lambda: chain(layers.Reshape((3, 2)), layers.Rescaling(1 / 255)),
     "a subclass": lambda: Unordered(layers.Rescaling(1 / 255), layers.Dense(3)),
+    "less their mean": lambda: functional(lambda x: layers.Dense(3)((x - 128.0) / 60.0)),
+    "arrays": lambda: functional(lambda x: layers.Dense(3)((x - MEAN) / (MEAN + 1))),
+    "in two steps": lambda: chain(
+        layers.Rescaling(1 / 5), layers.Rescaling(1 / 51), layers.Dense(3)
+    ),
+    "as bytes": lambda: functional(lambda x: layers.Dense(3)(keras.ops.cast(x, "float32") / 255)),
+    "augmented first": lambda: chain(
+        *(layers.RandomFlip(), layers.Resizing(8, 8), layers.Rescaling(1 / 255)), shape=(4, 4, 1)
+    ),
+    "a model of its own in front": lambda: chain(
+        chain(layers.Dropout(0.1), layers.Rescaling(1 / 255)), layers.Dense(3)
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+from keras.src.utils.naming import to_snake_case
 
 
 def layers_of(network: keras.Operation) -> list[keras.Layer]:
@@ -69,6 +70,16 @@ def nodes_in_order(graph: Any) -> list[Any]:
 def input_shapes(layer: keras.Layer) -> set[tuple[Any, ...]]:
     """The shapes `[*in]` of the first tensor of every symbolic call of a layer."""
     return {tuple(node.input_tensors[0].shape[1:]) for node in layer._inbound_nodes}
+
+
+def unlock(layer: keras.Layer) -> None:
+    """Lets a layer that is built have further layers and metrics, as a functional model may."""
+    layer._tracker.unlock()
+
+
+def group_in_file(layer: keras.Layer) -> str:
+    """The name that a weights file has for the first layer of its class in a model."""
+    return to_snake_case(type(layer).__name__)
 
 
 def is_inside_another(layer: keras.Layer) -> bool:

@@ -33,6 +33,7 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         output: Which output it is of, likewise.
 
     Raises:
+        TypeError: If `x` holds no real numbers, or a ragged tensor.
         ValueError: If an argument is out of range or `x` holds no point.
     """
 
@@ -49,6 +50,7 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         self.method = arguments.one_of("method", method, estimators.METHODS)
         self.iterations = arguments.unrolled_count("iterations", iterations)
         self.every = arguments.positive_integer("every", every)
+        signature.refuse_ragged(keras.tree.flatten(x))
         self.x = keras.tree.map_structure(np.asarray, x)
         sizes = {len(leaf) if leaf.ndim else 0 for leaf in keras.tree.flatten(self.x)}
         if len(sizes) != 1 or sizes == {0}:

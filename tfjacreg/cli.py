@@ -51,12 +51,28 @@ def run(name: str, main: Callable[[], int], stopped: Callable[[], str]) -> int:
             _say(stopped)
         return STOPPED
     except (ValueError, OSError, optional_packages.MissingExtraError) as error:
-        with contextlib.suppress(OSError):
-            say(f"{name}: error: {tfjacreg_startup.hide_arguments(str(error))}", file=sys.stderr)
+        reason = str(error)
+        if isinstance(error, OSError) and (lost := _lost()):
+            reason = f"its output cannot be written: {lost}. {_told(stopped)}"
+        text = f"{name}: error: {tfjacreg_startup.hide_arguments(reason)}"
+        for stream in filter(None, (sys.stderr, sys.stdout)):
+            with contextlib.suppress(OSError):
+                say(text, file=stream)
+                break
         return FAILED
     finally:
         _give_up(sys.stdout)
         _give_up(sys.stderr)
+
+
+def _lost() -> str | None:
+    """Why a stream cannot be written any more: who reads it has ended, or its disk is full."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
@@ -126,11 +142,14 @@ def _give_up(stream: TextIO | None) -> None:
 
 def _say(stopped: Callable[[], str]) -> None:
     with contextlib.suppress(OSError):
-        try:
-            text = stopped()
-        except (OSError, ValueError):  # What is there cannot be read.
-            text = "Stopped."
-        say(f"\n{text}")
+        say(f"\n{_told(stopped)}")
+
+
+def _told(stopped: Callable[[], str]) -> str:
+    try:
+        return stopped()
+    except (OSError, ValueError):  # What is there cannot be read.
+        return "Stopped."
 
 
 @contextlib.contextmanager

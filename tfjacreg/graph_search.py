@@ -74,6 +74,14 @@ def calls_functions(graph: tf.Graph) -> bool:
     )
 
 
+def all_operations(graph: Any) -> Iterator[tf.Operation]:
+    """The operations of a graph, and of the functions, branches and loops that they call."""
+    for op in graph.get_operations():
+        yield op
+        for body in _bodies(op):
+            yield from all_operations(body)
+
+
 def defines_gradients(graph: tf.Graph) -> bool:
     """Whether something in a graph is a `tf.custom_gradient`."""
     return any(_has_own_gradient(op) for op in graph.get_operations())
@@ -236,6 +244,11 @@ def _function(graph: Any, name: str) -> Any:
             return getattr(found, "graph", None)
         graph = getattr(graph, "outer_graph", None)
     return None
+
+
+def made_by(tensor: tf.Tensor) -> str:
+    """The type of the operation that makes a tensor of a graph, whatever its shape and dtype."""
+    return _before_reshapes(tensor).op.type
 
 
 def _needed(targets: Sequence[tf.Tensor]) -> set[Any]:

@@ -49,9 +49,10 @@ class RegularizedModel(keras.Model):
         TypeError: If `network` is not a Keras layer.
         ValueError: If `network` is more than its layers, which would be ignored: it has a `fit`,
             `evaluate` or `predict`, a training step or a loss of its own (as a task of KerasHub or
-            another `RegularizedModel` has). When built, if there is a regularizer and the network
-            has no trainable weights; before the first training step, if `check_network` refuses
-            the network; under `tf.distribute.MultiWorkerMirroredStrategy`.
+            another `RegularizedModel` has), or says itself what is trained; if a subclass has a
+            `call` of its own and a penalty of the Jacobian. When built, if there is a regularizer
+            and the network has no trainable weights; before the first training step, if
+            `check_network` refuses the network; under `tf.distribute.MultiWorkerMirroredStrategy`.
     """
 
     train_function: Any
@@ -79,6 +80,13 @@ class RegularizedModel(keras.Model):
         self.regularizer = regularizers.get(regularizer)
         signature.check_name("input", input)
         signature.check_name("output", output)
+        if self._is_of_the_jacobian and type(self).call is not RegularizedModel.call:
+            raise ValueError(
+                "`call` must be that of RegularizedModel where the penalty is one of the Jacobian, "
+                "which is taken of the network alone. Put what it does into the network. "
+                f"Received: {type(self).__name__} with a `call` of its own and the penalty "
+                f"{self.regularizer!r}"
+            )
         self._of: dict[str, Any] = {"input": input, "output": output}
         # The check, the warnings of the layers and that of the first step come once.
         self._is_checked = self._is_told = self._is_weighed = False
@@ -91,6 +99,18 @@ class RegularizedModel(keras.Model):
         if inputs is not None:
             # Called once on symbolic inputs: it can then be summarized and exported at once.
             self(_symbolic(inputs))
+            # A subclass may keep a teacher or a metric, as one of a functional model may.
+            _keras.unlock(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keras' own; network and penalty stay those whose state and training step it has."""
+        if name in ("network", "regularizer") and name in vars(self):
+            raise AttributeError(
+                "A model keeps the network and the penalty that it was made with. For others make "
+                "RegularizedModel(network, regularizer) anew; another factor may be set as "
+                f"`model.regularizer.factor`. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
 
     @property
     def output_names(self) -> list[str] | None:
@@ -133,6 +153,12 @@ class RegularizedModel(keras.Model):
     def output_shape(self) -> Any:
         """The shape of the network's output, or their shapes; as for the network alone."""
         return self.network.output_shape
+
+    def get_layer(self, name: str | None = None, index: int | None = None) -> keras.Layer:
+        """The layer of that name, of the model or of its network; or Keras' own by an index."""
+        if name is None or any(layer.name == name for layer in self.layers):
+            return super().get_layer(name, index)
+        return self.network.get_layer(name)
 
     @property
     def metrics(self) -> list[keras.Metric]:
@@ -256,13 +282,14 @@ class RegularizedModel(keras.Model):
         regularizer: Any = self.regularizer
         if not self._is_of_the_jacobian:
             return
-        if regularizer.factor != 0 and not self._is_told:
-            self._is_told = True
-            weak_penalties.warn_of_layers(self.network, self.loss, **self._of)
-        if self._is_checked:
+        tells = regularizer.factor != 0 and not self._is_told
+        if self._is_checked and not tells:
             return
         example = signature.example(self.network, self._example.specs)
-        if example is None:
+        if tells:
+            self._is_told = True
+            weak_penalties.warn_of_layers(self.network, self.loss, example=example, **self._of)
+        if self._is_checked or example is None:
             return  # It takes none of the lengths that are tried, or one example at a time.
         # FrobeniusNorm and penalties of one's own make no first product along the pass.
         forward_mode = getattr(regularizer, "forward_mode", "transpose")
@@ -370,7 +397,7 @@ class RegularizedModel(keras.Model):
         super().save_weights(filepath, overwrite=overwrite, **kwargs)
         is_one = weights_files.is_one(filepath) and not kwargs.get("max_shard_size")
         if is_one and weights_files.stamp(filepath) != before:
-            weights_files.put_network_first(filepath)
+            weights_files.put_network_first(filepath, self.network)
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
         """Keras' own; from a `.weights.h5` file of the network alone it reads the network.
@@ -450,6 +477,7 @@ _OF_TRAINING = [
     *("make_train_function", "make_test_function", "make_predict_function"),
 ]
 _OF_THE_LOSS = ["compute_loss", "compute_metrics", "get_metrics_result"]
+_OF_THE_LAYERS = ["losses", "trainable_variables", "trainable_weights"]
 _OF_THE_DATA = [
     *("fit", "evaluate", "predict"),
     *("train_on_batch", "test_on_batch", "predict_on_batch"),
@@ -470,6 +498,10 @@ def _refuse_own_training(network: keras.Layer) -> None:
             "method in a subclass of RegularizedModel",
         ),
         **dict.fromkeys(_OF_THE_DATA, _data_advice(network)),
+        **dict.fromkeys(
+            _OF_THE_LAYERS,
+            "Say it of the layers: `add_loss` in a layer's `call`, `trainable = False` of a layer",
+        ),
     }
     for name, way in advice.items():
         if _is_own(network, name):
@@ -481,11 +513,15 @@ def _refuse_own_training(network: keras.Layer) -> None:
 
 
 def _is_own(network: keras.Layer, name: str) -> bool:
-    """Whether a method of a network is another one than Keras'."""
+    """Whether a method or property of a network is another one than Keras'.
+
+    The class that defines it tells: a function may bear the name of the one that it wraps, and
+    tools put functions of theirs into Keras' classes.
+    """
     if name in vars(network):
         return True
-    own = getattr(type(network), name, None)
-    return own is not None and not (getattr(own, "__module__", "") or "").startswith("keras.")
+    owner = next((kind for kind in type(network).__mro__ if name in vars(kind)), None)
+    return owner is not None and not owner.__module__.startswith("keras.")
 
 
 def _data_advice(network: keras.Layer) -> str:

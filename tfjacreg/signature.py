@@ -91,13 +91,8 @@ def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInp
     declares = any(spec is not None for spec in specs)
     is_taken = [spec is not None or not declares for spec in specs]
     candidates = [n for n, leaf in enumerate(leaves) if _is_floating(leaf) and is_taken[n]]
-    if not candidates and any(isinstance(leaf, tf.RaggedTensor) for leaf in leaves):
-        kinds = [type(leaf).__name__ for leaf in leaves]
-        raise TypeError(
-            "A ragged tensor has no Jacobian of one shape for each example. Give batches of one "
-            "shape each: x.to_tensor(), with a mask if the network takes one, or "
-            f"dataset.padded_batch(...). Received: x of type {kinds}"
-        )
+    if not candidates:
+        refuse_ragged(leaves)
     if not candidates:
         received = ", ".join(f"x of dtype {_dtype(leaf)}" for leaf in leaves) or f"x={x!r}"
         raise TypeError(
@@ -112,6 +107,16 @@ def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInp
             f"Received: x of shape {tuple(batch.shape)}"
         )
     return NetworkInput(x, leaves, position)
+
+
+def refuse_ragged(leaves: Sequence[Any]) -> None:
+    """Raises TypeError if there is a ragged tensor among these."""
+    if any(isinstance(leaf, tf.RaggedTensor) for leaf in leaves):
+        raise TypeError(
+            "A ragged tensor has no Jacobian of one shape for each example. Give batches of one "
+            "shape each: x.to_tensor(), with a mask if the network takes one, or "
+            f"dataset.padded_batch(...). Received: x of type {[type(a).__name__ for a in leaves]}"
+        )
 
 
 def select_output(network: keras.Layer, outputs: Any, name: Name = None) -> tf.Tensor:
@@ -147,15 +152,19 @@ def refuse_folded(network: keras.Layer, x: tf.Tensor, output: tf.Tensor) -> None
     """Refuses an output whose rows are not one for each example.
 
     Raises:
-        ValueError: If there are several rows for each example, as far as the shapes say.
+        ValueError: If there are more or fewer rows than examples, as far as the shapes say.
     """
-    rows = output.shape[0] if output.shape.rank else None
-    if rows and x.shape[0] and rows > x.shape[0] and rows % x.shape[0] == 0:
-        raise NotOne(
-            "The output must have one row for each example, whose Jacobian it is. Views that the "
-            "network folds into the batch axis must be unfolded at its end, as by "
+    rows = output.shape[0] if output.shape.rank else 1
+    if rows and x.shape[0] and rows != x.shape[0]:
+        way_out = (
+            "Views that the network folds into the batch axis must be unfolded at its end, as by "
             "keras.ops.reshape(output, (-1, views, size)), or be held apart by "
-            "keras.layers.TimeDistributed. "
+            "keras.layers.TimeDistributed"
+        )
+        if rows < x.shape[0]:
+            way_out = "Nothing may be reduced over the batch axis: that belongs into the loss"
+        raise NotOne(
+            f"The output must have one row for each example, whose Jacobian it is. {way_out}. "
             f"Received: network {network.name!r}, which returns {tuple(output.shape)} for x of "
             f"shape {tuple(x.shape)}"
         )

@@ -1,6 +1,7 @@
 """Penalties that cannot act: what the layers of a network, its loss and a first step say of them.
 
-Nothing here runs the network. Each warning is told once for a model.
+Nothing here runs the network; one whose end no layer shows is traced. Each warning is told once for
+a model.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from tfjacreg import _keras, signature
+from tfjacreg import _keras, graph_search, recording, signature
+from tfjacreg.error_causes import raise_an_interrupt
 
 # A penalty below this part of the loss in the first step trains nothing. Fresh weights give a small
 # slope that grows: with the default factor LeNet begins at 9e-4 of its loss on the digits. Behind a
@@ -23,10 +25,26 @@ _LEAST_PART = 3e-5
 # Pixels in 0..255 are scaled by 1/255, or by one through their deviation: 1/60, say.
 _SHRINKS = 0.1
 _SATURATING = ("softmax", "sigmoid", "hard_sigmoid", "sparsemax", "sparse_sigmoid")
-# A layer that passes the values of its input on.
+# A layer that passes the values of its input on, all or some, perhaps in other places.
 _PASSING = (
     *(keras.layers.Reshape, keras.layers.Flatten, keras.layers.Permute, keras.layers.Identity),
     *(keras.layers.RepeatVector, keras.layers.Dropout, keras.layers.ActivityRegularization),
+    *(keras.layers.Resizing, keras.layers.CenterCrop, keras.layers.RandomCrop),
+    *(keras.layers.RandomFlip, keras.layers.RandomRotation, keras.layers.RandomTranslation),
+    *(keras.layers.RandomZoom, keras.layers.GaussianNoise, keras.layers.Masking),
+    *(keras.layers.ZeroPadding1D, keras.layers.ZeroPadding2D, keras.layers.ZeroPadding3D),
+    *(keras.layers.Cropping1D, keras.layers.Cropping2D, keras.layers.Cropping3D),
+)
+# Likewise in keras.ops, by the names of their classes.
+_OPERATIONS = (
+    *("Cast", "Clip", "Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis"),
+    *("GetItem", "Flip", "Identity", "Resize", "Pad"),
+)
+# Of probabilities they make probabilities.
+_MIXING = (
+    *(keras.layers.Average, keras.layers.Concatenate, keras.layers.Maximum, keras.layers.Minimum),
+    *(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalAveragePooling2D),
+    *(keras.layers.GlobalMaxPooling1D, keras.layers.GlobalMaxPooling2D),
 )
 _OF_PROBABILITIES = (
     *("BinaryCrossentropy", "CategoricalCrossentropy", "SparseCategoricalCrossentropy"),
@@ -46,7 +64,11 @@ class PenaltyWarning(UserWarning):
 
 
 def warn_of_layers(
-    network: keras.Layer, loss: Any, input: signature.Name, output: signature.Name
+    network: keras.Layer,
+    loss: Any,
+    input: signature.Name,
+    output: signature.Name,
+    example: Any = None,
 ) -> None:
     """Warns of what the layers and the loss show before anything is computed.
 
@@ -55,8 +77,9 @@ def warn_of_layers(
         loss: That of `compile`.
         input: Which input the Jacobian is taken in.
         output: Which output it is of.
+        example: What the network takes, for a look at what code of one's own ends with; or None.
     """
-    saturating = _saturating_end(network, loss, output)
+    saturating = _saturating_end(network, loss, output, example)
     if saturating is None and _takes_probabilities(loss, network, output):
         saturating = "the loss takes them for probabilities, without from_logits=True"
     if saturating is not None:
@@ -102,34 +125,64 @@ def warn_of_first_step(network: keras.Layer, factor: float, penalty: float, loss
 def shrinking_start(network: keras.Layer, input: signature.Name) -> tuple[str, float] | None:
     """The layer with which a network scales its input down, in words, and by how much; or None.
 
+    Of several scales in a row it is the last one, by what they make together. None where a part of
+    the network takes the input as it comes.
+
     Args:
         network: The network. Where the order of its layers is not known, any of them counts.
         input: Which input is meant: a position, key or name; None for all.
     """
     graph = _keras.graph_of(network)
-    found: Iterator[tuple[str, float] | None]
     if graph is None:
-        found = (_scale(layer) for layer in _keras.layers_of(network))
-    else:
-        found = _scales_at(graph, _inputs_meant(graph, input))
-    shrinking = (scale for scale in found if scale is not None and scale[1] < _SHRINKS)
-    return next(shrinking, None)
+        found = [scale for layer in _keras.layers_of(network) if (scale := _scale(layer))]
+        return next((scale for scale in found if scale[1] < _SHRINKS), None)
+    reached = {id(tensor): ("", 1.0) for tensor in _inputs_meant(graph, input)}
+    taken = _scales_taken(graph, reached)
+    # What nothing else takes is an output.
+    taken += [reached[id(tensor)] for tensor in graph.outputs if id(tensor) in reached]
+    largest = max(taken, key=lambda scale: scale[1], default=("", 1.0))
+    return largest if largest[1] < _SHRINKS else None
 
 
-def _scales_at(graph: Any, tensors: list[Any]) -> Iterator[tuple[str, float] | None]:
-    """How the operations that take these tensors of a functional graph scale them."""
-    meant = {id(tensor) for tensor in tensors}
+def _scales_taken(graph: Any, reached: dict[int, tuple[str, float]]) -> list[tuple[str, float]]:
+    """By how much the input is scaled where operations of a functional graph compute with it.
+
+    Args:
+        graph: The graph.
+        reached: The tensors in it that are the input, scaled, with the last scale in words and the
+            product of all; those that follow are added.
+    """
+    taken = []
     for node in _keras.nodes_in_order(graph):
-        places = [n for n, tensor in enumerate(node.input_tensors) if id(tensor) in meant]
+        places = [n for n, tensor in enumerate(node.input_tensors) if id(tensor) in reached]
         if not places:
             continue
+        so_far = reached[id(node.input_tensors[places[0]])]
         inner = _keras.graph_of(node.operation)
         if inner is not None and len(inner.inputs) == len(node.input_tensors):
-            yield from _scales_at(inner, [inner.inputs[n] for n in places])
-        elif isinstance(node.operation, _PASSING):
-            yield from _scales_at(graph, list(node.output_tensors))
+            within = {id(inner.inputs[n]): reached[id(node.input_tensors[n])] for n in places}
+            taken += _scales_taken(inner, within)
+            for tensor, made in zip(node.output_tensors, inner.outputs, strict=True):
+                if id(made) in within:
+                    reached[id(tensor)] = within[id(made)]
+        elif _passes_on(node):
+            reached.update((id(tensor), so_far) for tensor in node.output_tensors)
+        elif (scale := _scale(node.operation) or _scale_of_numbers(node)) is not None:
+            name, size = scale
+            reached.update((id(t), (name, so_far[1] * size)) for t in node.output_tensors)
         else:
-            yield _scale(node.operation) or _scale_of_numbers(node)
+            taken += [reached[id(node.input_tensors[n])] for n in places]
+    return taken
+
+
+def _passes_on(node: Any) -> bool:
+    """Whether an operation passes the values of its one tensor on, or adds a constant to them."""
+    if len(node.input_tensors) != 1:
+        return False
+    kind = type(node.operation)
+    is_shift = kind.__name__ in ("Add", "Subtract") and _constant(node) is not None
+    is_operation = kind.__module__.startswith("keras.src.ops.") and kind.__name__ in _OPERATIONS
+    return isinstance(node.operation, _PASSING) or is_operation or is_shift
 
 
 def _scale(operation: Any) -> tuple[str, float] | None:
@@ -148,13 +201,22 @@ def _scale(operation: Any) -> tuple[str, float] | None:
 
 
 def _scale_of_numbers(node: Any) -> tuple[str, float] | None:
-    """By how much `x / number` or `number * x`, written out, scales x."""
+    """By how much `x / number` or `number * x`, written out, scales x; or an array of numbers."""
     kind = type(node.operation).__name__
-    numbers = [part for part in node.arguments.args if isinstance(part, int | float) and part]
-    if len(numbers) != 1 or kind not in ("TrueDivide", "Divide", "Multiply"):
+    size = _constant(node)
+    if not size or kind not in ("TrueDivide", "Divide", "Multiply"):
         return None
-    size = abs(float(numbers[0]))
     return f"operation {node.operation.name!r} ({kind})", size if kind == "Multiply" else 1 / size
+
+
+def _constant(node: Any) -> float | None:
+    """The size of the one constant that an operation takes beside a tensor, by its median."""
+    found = [
+        part
+        for part in (*node.arguments.args, *node.arguments.kwargs.values())
+        if isinstance(part, int | float | np.ndarray | np.number) or tf.is_tensor(part)
+    ]
+    return float(np.median(np.abs(np.asarray(found[0], float)))) if len(found) == 1 else None
 
 
 def _inputs_meant(graph: Any, name: signature.Name) -> list[Any]:
@@ -181,24 +243,73 @@ def _outputs_meant(network: keras.Layer, graph: Any, name: signature.Name) -> li
     return named or list(range(len(keys)))
 
 
-def _saturating_end(network: keras.Layer, loss: Any, output: signature.Name) -> str | None:
+def _saturating_end(
+    network: keras.Layer, loss: Any, output: signature.Name, example: Any
+) -> str | None:
     """The last operation of the output that is meant, in words, if it makes probabilities."""
     graph = _keras.graph_of(network)
+    is_own = example is not None and any(map(_is_own_code, _keras.layers_of(network)))
     if graph is None:
+        if is_own:
+            return _traced_end(network, loss, output, example)
         # Which layer runs last is not known: the loss may say that it is another one.
         last = (getattr(network, "layers", None) or [network])[-1]
         is_of_logits = any(getattr(one, "from_logits", False) for one in keras.tree.flatten(loss))
         return None if is_of_logits else _saturation(last)
     positions = _outputs_meant(network, graph, output)
     ends = [_end(graph, graph.outputs[position]) for position in positions]
-    # Pixels of an image in, pixels of an image out: a sigmoid bounds them, and that is all.
+    taken = [tensor.shape for tensor in graph.inputs]
+    are_numbers = not _takes_probabilities(loss, network, output)
     is_image = [
-        graph.outputs[position].shape in [tensor.shape for tensor in graph.inputs]
-        and "softmax" not in (end or "")
-        for position, end in zip(positions, ends, strict=True)
+        "softmax" not in (end or "") and _is_image(graph.outputs[number].shape, taken, are_numbers)
+        for number, end in zip(positions, ends, strict=True)
     ]
     if all(end is not None for end in ends) and not all(is_image):
         return ends[0]
+    if is_own and None in ends and len(positions) == 1:
+        return _traced_end(network, loss, output, example)
+    return None
+
+
+def _is_image(shape: Any, taken: list[Any], are_numbers: bool) -> bool:
+    """Whether a sigmoid's outputs are pixels, which it bounds, and that is all.
+
+    Args:
+        shape: That of the outputs.
+        taken: The shapes of the inputs: an image may be made of one of its shape.
+        are_numbers: Whether the loss compares numbers, not probabilities.
+    """
+    return tuple(shape) in map(tuple, taken) or (len(shape) == 4 and are_numbers)
+
+
+def _is_own_code(layer: keras.Layer) -> bool:
+    """Whether a layer runs code that is not Keras' own, which may end in anything."""
+    function = getattr(layer, "activation", None)
+    names = [type(layer).__module__, getattr(function, "__module__", None) or "keras."]
+    is_known = all(name.startswith(("keras.", "tensorflow.")) for name in names)
+    return isinstance(layer, keras.layers.Lambda) or not is_known
+
+
+def _traced_end(
+    network: keras.Layer, loss: Any, output: signature.Name, example: Any
+) -> str | None:
+    """Likewise by the graph of a pass, of a network with code of one's own."""
+
+    def forward(x: Any) -> tf.Tensor:
+        with recording.without_trace(network):
+            return signature.select_output(network, network(x, training=False), output)
+
+    try:
+        traced = tf.function(forward, autograph=False).get_concrete_function(example)
+    except Exception as error:  # The check that follows says what it is.
+        raise_an_interrupt(error)
+        return None
+    (made,) = traced.outputs
+    kind = graph_search.made_by(made)
+    taken = [leaf.shape for leaf in keras.tree.flatten(example)]
+    are_numbers = not _takes_probabilities(loss, network, output)
+    if kind == "Softmax" or (kind == "Sigmoid" and not _is_image(made.shape, taken, are_numbers)):
+        return f"they come from a {kind.lower()} in {network.name!r} ({type(network).__name__})"
     return None
 
 
@@ -211,8 +322,9 @@ def _end(graph: Any, tensor: Any) -> str | None:
         inner = _keras.graph_of(node.operation)
         if inner is not None:
             return _end(inner, inner.outputs[made.index(id(tensor))])
-        if isinstance(node.operation, _PASSING):
-            return _end(graph, node.input_tensors[0])
+        if _passes_on(node) or isinstance(node.operation, _MIXING):
+            ends = [_end(graph, one) for one in node.input_tensors]
+            return ends[0] if all(ends) else None
         return _saturation(node.operation)
     return None
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import keras
+
+from tfjacreg import _keras
 
 # Where in the file stands what the network does not have: the optimizer, the penalty's state.
 _OWN = "regularized_model"
@@ -30,16 +33,21 @@ def stamp(path: Any) -> tuple[int, int] | None:
     return None
 
 
-def put_network_first(path: Any) -> None:
-    """Moves the network of a file that Keras wrote for the model around it to the file's root."""
+def put_network_first(path: Any, network: keras.Layer) -> None:
+    """Moves the network of a file that Keras wrote for the model around it to the file's root.
+
+    Args:
+        path: The file.
+        network: The network, the first of the model's layers.
+    """
     with h5py.File(path, "r+") as file:
         names = list(file)
         file.create_group(_OWN)
         for name in names:
             file.move(name, f"{_OWN}/{name}")
-        (network,) = file[f"{_OWN}/layers"].values()
-        for name in list(network):
-            file.move(f"{network.name}/{name}", name)
+        group = file[f"{_OWN}/layers/{_keras.group_in_file(network)}"]
+        for name in list(group):
+            file.move(f"{group.name}/{name}", name)
 
 
 @contextlib.contextmanager

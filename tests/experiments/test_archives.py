@@ -231,3 +231,34 @@ def test_models_of_keras_are_loaded(tmp_path):
     loaded = checkpoint.load(tmp_path / "model.keras")
     images = np.ones((2, 8, 8, 1), "float32")
     np.testing.assert_array_equal(loaded(images), model(images))
+
+
+def large(kind):
+    """A model of a few bytes whose operations take up gigabytes, and that gives ten numbers."""
+    pixels = keras.Input((28, 28, 1))
+    pads, crops = layers.ZeroPadding2D(6000, name="pads"), layers.Cropping2D(6000)
+    inner = keras.Sequential([keras.Input((28, 28, 1)), pads, crops])
+    x = {
+        "an operation": lambda: keras.ops.tile(pixels, (1, 500, 500, 1)),
+        "a layer that is used twice": lambda: crops(pads(crops(pads(pixels)))),
+        "a model in it": lambda: inner(inner(pixels)),
+        "layers in a layer": lambda: layers.Pipeline([pads, crops])(pixels),
+        "more examples": lambda: keras.ops.repeat(pixels, 1_000_000, axis=0),
+        "attention": lambda: keras.ops.expand_dims(
+            layers.Attention()([layers.Reshape((-1, 1))(layers.UpSampling2D(20)(pixels))] * 2), -1
+        ),
+    }[kind]()
+    return keras.Model(pixels, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("an operation", "a layer that is used twice", "a model in it", "layers in a layer"),
+        *("more examples", "attention"),
+    ],
+)
+def test_what_operations_give_has_a_bound(tmp_path, kind):
+    large(kind).save(tmp_path / "mine.keras")
+    with pytest.raises(ValueError, match="mine.keras cannot be loaded.*give at most 134217728"):
+        checkpoint.load(tmp_path / "mine.keras")

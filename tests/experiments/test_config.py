@@ -6,6 +6,7 @@ from tfjacreg.experiments.config import RunConfig
 
 BAD_SETTINGS = {
     "dataset": ({"dataset": "mnist"}, "digits.*fashion_mnist.*Received: dataset='mnist'"),
+    "password": ({"dataset": "https://me:hunter2@h/x.npz"}, "`dataset` must be one of"),
     "network": ({"network": "alexnet"}, "lenet.*vgg16.*Received"),
     "regularizer": ({"regularizer": "l1"}, "spectral_bound.*Received"),
     "factor": ({"factor": -1.0}, "`factor`.*Received: factor=-1.0"),

@@ -192,13 +192,15 @@ def test_an_error_of_a_server_has_no_password():
 
 
 @pytest.mark.parametrize("kind", ["symbolic link", "folder", "pipe"])
-def test_a_database_that_is_no_file_is_refused(few, tmp_path, kind):
+@pytest.mark.parametrize("ending", ["", "-journal", "-wal", "-shm"])
+def test_a_database_that_is_no_file_is_refused(few, tmp_path, kind, ending):
     """SQLite would follow the link and write there, or wait for the pipe's other end."""
-    path = few[1] / "sweep.sqlite3"
+    path = few[1] / f"sweep.sqlite3{ending}"
     (tmp_path / "mine").write_bytes(b"")
     {"symbolic link": lambda: path.symlink_to(tmp_path / "mine"), "folder": path.mkdir,
      "pipe": lambda: os.mkfifo(path)}[kind]()  # fmt: skip
-    with pytest.raises(OSError, match=f"a {kind}"), Ledger.open(*few, None, None):
+    refused = pytest.raises(OSError, match=f"sweep.sqlite3{ending}: .*a {kind}")
+    with refused, Ledger.open(*few, None, None):
         pass
     assert (tmp_path / "mine").read_bytes() == b""
 

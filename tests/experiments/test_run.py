@@ -432,6 +432,7 @@ POISONS = {
     "momentum": _poisoned_momentum,
     "weight": _poisoned_weight,
     "logits": _huge_weights,
+    "beyond what files hold": lambda model, logs: logs.update(loss=1e200),
 }
 
 

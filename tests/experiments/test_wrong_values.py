@@ -119,10 +119,7 @@ def test_a_file_of_a_run(sweep, name):
                 message = refusal(use, path, f"{use.__name__}, {name}: {told}")
                 count["harmless" if message is None else "refused"] += 1
                 if message is not None:
-                    # A data set may have the name of any file: only the judgement says which.
-                    other = "evaluation.json" if told.startswith("dataset is") else name
-                    files = [str(path / one) for one in (name, other)]
-                    assert any(file in message for file in files), f"{told}: {message}"
+                    assert str(path / name) in message, f"{told}: {message}"
                     assert any(way in message for way in WAYS_OUT), f"{told}: {message}"
             assert (path / name).read_bytes() == content
     finally:

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 
 import h5py
 import keras
+import tensorflow as tf
 
+from tfjacreg import _keras, graph_search
 from tfjacreg.printable import shown
 
 PARTS = 1000  # Keras writes three, and this project one more.
@@ -281,7 +283,7 @@ def layers_limited(numbers: int) -> Iterator[None]:
 
 
 def check_outputs(model: keras.Model) -> None:
-    """Refuses a model in which a layer gives more numbers than an example can take up.
+    """Refuses a model in which an operation gives more numbers than an example can take up.
 
     Args:
         model: What was loaded; nothing has been computed with it.
@@ -294,8 +296,38 @@ def check_outputs(model: keras.Model) -> None:
         with contextlib.suppress(AttributeError, ValueError):  # Never called, or more than once.
             outputs = keras.tree.flatten(layer.output)
         for tensor in outputs:
-            if math.prod(n or 1 for n in tensor.shape) > OUTPUT:
+            if _size(tensor.shape) > OUTPUT:
                 raise ValueError(
                     f"its layers must give at most {OUTPUT} numbers for an example. Received: the "
                     f"layer {shown(layer.name)}, which would give {tensor.shape}"
                 )
+    _check_operations(model)
+
+
+def _check_operations(model: keras.Model) -> None:
+    """Looks at operations between layers, and at layers inside of others, which have no `output`.
+
+    The model is traced for one example, which computes nothing.
+    """
+    if not getattr(model, "inputs", None):  # As long as it is not built nothing is known of it.
+        return
+    structure = _keras.input_structure(model)
+    specs = keras.tree.map_structure(
+        lambda t: tf.TensorSpec([1, *t.shape[1:]], t.dtype),
+        model.inputs if structure is None else structure,
+    )
+    most = max([OUTPUT, *(math.prod(w.shape) for w in model.weights)])
+    forward = tf.function(lambda x: model(x, training=False), autograph=False)
+    for op in graph_search.all_operations(forward.get_concrete_function(specs).graph):
+        for tensor in op.outputs:
+            if _size(tensor.shape) > most:
+                raise ValueError(
+                    f"its operations must give at most {most} numbers for an example. Received: "
+                    f"{shown(op.name)}, which would give {tuple(tensor.shape)}"
+                )
+
+
+def _size(shape: Any) -> int:
+    """How many numbers a tensor has, of one example; sizes that are not known count as 1."""
+    known = tf.TensorShape(shape)
+    return math.prod(n or 1 for n in known) if known.rank else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from typing import Any
@@ -13,6 +12,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from tfjacreg.datasets import Split
+from tfjacreg.experiments import records
 from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.folder import RunFolder
 
@@ -71,7 +71,8 @@ class StopAtNaN(keras.callbacks.Callback):
                 self._check(value.astype("float64"))
 
     def _check(self, *values: Any) -> None:
-        if not all(np.all(np.isfinite(value)) for value in values):
+        # NaN is not below it; in double precision numbers may be finite that no file of a run has.
+        if not all(np.all(np.abs(np.asarray(value, float)) <= records.LARGEST) for value in values):
             raise self.diverged()
 
     def diverged(self) -> RunError:
@@ -114,7 +115,7 @@ class Recorder(keras.callbacks.Callback):
         )
         row |= {"test_loss": float(test["loss"]), "test_accuracy": float(test["accuracy"])}
         row["step_seconds"] = self._clock.step_seconds
-        if not all(map(math.isfinite, row.values())):
+        if not all(map(records.is_number, row.values())):
             raise self._guard.diverged()
         self._history.append(row)
         self._folder.write_epoch(self._history, self.model)

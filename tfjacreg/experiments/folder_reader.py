@@ -254,7 +254,19 @@ class FolderReader:
             raise RunError(
                 f"{self.evaluation_file} must be as evaluate.py writes it: {error}. {way_out}"
             ) from error
+        if self.claimed:
+            self._check_dataset(content.get("settings", {}).get("dataset"))
         return files.unsealed(content)
+
+    def _check_dataset(self, judged: str | None) -> None:
+        """Compares the data set of the settings with the one that an evaluation was made on."""
+        trained = self.read_config()["dataset"]
+        if judged not in (None, trained):
+            raise RunError(
+                f"{self.config_file} and {self.evaluation_file} must name one data set. Received: "
+                f"{shown(trained)} and {shown(judged)}. Put back the one that was changed, or "
+                "judge that run again, with evaluate.py --overwrite."
+            )
 
     def classifier_digest(self) -> str | None:
         """The SHA-256 of the classifier; None if it is not there: results may be kept alone."""

@@ -144,8 +144,9 @@ def hidden(text: str, storage: str | None) -> str:
         url = sqlalchemy.make_url(storage or "")
         secrets = [str(url.password or "")]
         for name, values in url.normalized_query.items():
-            secrets += values if "pass" in name.lower() else ()
+            secrets += values if tfjacreg_startup.is_secret(name) else ()
     for secret in filter(None, secrets):
-        for spelling in (secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote(secret)):
+        quoted = (urllib.parse.quote(secret, safe=""), urllib.parse.quote(secret))
+        for spelling in (secret, repr(secret)[1:-1], *quoted, urllib.parse.quote_plus(secret)):
             text = text.replace(spelling, "***")
     return text

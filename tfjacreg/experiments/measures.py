@@ -167,6 +167,7 @@ def _sigma(
     """The spectral norm of the Jacobian at each image, and the margin that it is held against."""
     checked = check_classifier(classifier, x, y)
     margin = logit_margin(tf.constant(checked.y), tf.constant(predict(checked))).numpy()
+    finite(margin, "margins")
 
     def spectral_norm(images: tf.Tensor) -> tf.Tensor:
         return norms.spectral_norm(classifier, images, method=method, seed=seed).sigma

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import statistics
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import norms
-from tfjacreg.experiments import pipeline
+from tfjacreg.experiments import pipeline, records
 from tfjacreg.experiments.callbacks import (
     EVALUATION_BATCH,
     EpochClock,
@@ -114,7 +113,7 @@ def train(
         _fit(model, config, data, history, folder, verbose)
 
     sigma = mean_spectral_norm(model.network, data.test.x)
-    if not math.isfinite(sigma):
+    if not records.is_number(sigma):
         raise RunError(
             f"Training diverged by epoch {len(history)}: the mean spectral norm on the test split "
             f"is {sigma}, not a finite number; the state after that epoch is in "

@@ -18,6 +18,7 @@ from tfjacreg.experiments.locks import hidden
 
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _AGAIN = "and give the same command again"
+_BESIDE = ("-journal", "-wal", "-shm")  # What SQLite opens too, and would wait for.
 # By SQLite's primary result codes.
 _WAYS_OUT = {
     sqlite3.SQLITE_BUSY: f"is locked by another program. Wait for its end, or end it, {_AGAIN}",
@@ -73,9 +74,14 @@ class DatabaseFile:
         self._file: tuple[int, int] | None = None
 
     def check_kind(self) -> None:
-        """Refuses a link, a folder or a pipe of that name; raises OSError."""
-        if os.path.lexists(self.path):
-            reading.open_regular(self.path, None).close()
+        """Refuses a link, a folder or a pipe in the place of a file of SQLite's; raises OSError."""
+        for ending in ("", *_BESIDE):
+            path = self.path.with_name(self.path.name + ending)
+            if os.path.lexists(path):
+                try:
+                    reading.open_regular(path, None).close()
+                except OSError as error:
+                    raise OSError(f"{path.name}: {error}") from error
 
     def check(self) -> None:
         """Raises RunError if the file is no longer there, or another than at the first call."""
