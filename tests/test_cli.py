@@ -57,7 +57,7 @@ def test_output_that_nobody_gets_is_told_on_the_other_stream(monkeypatch, tmp_pa
     def main():
         print("a line", file=getattr(sys, lost), flush=True)
 
-    assert cli.run("name", main, "Stopped. Go on so.") == 2
+    assert cli.run("name", main, lambda: "Stopped. Go on so.") == 2
     told = f"name: error: its output cannot be written: {why}. Stopped. Go on so.\n"
     assert (tmp_path / "other").read_text() == told
 
