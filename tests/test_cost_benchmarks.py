@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import _peers
@@ -180,3 +181,23 @@ def test_gains_by_training_set_size_are_paired_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(training_set_size, "FIGURE", tmp_path / "size.svg")
     training_set_size.draw(content)
     assert "training images" in (tmp_path / "size.svg").read_text()
+
+
+@pytest.mark.parametrize("script", [fit_time, peers, training_set_size])
+def test_the_tables_of_the_pages_are_those_of_the_results(script):
+    expected = script.table(json.loads(script.JSON.read_text()))
+    page = script.PAGE.read_text().split(script.BEGIN)[1].split(script.END)[0]
+    assert page.strip() == expected
+
+
+def test_what_the_readme_says_of_the_cost():
+    """In `fit`: the medians of the processes, at batch 32 and 256, on two threads and on one."""
+    cases = json.loads(fit_time.JSON.read_text())["cases"]
+    ours = fit_time.OTHERS[0]
+    found = [
+        np.median(fit_time.ratios(cases[f"LeNet, batch {batch}"][threads], ours, "fit"))
+        for batch, threads in ((32, "2"), (32, "1"), (256, "1"))
+    ]
+    cost = " ".join((ROOT / "README.md").read_text().split("## What it costs")[1].split())
+    stated = re.search(r"\*\*([\d.]+) times\*\* .* ([\d.]+) times on one and ([\d.]+) times", cost)
+    assert [f"{ratio:.1f}" for ratio in found] == list(stated.groups())
