@@ -9,6 +9,7 @@ import _peers
 import _peers_tensorflow
 import fit_time
 import growth
+import journey
 import numpy as np
 import peers
 import pytest
@@ -201,3 +202,16 @@ def test_what_the_readme_says_of_the_cost():
     cost = " ".join((ROOT / "README.md").read_text().split("## What it costs")[1].split())
     stated = re.search(r"\*\*([\d.]+) times\*\* .* ([\d.]+) times on one and ([\d.]+) times", cost)
     assert [f"{ratio:.1f}" for ratio in found] == list(stated.groups())
+
+
+def test_the_images_of_the_journey(monkeypatch):
+    grey = np.random.default_rng(0).random((40, 28, 28, 1)).astype("float32")
+    split = datasets.Split(grey, np.arange(40) % 10)
+    whole = datasets.Dataset("fashion_mnist", *[split] * 3, *split.statistics(), 10)
+    monkeypatch.setattr(datasets, "load", lambda *arguments: whole)
+    found = journey.images(None)
+    assert found["x_train"].shape == (24, 32, 32, 3) and found["x_train"].dtype == np.uint8
+    assert np.bincount(found["y_train"]).tolist() == [4] * 6
+    assert np.ptp(found["x_train"], axis=3).max(axis=(1, 2)).min() > 9  # Each in colour.
+    minutes = json.loads(journey.JSON.read_text())["2 workers"]["minutes"]
+    assert f"took {minutes:.1f} minutes" in (ROOT / "docs" / "own_data.md").read_text()
