@@ -47,7 +47,7 @@ REQUIREMENTS = ("torch", "torchvision", "deepinv", "jax")
 PEERS: dict[str, tuple[str, str, str]] = {
     "tensorflow plain": ("TensorFlow", "no penalty", ""),
     "tensorflow accumulator": ("tfjacreg", "`SpectralNorm`, the default", "sigma"),
-    "tensorflow transpose": ("tfjacreg", '`SpectralNorm(forward_mode="transpose")`', "sigma"),
+    "tensorflow transpose": ("tfjacreg", '`SpectralNorm(f, forward_mode="transpose")`', "sigma"),
     "tensorflow frobenius": ("tfjacreg", "`FrobeniusNorm`", "frobenius"),
     "tensorflow tapes": ("TensorFlow", "Algorithm 1 by nested tapes", "sigma"),
     "jax plain": ("JAX, jit", "no penalty", ""),

@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 
 from tfjacreg import _keras, graph_search
+from tfjacreg.model import RegularizedModel
 from tfjacreg.printable import shown
 
 PARTS = 1000  # Keras writes three, and this project one more.
@@ -309,6 +310,8 @@ def _check_operations(model: keras.Model) -> None:
 
     The model is traced for one example, which computes nothing.
     """
+    if isinstance(model, RegularizedModel):
+        model = model.network
     if not getattr(model, "inputs", None):  # As long as it is not built nothing is known of it.
         return
     structure = _keras.input_structure(model)

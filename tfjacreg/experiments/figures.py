@@ -365,7 +365,7 @@ def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None
     left.set_ylim(bottom=1e-4)
     left.set_xticks(range(2, 21, 2))
     left.set_title(f"trained with SpectralNorm, N = 1, factor {factor:g}")
-    right.set_title("trained without penalty; open marks: with the estimator")
+    right.set_title("trained without penalty;\nopen marks: with the estimator")
     figure.suptitle(
         f"lenet, {settings['dataset']}, epochs: {settings['epochs']}, "
         f"{settings['points']} training points\n{_environment(content)}",
