@@ -36,7 +36,7 @@ def images(data_dir: str | None) -> dict[str, np.ndarray]:
     few = rng.permutation(np.flatnonzero(train.y < CLASSES))[:IMAGES]
     edge = (SIDE - train.x.shape[1]) // 2
     grey = np.pad(train.x[few], ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-    colour, background = rng.random((2, IMAGES, 1, 1, 3))
+    colour, background = rng.random((2, len(few), 1, 1, 3))
     x = grey * colour + (1 - grey) * 0.5 * background
     return {"x_train": np.round(255 * x).astype("uint8"), "y_train": train.y[few]}
 

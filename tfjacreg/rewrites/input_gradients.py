@@ -128,8 +128,7 @@ def _in_blocks(
     )
     height, width, channels = *(n + side - 1 for n in kernel.shape[:2]), kernel.shape[3]
     kernels = tf.reshape(kernels, (height, width, channels, -1))
-    padded = tf.pad(upstream, [[0, 0], *paddings, [0, 0]])
-    blocks = tf.nn.conv2d(padded, kernels, side, "VALID")
+    blocks = tf.nn.conv2d(upstream, kernels, side, [[0, 0], *paddings, [0, 0]])
     found = tf.nn.depth_to_space(blocks, side)
     return found if rows == list(shape) else found[:, : shape[0], : shape[1]]
 
