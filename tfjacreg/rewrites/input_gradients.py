@@ -96,18 +96,25 @@ def input_gradient(
     @tf.custom_gradient
     def product(upstream: tf.Tensor, kernel: tf.Tensor) -> Any:
         def derivative(v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            of_kernel = tf.raw_ops.Conv2DBackpropFilter(
-                input=v,
-                filter_sizes=kernel.shape,
-                out_backprop=upstream,
-                strides=[1, 1, 1, 1],
-                padding=padding,
-            )
+            of_kernel = _kernel_gradient(v, kernel, upstream, padding)
             return tf.nn.conv2d(v, kernel, 1, padding), of_kernel
 
         return _in_blocks(upstream, kernel, shape, padding, side), derivative
 
     return product(upstream, kernel)
+
+
+def _kernel_gradient(
+    x: tf.Tensor, kernel: tf.Tensor, upstream: tf.Tensor, padding: str
+) -> tf.Tensor:
+    """The gradient of `<tf.nn.conv2d(x, kernel, 1, padding), upstream>` in the kernel."""
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=x,
+        filter_sizes=kernel.shape,
+        out_backprop=upstream,
+        strides=[1, 1, 1, 1],
+        padding=padding,
+    )
 
 
 def _in_blocks(
@@ -140,13 +147,7 @@ def _of_convolution(theirs: Callable[..., Any], op: Any, upstream: tf.Tensor) ->
         return theirs(op, upstream)
     x, kernel = op.inputs
     padding = _text(op, "padding")
-    of_kernel = tf.raw_ops.Conv2DBackpropFilter(
-        input=x,
-        filter_sizes=kernel.shape,
-        out_backprop=upstream,
-        strides=[1, 1, 1, 1],
-        padding=padding,
-    )
+    of_kernel = _kernel_gradient(x, kernel, upstream, padding)
     return input_gradient(upstream, kernel, x.shape[1:3], padding, side), of_kernel
 
 
