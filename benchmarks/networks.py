@@ -132,11 +132,10 @@ def steps(name: str, repeats: int) -> dict[str, float]:
 
 def start(name: str, variant: str) -> dict[str, float]:
     """Seconds of the self-check and until the first step of `fit` is done, and peak memory."""
-    if variant == "double_backward":
-        made = model(name, "plain")
+    is_bare = variant == "double_backward"
+    made: Any = model(name, "plain" if is_bare else variant)
+    if is_bare:
         made.train_step = double_backward(made)
-    else:
-        made = model(name, variant)
     check, seconds = tfjacreg.model.check_network, [0.0]
 
     def timed(*args: Any, **kwargs: Any) -> None:
