@@ -7,8 +7,9 @@ steps: every variant takes a training step in turn, again and again, in one proc
 the median of its steps. `double_backward` is plain TensorFlow, without tfjacreg: the gradient of
 the loss and of `<J^T u, v>` for given u and v. Any penalty of a Jacobian needs as much, and
 Algorithm 1 one product J v more.
-starts: seconds until the first step of `fit` is done, of them those of the self-check, and the peak
-memory of three steps. Every variant runs in a process of its own.
+starts: seconds until the first step of `fit` is done, of the clock and of the processor, seconds of
+the self-check, and the peak memory of three steps. Every variant takes turns with the others, in
+three processes of its own: the figures are their medians.
 """
 
 import functools
@@ -31,6 +32,8 @@ import tfjacreg
 from tfjacreg.jacobian import FORWARD_MODES
 
 VARIANTS = ("plain", *FORWARD_MODES)
+STARTS = (*VARIANTS, "double_backward")
+PROCESSES = 3
 PARTS = ("steps", "starts")
 BATCH_SIZE = 8
 BEGIN, END = "<!-- networks.py: begin -->", "<!-- networks.py: end -->"
@@ -74,11 +77,6 @@ NETWORKS = (
 )
 
 
-def variants(name: str) -> list[str]:
-    """Those that a network has: TensorFlow has no tangents for a loop."""
-    return [variant for variant in VARIANTS if (name, variant) != ("LSTM", "accumulator")]
-
-
 def network(name: str) -> keras.Model:
     """One of `NETWORKS` with fresh weights."""
     keras.utils.set_random_seed(0)
@@ -120,7 +118,7 @@ def steps(name: str, repeats: int) -> dict[str, float]:
     """Median seconds of a step of every variant, interleaved."""
     data = batch(name, BATCH_SIZE)
     functions: dict[str, Callable[[Any], Any]] = {
-        variant: model(name, variant).train_step for variant in variants(name)
+        variant: model(name, variant).train_step for variant in VARIANTS
     }
     functions["double_backward"] = double_backward(model(name, "plain"))
 
@@ -134,6 +132,10 @@ def steps(name: str, repeats: int) -> dict[str, float]:
 
 def start(name: str, variant: str) -> dict[str, float]:
     """Seconds of the self-check and until the first step of `fit` is done, and peak memory."""
+    is_bare = variant == "double_backward"
+    made: Any = model(name, "plain" if is_bare else variant)
+    if is_bare:
+        made.train_step = double_backward(made)
     check, seconds = tfjacreg.model.check_network, [0.0]
 
     def timed(*args: Any, **kwargs: Any) -> None:
@@ -142,12 +144,13 @@ def start(name: str, variant: str) -> dict[str, float]:
         seconds[0] = time.perf_counter() - begin
 
     tfjacreg.model.check_network = timed
-    made, (x, y) = model(name, variant), batch(name, BATCH_SIZE)
-    begin = time.perf_counter()
+    x, y = batch(name, BATCH_SIZE)
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     made.fit(x, y, batch_size=BATCH_SIZE, verbose=0)
-    first = time.perf_counter() - begin
+    first, first_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
     made.fit(x, y, batch_size=BATCH_SIZE, epochs=2, verbose=0)
-    return {"first": first, "check": seconds[0], "peak_gib": _memory.gib()}
+    found = {"first": first, "first_cpu": first_cpu, "check": seconds[0]}
+    return {**found, "peak_gib": _memory.gib()}
 
 
 IN_A_PROCESS: dict[str, Callable[..., Any]] = {
@@ -163,26 +166,42 @@ def measured(name: str, part: str, repeats: int) -> dict[str, Any]:
     """One part of the results of a network."""
     if part == "steps":
         return in_a_process("steps", name, str(repeats))
-    return {variant: in_a_process("start", name, variant) for variant in variants(name)}
+    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in STARTS}
+    for _ in range(PROCESSES):
+        for variant in STARTS:
+            runs[variant].append(in_a_process("start", name, variant))
+    return {
+        variant: {key: statistics.median(run[key] for run in of) for key in of[0]}
+        for variant, of in runs.items()
+    }
 
 
 def table(content: dict[str, Any]) -> str:
     """The table of docs/cost.md."""
     lines = [
         "| network | plain step, ms | double backward | N = 1 | N = 1, transpose "
-        "| first step, s | of them the check | peak memory, GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| first step, s | times plain | N = 1 to transpose | of them the check "
+        "| peak memory, GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in content["networks"].items():
         seconds, starts = (row.get(part, {}) for part in PARTS)
         cells = [name, f"{1e3 * seconds['plain']:.0f}" if seconds else ""]
         for key in ("double_backward", *FORWARD_MODES):
             cells.append(f"{seconds[key] / seconds['plain']:.2f}" if key in seconds else "-")
-        for key, digits in (("first", 0), ("check", 0), ("peak_gib", 1)):
-            shown = [v for v in variants(name) if key != "check" or v != "plain"]
-            cells.append(", ".join(f"{starts[v][key]:.{digits}f}" for v in shown if v in starts))
+        firsts = {variant: of["first"] for variant, of in starts.items()}
+        cells.append(", ".join(f"{firsts[v]:.1f}" for v in VARIANTS if v in firsts))
+        others = ("double_backward", *FORWARD_MODES)
+        cells.append(", ".join(_ratio(firsts, v, "plain") for v in others))
+        cells.append(_ratio(firsts, *FORWARD_MODES))
+        for key, shown in (("check", FORWARD_MODES), ("peak_gib", VARIANTS)):
+            cells.append(", ".join(f"{starts[v][key]:.1f}" for v in shown if v in starts))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _ratio(values: dict[str, float], of: str, to: str) -> str:
+    return f"{values[of] / values[to]:.1f}" if of in values and to in values else "-"
 
 
 def with_table(page: str, content: dict[str, Any]) -> str:

@@ -187,7 +187,7 @@ def seconds(name: str, before: Path, repetitions: int) -> dict[str, dict[str, fl
     """
     lines = "\n".join(line.strip() for line in script.strip().splitlines())
     rows: dict[str, dict[str, float]] = {}
-    for mode in networks.variants(name)[1:]:
+    for mode in networks.FORWARD_MODES:
         times: dict[str, list[float]] = {"before": [], "after": []}
         for _ in range(repetitions):
             for side, checkout in (("before", before), ("after", _rows.ROOT)):

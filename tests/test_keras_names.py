@@ -155,3 +155,13 @@ def test_compute_loss(network, knows_training):
     model = (New if knows_training else Old)(network.inputs, network.outputs)
     model.compile("sgd")
     assert _keras.compute_loss(model, 1, 2, None, None) == (13 if knows_training else 3)
+
+
+def test_owner_of_recurrences(monkeypatch):
+    calls = []
+    owner = _keras.owner_of_recurrences()
+    rnn = owner.rnn
+    monkeypatch.setattr(owner, "rnn", lambda *args, **kw: calls.append(kw) or rnn(*args, **kw))
+    for layer in (layers.GRU(2, use_cudnn=False), layers.LSTM(2, use_cudnn=False)):
+        layer(np.zeros((2, 4, 3), "float32"))
+    assert [call["unroll"] for call in calls] == [False, False]

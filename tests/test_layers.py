@@ -91,14 +91,6 @@ NETWORKS = {
 }
 
 
-# In a graph they are loops, for which TensorFlow has no tangents.
-LOOPS = ("gru", "lstm", "simple_rnn")
-
-
-def forward_modes(name):
-    return ("transpose",) if name in LOOPS else FORWARD_MODES
-
-
 def build(name):
     keras.utils.set_random_seed(3)
     return NETWORKS[name]()
@@ -114,7 +106,7 @@ class TestLayer:
         rng = np.random.default_rng(0)
         v, u = tf.constant(rng.normal(size=x.shape)), rng.normal(size=network(x).shape)
         expected = np.einsum("bi,bij,bj->b", u.reshape(2, -1), jacobians, np.reshape(v, (2, -1)))
-        for forward_mode in forward_modes(name):
+        for forward_mode in FORWARD_MODES:
             op = operator(network, x, forward_mode, v)
             for product in (op.matvec(v) * u, op.rmatvec(u) * v):
                 np.testing.assert_allclose(
@@ -137,7 +129,7 @@ class TestLayer:
         expected = slope(lambda: product_by_first_derivatives(network, x, u, v), weights, along)
         sources = [weight.value for weight in weights]
         zero = tf.UnconnectedGradients.ZERO
-        for forward_mode in forward_modes(name):
+        for forward_mode in FORWARD_MODES:
             with tf.GradientTape(persistent=True) as tape:
                 op = operator(network, x, forward_mode, v)
                 products = tf.reduce_sum(op.matvec(v) * u), tf.reduce_sum(op.rmatvec(u) * v)
@@ -154,7 +146,7 @@ class TestLayer:
         rng = np.random.default_rng(0)
         v = tf.constant(rng.normal(size=x.shape).astype("float32"))
         u = tf.constant(rng.normal(size=network(x).shape).astype("float32"))
-        for forward_mode in forward_modes(name):
+        for forward_mode in FORWARD_MODES:
 
             def products(x, mode=forward_mode):
                 op = operator(network, x, mode, v, training=True)

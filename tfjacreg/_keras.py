@@ -7,6 +7,7 @@ between: `RegularizedModel._maybe_symbolic_build` and `BatchNormalization._momen
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,3 +91,9 @@ def is_inside_another(layer: keras.Layer) -> bool:
 def element_spec(iterator: Any) -> Any:
     """The shapes and dtypes of the batches of the iterator that Keras' `fit` trains on."""
     return iterator._distributed_dataset.element_spec
+
+
+def owner_of_recurrences() -> Any:
+    """The module in which Keras' recurrent layers look up `rnn`, which runs them; or None."""
+    owner = getattr(sys.modules[keras.layers.RNN.__module__], "backend", None)
+    return owner if hasattr(owner, "rnn") else None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfjacreg.recording import HELD
-from tfjacreg.rewrites import MOMENTS
+from tfjacreg.rewrites import MOMENTS, SELECTION
 
 # Steps, whose derivative is 0 wherever it exists, and what says in words that it has none.
 _CONSTANT_OPERATIONS = {
@@ -83,8 +83,8 @@ def all_operations(graph: Any) -> Iterator[tf.Operation]:
 
 
 def defines_gradients(graph: tf.Graph) -> bool:
-    """Whether something in a graph is a `tf.custom_gradient`."""
-    return any(_has_own_gradient(op) for op in graph.get_operations())
+    """Whether something in a graph is a `tf.custom_gradient`, but for those of tfjacreg's own."""
+    return any(_has_own_gradient(op) and SELECTION not in op.name for op in graph.get_operations())
 
 
 def draws_or_assigns(operations: Sequence[tf.Operation]) -> str | None:

@@ -13,7 +13,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, regularizers, signature, weak_penalties, weights_files
+from tfjacreg import (
+    _keras,
+    arguments,
+    regularizers,
+    rewrites,
+    signature,
+    weak_penalties,
+    weights_files,
+)
 from tfjacreg.checks import check_network, explained
 from tfjacreg.jacobian import JacobianOperator
 
@@ -293,13 +301,15 @@ class RegularizedModel(keras.Model):
             return  # It takes none of the lengths that are tried, or one example at a time.
         # FrobeniusNorm and penalties of one's own make no first product along the pass.
         forward_mode = getattr(regularizer, "forward_mode", "transpose")
-        check_network(
-            self.network,
-            example,
-            forward_mode=forward_mode,
-            jit_compile=bool(self.jit_compile and not self.run_eagerly),
-            **self._of,
-        )
+        is_open = signature.leaves_lengths_open(self.network, self._example.specs)
+        with rewrites.keeping_loops() if is_open else contextlib.nullcontext():
+            check_network(
+                self.network,
+                example,
+                forward_mode=forward_mode,
+                jit_compile=bool(self.jit_compile and not self.run_eagerly),
+                **self._of,
+            )
         self._is_checked = True
 
     def train_step(self, data: Any) -> dict[str, Any]:

@@ -184,10 +184,7 @@ def example(network: keras.Layer, specs: Any) -> Any:
         network takes none of these lengths, or it takes one example at a time.
     """
     inputs = list(getattr(network, "inputs", None) or [])
-    if specs is None:
-        specs = _keras.input_structure(network)
-    if specs is None:
-        specs = inputs[0] if len(inputs) == 1 else inputs
+    specs = _specs_of_data(network, specs)
     leaves = keras.tree.flatten(specs)
     if not leaves or any(leaf.shape is None for leaf in leaves):
         return None
@@ -203,6 +200,27 @@ def example(network: keras.Layer, specs: Any) -> Any:
         if made is None or _takes(network, made):
             return made
     return None
+
+
+def leaves_lengths_open(network: keras.Layer, specs: Any) -> bool:
+    """Whether the data leave the size of an axis open, so that a graph of a step does not know it.
+
+    Args:
+        network: The network.
+        specs: As for `example`.
+    """
+    leaves = keras.tree.flatten(_specs_of_data(network, specs))
+    return any(leaf.shape is None or None in tuple(leaf.shape)[1:] for leaf in leaves)
+
+
+def _specs_of_data(network: keras.Layer, specs: Any) -> Any:
+    """The specs that are given, or what the network's `Input`s say."""
+    inputs = list(getattr(network, "inputs", None) or [])
+    if specs is None:
+        specs = _keras.input_structure(network)
+    if specs is None:
+        specs = inputs[0] if len(inputs) == 1 else inputs
+    return specs
 
 
 # What an axis of unknown size has in the check of a network, the first that the network takes.

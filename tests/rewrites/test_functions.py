@@ -227,6 +227,7 @@ FUNCTIONS = {
     "exclusive": by(lambda h: LOGSUMEXP(h, 1, exclusive=True)[:, 1:]),
     "exclusive in reverse": by(lambda h: LOGSUMEXP(h, 1, exclusive=True, reverse=True)[:, :-1]),
     "softsign": by(ops.softsign),
+    "silu": by(lambda h: ops.silu(h) + tf.compat.v1.nn.swish(h, 0.5)),
     "nothing before a single factor": by(
         lambda h: (
             h
@@ -315,6 +316,10 @@ VALUES = {
     "unsorted segments": (
         lambda f: [f(X, [3, -1, 0, 3, 1, 0], 5), f(X, np.arange(30).reshape(6, 5) % 7, 8)],
         (tf.math.unsorted_segment_prod,),
+    ),
+    "silu": (
+        lambda f: [f(X), f(X, 1), f(X, 0.5), f(X, tf.constant(2.0))],
+        (lambda *args: tf.nn.silu(*args), lambda *args: tf.compat.v1.nn.swish(*args)),
     ),
     "powers": (
         lambda f: (

@@ -26,14 +26,18 @@ from tfjacreg.rewrites.functions import FUNCTIONS, MOMENTS
 from tfjacreg.rewrites.grouped_convolutions import grouped_convolution
 from tfjacreg.rewrites.image_layers import linear_image_map
 from tfjacreg.rewrites.input_gradients import in_blocks
+from tfjacreg.rewrites.max_pool import SELECTION
+from tfjacreg.rewrites.recurrences import RECURRENCES, keeping_loops
 from tfjacreg.rewrites.traced_functions import AS_WRITTEN, TRACED_ANEW
 
 __all__ = [
     "MOMENTS",
+    "SELECTION",
     "Place",
     "active",
     "in_blocks",
     "is_replacing",
+    "keeping_loops",
     "stepping_aside",
     "undone",
     "while_replaced",
@@ -69,7 +73,7 @@ def active(
     Returns:
         What the function returns.
     """
-    places = [*FUNCTIONS, AS_WRITTEN if has_tangent else TRACED_ANEW]
+    places = [*FUNCTIONS, *RECURRENCES, AS_WRITTEN if has_tangent else TRACED_ANEW]
     for layer in _keras.layers_of(network):
         for of_layer in (*_OF_LAYERS, more):
             places += of_layer(layer)

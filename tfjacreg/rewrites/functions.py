@@ -2,11 +2,13 @@
 
 All have the right values. What is wrong with TensorFlow's own is the first derivative of
 `cumprod` at an exact 0, of `max_pool` its derivative's derivative under XLA, and of the others the
-second derivative: a part of it is left out, or it is NaN where it has a value.
+second derivative: a part of it is left out, or it is NaN where it has a value. That of `silu` is
+right, but a `tf.custom_gradient` takes many more operations, and a check a graph of its own.
 
 Whoever calls them: `keras.ops`, `tf.math`, `tf.nn`, `tf.compat.v1`, bound to a name or not. All of
 these end in the functions of an operation that TensorFlow generates, found here through
-`tf.raw_ops`. Of `tf.nn.moments`, which is no operation, the one that all others call is replaced.
+`tf.raw_ops`. Of `tf.nn.moments`, which is no operation, the one that all others call is replaced,
+and `tf.nn.silu` under each of its names.
 """
 
 from __future__ import annotations
@@ -52,6 +54,13 @@ def moments(
         centre = tf.reduce_mean(wide, axes, keepdims=keepdims)
         lost = tf.square(centre - tf.stop_gradient(centre))
         return mean, variance - tf.cast(lost, variance.dtype)
+
+
+def silu(original: Callable[..., Any], features: Any, beta: Any = 1.0) -> tf.Tensor:
+    """Stands in for `tf.nn.silu`, which computes its sigmoid again in each derivative."""
+    x = tf.convert_to_tensor(features)
+    is_plain = isinstance(beta, (int, float)) and beta == 1
+    return x * tf.sigmoid(x if is_plain else tf.cast(beta, x.dtype) * x)
 
 
 def euclidean_norm(
@@ -119,6 +128,8 @@ def _places() -> list[Place]:
     module = sys.modules[inspect.unwrap(tf.nn.moments).__module__]
     if vars(module).get("moments") is tf.compat.v1.nn.moments:
         found.append(Place(module, "moments", moments))
+    for nn in (tf.nn, tf.compat.v1.nn):
+        found += [Place(nn, name, silu) for name in ("silu", "swish")]
     for operation, function in _OPERATIONS.items():
         raw = getattr(tf.raw_ops, operation)
         found.append(Place(tf.raw_ops, operation, function))

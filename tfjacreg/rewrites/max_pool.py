@@ -19,6 +19,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+# In the names of the operations that select the maxima: of these the accumulator has the tangents
+# that the gradient says, eagerly and in a graph.
+SELECTION = "tfjacreg_selection"
+
 
 class _Window(NamedTuple):
     """Which places a maximum is taken over, an entry for each spatial axis.
@@ -121,7 +125,8 @@ def _select_from_tiles(
             spread_out = tf.pad(spread_out, [[0, 0], *([0, n] for n in rest)])
         return spread_out * mask, select
 
-    return select(x)
+    with tf.name_scope(SELECTION):
+        return select(x)
 
 
 def _select_from_windows(x: tf.Tensor, window: _Window) -> tf.Tensor:
