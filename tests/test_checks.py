@@ -123,6 +123,12 @@ def test_a_loop_needs_transposition():
         made.fit(data, verbose=0)
     assert "\x1b" not in str(error.value)
     made.fit(x, y, verbose=0)  # Of three steps, as the data say.
+    made.train_on_batch(x, y)
+    # Of a second length Keras traces one step for all lengths.
+    expected = "differentiated forward.*With forward_mode='transpose' it can be had"
+    with pytest.raises(ValueError, match=expected) as error:
+        made.train_on_batch(x[:, :2], y)
+    assert "\x1b" not in str(error.value)
 
 
 def test_fit_checks_a_stateful_network_with_batches_of_its_size():

@@ -320,7 +320,8 @@ class RegularizedModel(keras.Model):
             return super().train_step(data)
         with tf.GradientTape() as tape:
             # Forward mode, along the pass of the loss.
-            subject, y_pred = self._forward(x)
+            with self._explained(only_of="variant"):  # Keras' own errors stay what they are.
+                subject, y_pred = self._forward(x)
             loss = _keras.compute_loss(self, x, y, y_pred, sample_weight)
             # Backward mode.
             with self._explained():
@@ -361,11 +362,17 @@ class RegularizedModel(keras.Model):
         return self._factor_variable
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What TensorFlow cannot differentiate often enough, in words."""
+    def _explained(self, only_of: str = "") -> Iterator[None]:
+        """What TensorFlow cannot differentiate often enough, in words.
+
+        Args:
+            only_of: What an error must mention to be one of these.
+        """
         try:
             yield
         except (TypeError, LookupError, AttributeError, tf.errors.InternalError) as error:
+            if only_of not in str(error):
+                raise
             mode = getattr(self.regularizer, "forward_mode", "transpose")
             raise explained(error, self.network, mode) from error
 
