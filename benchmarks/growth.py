@@ -5,7 +5,7 @@
     python benchmarks/growth.py --parts                # the figure and the table alone
 
 steps: every variant takes some steps in turn, in one process; a step's time is that of some in a
-row of which only the last is waited for, and the figure their median. memory: the peak of a process
+row of which only the last is waited for, and the shortest counts. memory: the peak of a process
 of its own for each variant, after three steps.
 
 The floor counts multiply-adds of convolutions and dense layers, F in one forward pass and F1 in the
@@ -16,7 +16,6 @@ and another gradient of the kernels: 4 F.
 
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -121,7 +120,7 @@ def multiply_adds(network: keras.Model) -> tuple[int, int]:
 
 
 def steps(point: str, repeats: int) -> dict[str, float]:
-    """The median seconds of a step of every variant, and the floor of their ratio."""
+    """The shortest seconds of a step of every variant, and the floor of their ratio."""
     runs = {variant: step(point, variant) for variant in VARIANTS}
     total, first = multiply_adds(runs["plain"][1])
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
@@ -134,9 +133,7 @@ def steps(point: str, repeats: int) -> dict[str, float]:
             if turn:  # The first one traces.
                 times[variant].append((time.perf_counter() - start) / IN_A_ROW)
     floor = (7 * total - first) / (3 * total - first)
-    return {variant: statistics.median(of_one) for variant, of_one in times.items()} | {
-        "floor": floor
-    }
+    return {variant: min(of_one) for variant, of_one in times.items()} | {"floor": floor}
 
 
 def memory(point: str, variant: str) -> float:

@@ -4,7 +4,7 @@
     python benchmarks/networks.py --networks ConvNeXtTiny --redo
 
 steps: every variant takes a training step in turn, again and again, in one process; the figure is
-the median of its steps. `double_backward` is plain TensorFlow, without tfjacreg: the gradient of
+the shortest of its steps counts. `double_backward` is plain TensorFlow, without tfjacreg: the gradient of
 the loss and of `<J^T u, v>` for given u and v. Any penalty of a Jacobian needs as much, and
 Algorithm 1 one product J v more.
 starts: seconds until the first step of `fit` is done, of the clock and of the processor, seconds of
@@ -115,7 +115,7 @@ def double_backward(made: tfjacreg.RegularizedModel) -> Callable[[Any], dict[str
 
 
 def steps(name: str, repeats: int) -> dict[str, float]:
-    """Median seconds of a step of every variant, interleaved."""
+    """Shortest seconds of a step of every variant, interleaved."""
     data = batch(name, BATCH_SIZE)
     functions: dict[str, Callable[[Any], Any]] = {
         variant: model(name, variant).train_step for variant in VARIANTS
@@ -127,7 +127,7 @@ def steps(name: str, repeats: int) -> dict[str, float]:
 
     runs = {key: functools.partial(run, tf.function(f)) for key, f in functions.items()}
     times = step_time.interleaved(runs, repeats)
-    return {key: statistics.median(seconds) for key, seconds in times.items()}
+    return {key: min(seconds) for key, seconds in times.items()}
 
 
 def start(name: str, variant: str) -> dict[str, float]:

@@ -5,9 +5,9 @@
     python benchmarks/peers.py --table          # docs/cost.md and the figure alone
 
 The same LeNet with the same weights on the same images, in a process for each framework: they take
-turns, a round is some steps of each. PyTorch and JAX run in an environment of their own. The whole
-is done in several sets of processes; a figure is the median of them, the spread from the lowest to
-the highest. A step's time is that of some in a row of which only the last is waited for.
+turns, a round is some steps of each. PyTorch and JAX run in an environment of their own. A step's
+time is measured over some in a row of which only the last is waited for, and of a set of processes
+the shortest counts. A figure is the median of several sets, the spread their lowest and highest.
 
 The weights are those after two epochs on the digits, without a penalty. "Error": how far, on
 average over images and draws, an estimate is from the norm by NumPy's SVD of the dense Jacobian.
@@ -138,7 +138,7 @@ def measure(
                             times[name].append(found)
                 for name in names:
                     row = rows[name].setdefault(f"batch {batch}", [])
-                    row.append(statistics.median(times[name]))
+                    row.append(min(times[name]))
                     print(
                         f"set {number}, {name}, batch {batch}: {1e3 * row[-1]:.2f} ms", flush=True
                     )
