@@ -3,10 +3,10 @@
     python benchmarks/networks.py                              # what is missing in the results
     python benchmarks/networks.py --networks ConvNeXtTiny --redo
 
-steps: every variant takes a training step in turn, again and again, in one process; the figure is
-the shortest of its steps counts. `double_backward` is plain TensorFlow, without tfjacreg: the gradient of
-the loss and of `<J^T u, v>` for given u and v. Any penalty of a Jacobian needs as much, and
-Algorithm 1 one product J v more.
+steps: every variant takes a training step in turn, again and again, in one process; the shortest of
+its steps counts. `double_backward` is plain TensorFlow, without tfjacreg: the gradient of the loss
+and of `<J^T u, v>` for given u and v. Any penalty of a Jacobian needs as much, and Algorithm 1 one
+product J v more.
 starts: seconds until the first step of `fit` is done, of the clock and of the processor, seconds of
 the self-check, and the peak memory of three steps. Every variant takes turns with the others, in
 three processes of its own: the figures are their medians.

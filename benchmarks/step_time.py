@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --batch-sizes 16 32 64 128 256 512 --plot step_time.png
 
 Every variant takes one step in turn, again and again; the figure is the shortest of its steps over
-the shortest of the plain ones. `analytic` is the paper's method: one backward pass for every output,
+the shortest of the plain ones. `analytic` is the paper's method: one backward pass for each output,
 the SVD of the whole Jacobian, and its derivative (Section 4.3, Figure 5 left).
 """
 
