@@ -66,7 +66,7 @@ code {{ font-family: ui-monospace, monospace; font-size: .92em; }}
  nav {{ display: none; }}
  table {{ width: 100%; font-size: 8pt; }}
  th, td {{ padding: .2em .4em; }}
- tr {{ break-inside: avoid; }}
+ table, tr {{ break-inside: avoid; }}
  p:has(+ .scroll) {{ break-after: avoid; }}
  pre {{ white-space: pre-wrap; font-size: 7pt; }}
 }}
