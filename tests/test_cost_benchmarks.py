@@ -204,6 +204,14 @@ def test_what_the_readme_says_of_the_cost():
     cost = " ".join((ROOT / "README.md").read_text().split("## What it costs")[1].split())
     stated = re.search(r"\*\*([\d.]+) times\*\* .* ([\d.]+) times on one and ([\d.]+) times", cost)
     assert [f"{ratio:.1f}" for ratio in found] == list(stated.groups())
+    trained = json.loads((ROOT / "results/estimator_error.json").read_text())["networks"]
+    for method, iterations, said in (
+        ("power", 1, r"\*\*(\d+) %\*\* too low"),
+        ("lanczos", 3, r"products\) (\d+) %"),
+    ):
+        rows = [row for network in trained for row in network["errors"][method]]
+        errors = [row["mean"] for row in rows if row["iterations"] == iterations]
+        assert f"{100 * np.mean(errors):.0f}" == re.search(said, cost).group(1)
 
 
 def test_the_images_of_the_journey(monkeypatch):
