@@ -1,10 +1,10 @@
 """Small networks over all layer families, the same on every backend of Keras.
 
 `second_derivatives.py` compares the penalty and its gradient on them with TensorFlow and with JAX,
-so nothing here imports either. Weights and inputs are drawn by NumPy from a seed made of the
-network's name: generic numbers, away from the ties and kinks at which derivatives jump. Before and
-behind most layers stands a Dense layer with tanh, so that the weights before feel the layer's
-second derivative, and those behind its first.
+so this module imports neither. Weights and inputs are drawn by NumPy from a seed made of the
+network's name: generic numbers, away from the ties and kinks at which derivatives jump. A Dense
+layer with tanh comes before and after most layers: the gradient of the weights before depends on
+the layer's second derivative, the gradient of the weights after it on its first.
 """
 
 import zlib
