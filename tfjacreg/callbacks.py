@@ -57,8 +57,8 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         sizes = {len(leaf) if leaf.ndim else 0 for leaf in keras.tree.flatten(self.x)}
         if len(sizes) != 1 or sizes == {0}:
             raise ValueError(
-                "`x` must hold at least one point along the first axis of every tensor, and as "
-                f"many in each. Received: tensors of {sorted(sizes)} points"
+                "`x` must hold at least one point along the first axis of every tensor, and the "
+                f"same number in each. Received: tensors of {sorted(sizes)} points"
             )
         if any(leaf.dtype.kind in "cOSU" for leaf in keras.tree.flatten(self.x)):
             kinds = sorted({str(leaf.dtype) for leaf in keras.tree.flatten(self.x)})

@@ -28,8 +28,8 @@ _LOSES_A_DERIVATIVE = (
     "operation with a second derivative"
 )
 _OTHER_TANGENT = (
-    "has another J v by tf.autodiff.ForwardAccumulator than by transposing J^T u, as of a "
-    "tf.custom_gradient, whose body it differentiates"
+    "has a J v by tf.autodiff.ForwardAccumulator that differs from the one by transposing J^T u, "
+    "as with a tf.custom_gradient, whose body the accumulator differentiates"
 )
 _NO_TANGENTS_OF_LOOPS = (
     "cannot be differentiated forward: a loop or a branch in a graph (tf.while_loop, tf.cond) "

@@ -105,8 +105,8 @@ def leading_left_vector_and_product(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Finds u as `leading_left_vector` does, and `J^T u`, both without a gradient.
 
-    The first two methods take 2 N products in all, as in training. Lanczos knows `J^T u` for every
-    u in its space from the recurrence, and here chooses u with the last product too: its
+    `"power"` and `"lanczos"` take 2 N products in all, as in training. Lanczos knows `J^T u` for
+    every u in its space from the recurrence, and here uses the last product too to choose u: its
     `||J^T u||` is the largest in that space.
 
     Args:

@@ -229,7 +229,7 @@ def _input_shape(layer: keras.Layer) -> tuple[int, ...]:
         )
     if len(shapes) > 1 or None in next(iter(shapes)):
         raise ValueError(
-            "A layer's norm depends on the size of its input, which must be known and one. "
+            "A layer's norm depends on the size of its input, which must be one known size. "
             f"Received: layer {layer.name!r} with input shapes {sorted(map(str, shapes))}"
         )
     (shape,) = shapes

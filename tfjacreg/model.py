@@ -93,8 +93,8 @@ class RegularizedModel(keras.Model):
         signature.check_name("output", output)
         if self._is_of_the_jacobian and type(self).call is not RegularizedModel.call:
             raise ValueError(
-                "`call` must be that of RegularizedModel where the penalty is one of the Jacobian, "
-                "which is taken of the network alone. Put what it does into the network. "
+                "`call` must not be overridden if the penalty is one of the Jacobian, which is "
+                "taken of the network alone. Put what it does into the network. "
                 f"Received: {type(self).__name__} with a `call` of its own and the penalty "
                 f"{self.regularizer!r}"
             )

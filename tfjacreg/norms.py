@@ -80,7 +80,7 @@ def spectral_norm(
     Returns:
         A `SingularTriplet`. Where J = 0, sigma and the residual are 0 and u, v are arbitrary. Where
         J is not finite, or its square overflows (||J|| > 1e19 in float32), sigma is NaN or
-        infinite; where its square vanishes (||J|| < 1e-19), sigma is 0. In a graph sigma is also
+        infinite; where its square vanishes (||J|| < 1e-19), J counts as 0. In a graph sigma is also
         NaN where TensorFlow's products contradict each other; eagerly that raises an error.
 
     Raises:

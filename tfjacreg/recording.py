@@ -19,8 +19,8 @@ from tfjacreg import _keras, passes, rewrites
 # Part of the names of operations that are computed while a pass holds them constant.
 HELD = "tfjacreg_held"
 NEEDS_THE_WHOLE_BATCH = (
-    "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
-    "alone and without random numbers. Use fraction=1. "
+    "Some examples of a batch can be penalized without the others only if the network computes "
+    "each alone and without random numbers. Use fraction=1. "
 )
 
 

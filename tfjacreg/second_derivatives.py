@@ -1,7 +1,7 @@
 """Checks the second derivatives of one layer, which training needs, by first derivatives alone.
 
 A penalty of the Jacobian is made of products `<u, J v>`, and training takes their gradient in the
-weights: a second derivative of the network. This gradient can also be had from a difference,
+weights: a second derivative of the network. This gradient also follows from a difference,
 
     <u, f(x + e v) - f(x - e v)> / 2e,
 

@@ -164,7 +164,7 @@ def refuse_folded(network: keras.Layer, x: tf.Tensor, output: tf.Tensor) -> None
         if rows < x.shape[0]:
             way_out = "Nothing may be reduced over the batch axis: that belongs into the loss"
         raise NotOne(
-            f"The output must have one row for each example, whose Jacobian it is. {way_out}. "
+            f"The output must have one row for each example. {way_out}. "
             f"Received: network {network.name!r}, which returns {tuple(output.shape)} for x of "
             f"shape {tuple(x.shape)}"
         )

@@ -1,9 +1,9 @@
 """Functions of TensorFlow that are replaced while a pass is recorded.
 
-The originals have the right values. Wrong are the first derivative of `cumprod` at an exact 0, the
-derivative of the derivative of `max_pool` under XLA, and for the others the second derivative: a
-part of it is missing, or it is NaN where it has a value. `silu` is right, but its
-`tf.custom_gradient` takes many more operations, and the check of it a graph of its own.
+The originals have the right values, but wrong derivatives: `cumprod` the first one at an exact 0,
+`max_pool` the derivative of its derivative under XLA, and the others the second one, of which a
+part is missing, or which is NaN where it has a value. `silu` is right, but its `tf.custom_gradient`
+takes many more operations, and the check of it a graph of its own.
 
 A replacement acts on every caller: `keras.ops`, `tf.math`, `tf.nn`, `tf.compat.v1`, bound to a name
 or not. All of these end in the function that TensorFlow generates for an operation, found here

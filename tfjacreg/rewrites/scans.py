@@ -1,8 +1,9 @@
 """Products and sums along an axis, in pairs, with all their derivatives, also at an exact 0.
 
-TensorFlow divides by the factors to differentiate a product. Where a factor is 0, the derivative of
-`cumprod` is 0, the second derivative of `reduce_prod` is, and for products of segments both may be
-NaN. Here every product is one of two tensors, in log2(n) rounds.
+TensorFlow divides by the factors to differentiate a product. Where a factor is 0, this gives 0 for
+the derivative of `cumprod` and for the second derivative of `reduce_prod`, and possibly NaN for
+both derivatives of products of segments. Here every product is one of two tensors, in log2(n)
+rounds.
 
 If the size of the axis is not known when a graph is made, TensorFlow's own function is used, and
 the search of the pass's graph (`graph_search.py`) reports it.
