@@ -66,7 +66,7 @@ def check(file: BinaryIO) -> int:
         file: The archive, open.
 
     Returns:
-        The number of numbers in its weights.
+        How many numbers its weights hold.
 
     Raises:
         ValueError: If something in it is not allowed.
@@ -227,7 +227,7 @@ def check_weights(file: Any, size: int) -> int:
         size: Its size in bytes.
 
     Returns:
-        The number of numbers in it.
+        How many numbers it holds.
 
     Raises:
         ValueError: If the weights lie elsewhere, or cannot be read.
@@ -262,7 +262,7 @@ def layers_limited(numbers: int) -> Iterator[None]:
     """Limits the weights of the layers that are built to what the file holds, all together.
 
     Args:
-        numbers: The number of numbers in the file's weights.
+        numbers: How many numbers the weights in the file hold.
     """
     original, left = keras.Layer.add_weight, numbers + _SPARE
 
@@ -331,6 +331,6 @@ def _check_operations(model: keras.Model) -> None:
 
 
 def _size(shape: Any) -> int:
-    """The number of numbers in a tensor for one example; sizes that are not known count as 1."""
+    """How many numbers a tensor holds for one example; sizes that are not known count as 1."""
     known = tf.TensorShape(shape)
     return math.prod(n or 1 for n in known) if known.rank else 1

@@ -55,7 +55,7 @@ def check_whole(path: Path) -> int:
     """Checks that a `.keras` file is whole and may be loaded: see `archives`; raises ValueError.
 
     Returns:
-        The number of numbers in its weights.
+        How many numbers its weights hold.
     """
     try:
         with reading.open_regular(path) as file:
