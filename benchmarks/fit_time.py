@@ -1,16 +1,16 @@
-"""The cost of a step of `fit` with each penalty, for README.md and docs/cost.md.
+"""What a step of `fit` costs with each penalty: the figures of README.md and docs/cost.md.
 
     python benchmarks/fit_time.py                       # what is missing in the results
     python benchmarks/fit_time.py --cases vgg16 --redo  # anew, on a quiet machine
     python benchmarks/fit_time.py --table               # docs/cost.md alone
 
 fit: the seconds of a step of `fit` with `steps_per_execution=20` over a `tf.data` pipeline of
-batches in memory. The variants take turns, one execution each, in one process; a figure is the
-median of the turns. single: the seconds of single calls of the compiled step that wait for the
-loss, which hide a part of a short step behind Python.
+batches in memory. The variants take turns, an execution each, in one process; a figure is the
+median of the turns. single: of calls of the compiled step that each wait for the loss, which hide
+part of a short step behind Python.
 
-A case runs in several processes, each on two threads and on one. A ratio is relative to the plain
-step of its process; the table has the median of the processes, and the lowest and highest.
+A case runs in several processes, each on two threads and on one. A ratio is to the plain step of
+its process; the table has the median of the processes, and the lowest and highest of them.
 """
 
 import argparse

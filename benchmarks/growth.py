@@ -1,17 +1,17 @@
-"""The growth of the penalty's cost with batch, width, pixels, depth and number of outputs.
+"""How the cost of the penalty grows: with batch, width, pixels, depth and the number of outputs.
 
     python benchmarks/growth.py                        # what is missing in the results
     python benchmarks/growth.py --points "batch 16" --redo
     python benchmarks/growth.py --parts                # the figure and the table alone
 
-steps: every variant takes some steps in turn, in one process. The time of a step is the mean of
-several in a row, waiting only for the last; the figure is the median of these. memory: the peak of
-a process for each variant, after three steps.
+steps: every variant takes some steps in turn, in one process; a step's time is that of some in a
+row of which only the last is waited for, and the figure their median. memory: the peak of a process
+of its own for each variant, after three steps.
 
-The floor counts multiply-adds of convolutions and dense layers: F in one forward pass and F1 in the
-first of these layers. A plain step is the forward pass, the gradients of the kernels, and the
-gradients of all inputs except the first: 3 F - F1. Algorithm 1 with N = 1 adds J v, J^T u, the
-tangent of the new v and another gradient of the kernels: 4 F.
+The floor counts multiply-adds of convolutions and dense layers, F in one forward pass and F1 in the
+first of these layers. A plain step is the forward pass, the gradients of the kernels, and those of
+all inputs but the first: 3 F - F1. Algorithm 1 with N = 1 adds J v, J^T u, the tangent of the new v
+and another gradient of the kernels: 4 F.
 """
 
 import functools

@@ -1,15 +1,15 @@
-"""The cost of the penalty on networks that people train: 32x32 pixels, ten logits.
+"""What the penalty costs on networks that people train: 32x32 pixels, ten logits.
 
     python benchmarks/networks.py                              # what is missing in the results
     python benchmarks/networks.py --networks ConvNeXtTiny --redo
 
 steps: every variant takes a training step in turn, again and again, in one process; the figure is
-the median of its steps. `double_backward` is plain TensorFlow without tfjacreg: the gradient of the
-loss and of `<J^T u, v>` for given u and v. Any penalty of a Jacobian takes at least that, and
-Algorithm 1 takes one product J v more.
-starts: the wall-clock and processor seconds until the first step of `fit` is done, the seconds of
-the self-check, and the peak memory of three steps. The variants take turns, in three processes
-each: the figures are the medians of these.
+the median of its steps. `double_backward` is plain TensorFlow, without tfjacreg: the gradient of
+the loss and of `<J^T u, v>` for given u and v. Any penalty of a Jacobian needs as much, and
+Algorithm 1 one product J v more.
+starts: seconds until the first step of `fit` is done, of the clock and of the processor, seconds of
+the self-check, and the peak memory of three steps. Every variant takes turns with the others, in
+three processes of its own: the figures are their medians.
 """
 
 import functools

@@ -1,16 +1,16 @@
-"""The cost of a training step with a penalty of the Jacobian, here and in other libraries.
+"""A training step with a penalty of the Jacobian, here and in other libraries.
 
     python benchmarks/peers.py                  # anew, on a quiet machine
     python benchmarks/peers.py --cache FOLDER   # keeps the environment of the others
     python benchmarks/peers.py --table          # docs/cost.md and the figure alone
 
-The same LeNet has the same weights and images in a process for each framework. The processes take
-turns of a few steps each. PyTorch and JAX run in an environment of their own. All of this is done
-with several sets of processes; a figure is their median, the spread goes from the lowest to the
-highest. The time of a step is the mean of several in a row, waiting only for the last.
+The same LeNet with the same weights on the same images, in a process for each framework: they take
+turns, a round is some steps of each. PyTorch and JAX run in an environment of their own. The whole
+is done in several sets of processes; a figure is the median of them, the spread from the lowest to
+the highest. A step's time is that of some in a row of which only the last is waited for.
 
-The weights are those after two epochs on the digits, without a penalty. "Error" is the distance of
-an estimate from the norm by NumPy's SVD of the dense Jacobian, averaged over images and draws.
+The weights are those after two epochs on the digits, without a penalty. "Error": how far, on
+average over images and draws, an estimate is from the norm by NumPy's SVD of the dense Jacobian.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""The cost of a training step with each penalty, relative to the plain step of the same run.
+"""What a training step with each penalty costs, as a ratio to the plain step of the same run.
 
     python benchmarks/step_time.py --network lenet --batch-sizes 32 256 --json step_time.json
     python benchmarks/step_time.py --batch-sizes 16 32 64 128 256 512 --plot step_time.png
 
-Every variant takes one step in turn, again and again; the figure is the median of its steps divided
-by the median of the plain ones. `analytic` is the paper's: one backward pass for every output, the
-SVD of the whole Jacobian, and its derivative (Section 4.3, Figure 5 left).
+Every variant takes one step in turn, again and again; the figure is the median of its steps over
+the median of the plain ones. `analytic` is the paper's: one backward pass for every output, the SVD
+of the whole Jacobian, and its derivative (Section 4.3, Figure 5 left).
 """
 
 import argparse

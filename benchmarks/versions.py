@@ -3,8 +3,8 @@
     python benchmarks/versions.py BEFORE AFTER --json results/versions.json
 
 Each checkout has a process of its own, and the two take turns: a round is a few steps of one
-variant here, then there. Ratios are relative to the plain step of the same checkout. The peak
-memory of LeNet at batch 512 is measured in a process for each variant, again in turn.
+variant here, then there. Ratios are to the plain step of the same checkout. The peak memory of
+LeNet at batch 512 is that of a process of its own for each variant, again in turn.
 """
 
 import argparse

@@ -366,7 +366,7 @@ class RegularizedModel(keras.Model):
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Explains in words an error of TensorFlow that says a derivative is missing."""
+        """What TensorFlow cannot differentiate often enough, in words."""
         try:
             yield
         except (TypeError, LookupError, AttributeError, tf.errors.InternalError) as error:
