@@ -4,7 +4,7 @@
     python evaluate.py runs/none --attacks pgd_margin --distance --sigma
     python evaluate.py mine.keras --dataset mine.npz --pixels 0..255
 
-The same command goes on where it was interrupted. docs/robustness.md explains
+The same command continues where it was interrupted. docs/robustness.md explains
 the numbers. `python -m tfjacreg report` writes the report of a whole sweep.
 """
 
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Judges every run given and prints the tables."""
+    """Evaluates every run given and prints the tables."""
     with evaluation.owned(args.runs, args.out, wait=args.wait):
         targets = evaluation.find_targets(
             args.runs,
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _files(targets: list[evaluation.Target]) -> str:
-    """Where the numbers are."""
+    """The lines that say where the numbers are."""
     first, *others = (target.folder.reader.evaluation_file for target in targets)
     return f"{first} and {len(others)} more of that name" if others else str(first)
 

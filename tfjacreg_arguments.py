@@ -1,7 +1,8 @@
 """The command lines of train.py, evaluate.py and `python -m tfjacreg`.
 
-Not in the package `tfjacreg`, whose import takes seconds: `--help` and mistakes are answered before
-it. What the library names is spelled out here; `tests/test_arguments.py` holds both together.
+This module is not in the package `tfjacreg`, whose import takes seconds: `--help` and mistakes are
+answered before it. Names from the library are repeated here; `tests/test_arguments.py` checks that
+they agree.
 """
 
 import argparse
@@ -18,7 +19,7 @@ INITIALIZATIONS = ("keras", "pytorch")
 METHODS = ("none", "spectral", "frobenius", "spectral_bound", "weight_decay")
 SCHEDULES = ("constant", "cosine")
 PERTURBATIONS = ("noise", "pgd", "pgd_margin", "tpgd", "square")
-# What train.py sets where nothing is said.
+# The defaults of train.py.
 DEFAULTS = {
     "dataset": "digits",
     "network": "lenet",
@@ -34,19 +35,19 @@ _DATA_DIR = "folder of tensorflow-datasets (default: ~/tensorflow_datasets)"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of lines as they are written, whose messages have no password."""
+    """A parser that keeps the line breaks of its help, and passwords out of its messages."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong with the command line, and ends with status 2."""
+        """Prints what is wrong with the command line, and ends with status 2."""
         super().error(printable(tfjacreg_startup.hide_arguments(message)))
 
 
 def path(text: str) -> Path:
     """The type of an option that names a file or folder, which TensorFlow must be able to name."""
-    if not text:  # A variable that is not set.
+    if not text:  # From a shell variable that is not set, for example.
         raise argparse.ArgumentTypeError("must be a path. Received: an empty one.")
     if "://" in text and tfjacreg_startup.redacted(text) != text:
         raise argparse.ArgumentTypeError("must be a path. Received: a URL with a password.")
@@ -60,10 +61,10 @@ def path(text: str) -> Path:
 
 
 def train(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line of train.py; only what was given is in the result.
+    """Reads the command line of train.py; the result has only the options that were given.
 
     Args:
-        description: What the help begins with.
+        description: The beginning of the help.
         argv: The arguments; None for those of this process.
     """
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
@@ -163,7 +164,7 @@ def train(description: str | None, argv: list[str] | None = None) -> argparse.Na
     add("--retry-failed", action="store_true", help="try failed runs once more")
     arguments = parser.parse_args(argv)
     sweep, common = {"sweep", "storage", "retry_failed"}, {"data_dir", "out"}
-    both = {"dataset", "network"}  # Beside --sweep they take the place of the file's.
+    both = {"dataset", "network"}  # With --sweep they replace those in the file.
     given = set(vars(arguments)) - common
     for name in sorted(given - sweep - both if "sweep" in given else given & sweep):
         option = f"--{name.replace('_', '-')}"
@@ -177,7 +178,7 @@ def evaluate(description: str | None, argv: list[str] | None = None) -> argparse
     """Reads the command line of evaluate.py.
 
     Args:
-        description: What the help begins with.
+        description: The beginning of the help.
         argv: The arguments; None for those of this process.
     """
     parser = Parser(description=description)

@@ -1,6 +1,6 @@
-"""What a command does before and while TensorFlow is imported, which takes seconds.
+"""What a command does before and during the import of TensorFlow, which takes seconds.
 
-Not in the package `tfjacreg`: whoever imports that has imported TensorFlow.
+This module is not in the package `tfjacreg`, whose import imports TensorFlow.
 """
 
 import os
@@ -8,10 +8,10 @@ import signal
 import sys
 import unicodedata
 
-# What a command was called with, for the process that begins anew without it.
+# The arguments of a command, for the process that begins again without them.
 _ARGUMENTS = "TFJACREG_ARGUMENTS"
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
-# What TensorFlow writes as it is imported, whatever TF_CPP_MIN_LOG_LEVEL is, and is no news: that
+# What TensorFlow writes during its import, whatever TF_CPP_MIN_LOG_LEVEL is, and is no news: that
 # it is fast, that a machine has no GPU, and (2.18) that it has two copies of a plugin.
 _NO_NEWS = (
     b"All log messages before absl::InitializeLog() is called are written to STDERR",
@@ -20,12 +20,12 @@ _NO_NEWS = (
     b"failed call to cuInit: INTERNAL: CUDA error: Failed call to cuInit: UNKNOWN ERROR (303)",
     b" factory: Attempting to register factory for plugin cu",
 )
-# Controls, direction marks and other invisible ones, surrogates, and separators of lines.
+# Unicode categories: control, format and private characters, surrogates, line separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def prepare() -> None:
-    """Readies streams and signals, hides passwords, and has TensorFlow be fast and say little."""
+    """Prepares streams and signals, hides passwords, and makes TensorFlow fast and quiet."""
     # Until `cli.run` replaces them: while TensorFlow is imported there is nothing to save.
     for number in _STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -34,14 +34,14 @@ def prepare() -> None:
     _hide_secrets()
     backend = configured_backend()
     if backend not in (None, "tensorflow"):
-        # Keras would be imported with it, or fail to be, in its own words.
+        # Otherwise Keras would import the backend, or fail with a message of its own.
         name = os.path.basename(sys.argv[0])
         sys.stderr.write(
             f"{name}: error: Keras' backend must be 'tensorflow'. Received: {backend!r}. Set "
             "KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json.\n"
         )
         sys.exit(2)
-    # TensorFlow leaves oneDNN off on some processors, at a third of the speed.
+    # On some processors TensorFlow leaves oneDNN off, at a third of the speed.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -58,7 +58,7 @@ def import_tensorflow() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     reader = os.fork()
     if reader == 0:
-        for number in _STOPPING:  # They are for the command; this process ends with its pipe.
+        for number in _STOPPING:  # Signals are for the command; this process ends with its pipe.
             signal.signal(number, signal.SIG_IGN)
         os.close(sender)
         _copy_news(receiver)
@@ -73,7 +73,7 @@ def import_tensorflow() -> None:
 
         tf.config.list_physical_devices("GPU")
     except ImportError:
-        pass  # Whoever needs it says so.
+        pass  # Where TensorFlow is needed, its absence is reported.
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -92,7 +92,7 @@ def _copy_news(receiver: int) -> None:
 
 
 def is_module_command() -> bool:
-    """Whether this process is `python -m tfjacreg`, which is being imported."""
+    """Whether this process runs `python -m tfjacreg` and is importing it."""
     return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "tfjacreg"
 
 
@@ -104,17 +104,17 @@ def _stop(*_: object) -> None:
 
 
 def _open_streams() -> None:
-    """Opens streams that are closed: else the next file would get their number, and their text."""
+    """Opens closed standard streams: otherwise the next file would get their number and text."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # The lowest free number.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # Gets the lowest free number.
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def configured_backend() -> object:
-    """The backend that Keras will take: of KERAS_BACKEND, or of its file; None for its default."""
+    """The backend that Keras will use, from KERAS_BACKEND or its file; None for the default."""
     import json
 
     if os.environ.get("KERAS_BACKEND"):
@@ -123,15 +123,15 @@ def configured_backend() -> object:
     try:
         with open(os.path.join(home, "keras.json"), encoding="utf-8") as file:
             settings = json.load(file)
-    except (OSError, ValueError):  # As Keras does.
+    except (OSError, ValueError):  # Keras ignores them too.
         return None
     return settings.get("backend") if isinstance(settings, dict) else None
 
 
 def _hide_secrets() -> None:
-    """Begins anew with a command line that has no passwords: `ps` shows it to everybody.
+    """Begins again with a command line without passwords, since `ps` shows it to everybody.
 
-    What was given comes along in the environment, which only its owner can read.
+    The original arguments are passed on in the environment, which only its owner can read.
     """
     import json
 
@@ -166,7 +166,7 @@ def without_secrets(arguments: list[str]) -> list[str]:
 
 
 def _is_storage(option: str) -> bool:
-    """Whether argparse takes it for `--storage`: the beginnings of options count."""
+    """Whether argparse takes it for `--storage`: it accepts the beginning of an option."""
     return len(option) > 3 and "--storage".startswith(option)
 
 
@@ -178,15 +178,15 @@ def _is_url(argument: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """A URL, or what was meant as one, with `***` for what may be a password.
+    """A URL, or a text meant as one, with `***` in place of what may be a password.
 
     Args:
-        text: The URL, or libpq's own `host=... password=...`.
+        text: The URL, or libpq's own form `host=... password=...`.
     """
     import re
 
-    # First as a parameter of its own, then as a part of whatever else: all that follows may belong
-    # to it, an @ too.
+    # First as a parameter of its own, then inside other text. Everything that follows the name may
+    # belong to the password, including an @.
     for pattern in (r"(?<![^?&;\s])([\w%+.-]+)\s*[=:]\s*", r"([\w%+.-]+)\s*[=:]\s*"):
         for name in re.finditer(pattern, text):
             if is_secret(name[1]):
@@ -196,7 +196,7 @@ def redacted(text: str) -> str:
 
 
 def _without_owner(text: str) -> str:
-    """A URL with `***` for the password that stands before its host, or where its port would."""
+    """A URL with `***` in place of a password before its host, or where its port would be."""
     import re
 
     scheme, separator, rest = text.partition("://")
@@ -215,7 +215,7 @@ def _without_owner(text: str) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a parameter of a URL, perhaps with %, is one whose value nobody else is to see."""
+    """Whether a URL parameter, perhaps percent-encoded, has a value that must stay secret."""
     import re
     import urllib.parse
 
@@ -224,11 +224,11 @@ def is_secret(name: str) -> bool:
 
 
 def printable(text: str, *, limit: int | None = None) -> str:
-    """Writes out what is not seen, such as ESC; line breaks and tabs stay.
+    """Writes invisible characters, such as ESC, as escapes; line breaks and tabs stay.
 
     Args:
         text: The text.
-        limit: How many characters are shown, at most.
+        limit: The most characters to show.
     """
     if limit is not None and len(text) > limit:
         text = f"{text[:limit]}..."
@@ -238,11 +238,11 @@ def printable(text: str, *, limit: int | None = None) -> str:
 
 
 def hide_arguments(text: str) -> str:
-    """A message with `***` for what this command was given and may be a password."""
+    """A message with `***` in place of arguments of this command that may be passwords."""
     given = sys.argv[1:]
     for argument, shown in zip(given, without_secrets(given), strict=True):
         pairs = [(argument, shown)]
-        if argument.startswith("--"):  # Of `--storage=URL` a message may quote the URL alone.
+        if argument.startswith("--"):  # For `--storage=URL` a message may quote the URL alone.
             pairs.append((argument.partition("=")[2], shown.partition("=")[2]))
         for value, instead in pairs:
             if value != instead:

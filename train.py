@@ -4,8 +4,8 @@
     python train.py --dataset fashion_mnist --regularizer none --epochs 3
     python train.py --sweep sweeps/quick.toml  # many runs: docs/sweeps.md
 
-The same command goes on where it was interrupted. docs/training.md explains the
-run folder.
+The same command continues where it was interrupted. docs/training.md explains
+the run folder.
 """
 
 if __name__ == "__main__":
@@ -33,7 +33,7 @@ with optional_packages.script_importing("experiments", "train.py"):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one configuration or a sweep and prints what came of it."""
+    """Trains one configuration or a sweep and prints the result."""
     settings = vars(tfjacreg_arguments.train(__doc__, argv))
     if "sweep" in settings:
         out = settings.setdefault("out", _sweep_folder(**settings))
@@ -76,7 +76,7 @@ def _one(*, overwrite: bool = False, wait: bool = False, **settings: Any) -> int
 
 
 def _sweep_folder(*, sweep: Path, dataset: str = "", network: str = "", **_: Any) -> Path:
-    """Where a sweep goes if nothing else is said; data and networks given beside it are named."""
+    """The folder of a sweep if none is given; its name includes a data set or network given."""
     given = (re.sub(r"\W+", "-", Path(name).stem).strip("-") for name in (dataset, network))
     return Path("runs") / "-".join(filter(None, (sweep.stem, *given)))
 

@@ -1,10 +1,10 @@
 """Small networks over all layer families, the same on every backend of Keras.
 
 `second_derivatives.py` compares the penalty and its gradient on them with TensorFlow and with JAX,
-so nothing here imports either. Weights and inputs are drawn by NumPy from a seed made of the
-network's name: generic numbers, away from the ties and kinks at which derivatives jump. Before and
-behind most layers stands a Dense layer with tanh, so that the weights before feel the layer's
-second derivative, and those behind its first.
+so this module imports neither. Weights and inputs are drawn by NumPy from a seed made of the
+network's name: generic numbers, away from the ties and kinks at which derivatives jump. A Dense
+layer with tanh comes before and after most layers: the gradient of the weights before depends on
+the layer's second derivative, the gradient of the weights after it on its first.
 """
 
 import zlib
@@ -296,7 +296,7 @@ def _pooling() -> None:
         ("MaxPooling1D", row, lambda: layers.MaxPooling1D(2)),
         ("MaxPooling2D", image, lambda: layers.MaxPooling2D(2)),
         ("MaxPooling2D, overlapping", image, lambda: layers.MaxPooling2D(3, 1, "same")),
-        # TensorFlow on a CPU has neither in float64, but for averages under XLA.
+        # TensorFlow on a CPU has neither in float64, except averages under XLA.
         ("AveragePooling3D in float32", volume, lambda: layers.AveragePooling3D(2, **_FLOAT32)),
         ("MaxPooling3D in float32", volume, lambda: layers.MaxPooling3D(2, **_FLOAT32)),
         ("AveragePooling1D", row, lambda: layers.AveragePooling1D(2)),
@@ -678,7 +678,7 @@ def _image_to_image() -> keras.Model:
 
 
 def _operations() -> None:
-    """Functions of keras.ops in a layer of one's own."""
+    """Functions of keras.ops in a custom layer."""
     family = "keras.ops in a layer"
     for name, function in {
         "logsumexp": lambda x: ops.logsumexp(x, axis=-1, keepdims=True),

@@ -2,15 +2,15 @@
 
     KERAS_BACKEND=jax JAX_ENABLE_X64=1 python benchmarks/_oracle_reference.py FOLDER [NAME ...]
 
-Runs where keras and jax are installed, and knows nothing of tfjacreg or TensorFlow. For every
-network it writes an .npz file into FOLDER: the outputs `[B, *out]`; of each example's dense
-Jacobian, by `jax.jacrev`, the singular values `[B, k]` and the leading pair u `[B, *out]`,
-v `[B, *in]` from NumPy's SVD; and the gradient of the mean of `<u, J v>` in every trainable weight.
-With u and v held constant that is the gradient of the mean of sigma.
+This script runs where keras and jax are installed, without tfjacreg and TensorFlow. For every
+network it writes an .npz file into FOLDER with the outputs `[B, *out]`; the singular values
+`[B, k]` and the leading pair u `[B, *out]`, v `[B, *in]` of each example's dense Jacobian, computed
+by `jax.jacrev` and NumPy's SVD; and the gradient of the mean of `<u, J v>` in every trainable
+weight. With u and v held constant this is the gradient of the mean of sigma.
 
-In training mode the Jacobian is that of the inference pass with the statistics that a training
-pass of the same weights and batch takes: constants in x, but functions of the weights, through
-which the gradient flows.
+In training mode the Jacobian is the one of the inference pass with the statistics of a training
+pass over the same weights and batch: these are constants in x, but functions of the weights,
+through which the gradient flows.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""What a peer of `peers.py` is, and the process that runs the peers of one framework.
+"""The common form of the peers in `peers.py`, and the process that runs the peers of a framework.
 
-Imports nothing of tfjacreg: the other frameworks have an environment of their own.
+It imports nothing of tfjacreg: the other frameworks have an environment of their own.
 """
 
 import json
@@ -69,7 +69,7 @@ def serve(makers: dict[str, Callable[[Path, int], Peer]], versions: dict[str, st
 
 
 def seconds(peer: Peer, steps: int) -> float:
-    """The seconds of a step: of some in a row, of which only the last is waited for."""
+    """The mean seconds of several steps in a row, waiting only for the last."""
     start = time.perf_counter()
     for _ in range(steps):
         loss = peer.step()

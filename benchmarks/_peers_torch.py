@@ -1,4 +1,4 @@
-"""LeNet in PyTorch: plain, with Algorithm 1 (N = 1) in two ways, and with penalties of others."""
+"""LeNet in PyTorch: plain, with Algorithm 1 (N = 1) in two ways, and with other penalties."""
 
 import importlib.metadata
 from collections.abc import Callable

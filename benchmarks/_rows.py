@@ -1,4 +1,4 @@
-"""Benchmarks of many networks: rows filled in one by one, the processes, and the page's table."""
+"""Shared parts of benchmarks of many networks: rows, processes, and the table of the page."""
 
 import argparse
 import json

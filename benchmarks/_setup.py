@@ -1,4 +1,4 @@
-"""What is set before TensorFlow is imported: the benchmarks import this first."""
+"""Settings made before TensorFlow is imported: the benchmarks import this module first."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every family of keras.applications: whether it is taken, how right its sigma is, what it costs.
+"""For every family of keras.applications: whether it works, the error of its sigma, its cost.
 
     python benchmarks/applications.py                         # what is missing in the results
     python benchmarks/applications.py --models VGG16 --redo   # anew
@@ -9,8 +9,8 @@ Every model is made without weights, at its smallest size, with ten logits. Each
 runs in a process of its own, and its row is written as soon as it is known.
 
 checks: `check_network` in training mode, in both forward modes, with fresh weights for each seed.
-errors: `spectral_norm(method="exact")` against the SVD of the dense Jacobian in float64, in
-inference mode, of the network in float64 and of the same weights in float32.
+errors: `spectral_norm(method="exact")` compared with the SVD of the dense Jacobian in float64, in
+inference mode, for the network in float64 and for the same weights in float32.
 timings: training steps of `RegularizedModel` on one batch, without and with `SpectralNorm`.
 """
 

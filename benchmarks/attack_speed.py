@@ -1,8 +1,8 @@
-"""Times every measure of evaluate.py on one classifier, with the most memory that it took.
+"""Times every measure of evaluate.py on one classifier, and records its peak memory.
 
 python benchmarks/attack_speed.py runs/none --out results/attack_speed.json
 
-Linux only: other systems do not let a process forget its peak.
+Linux only: other systems cannot reset the peak memory of a process.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a base install costs, and that it works: packages, disk, seconds to import, a session.
+"""Checks that a base install works, and what it costs: packages, disk space, import time.
 
     python benchmarks/base_install.py                      # the newest versions
     python benchmarks/base_install.py --oldest             # the oldest that pyproject.toml allows
     python benchmarks/base_install.py --json results/base_install.json
 
-Installs the project alone into a fresh virtual environment in a temporary folder and runs
-tests/base_session.py there. Any Python from 3.11 on; needs no package.
+It installs the project alone into a fresh virtual environment in a temporary folder and runs
+tests/base_session.py there. It needs Python 3.11 or later, and no package.
 """
 
 from __future__ import annotations

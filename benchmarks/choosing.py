@@ -1,4 +1,4 @@
-"""What docs/choosing.md answers with: factors, thresholds, estimators, and the cost of watching.
+"""The measurements behind docs/choosing.md: factors, thresholds, estimators, cost of monitoring.
 
     python benchmarks/choosing.py                         # what is missing in the results
     python benchmarks/choosing.py --parts monitor --redo  # on a quiet machine

@@ -1,14 +1,13 @@
-"""How far the estimators of sigma are from the exact one, against the products that they spend.
+"""The error of the estimators of sigma against the number of products that they spend.
 
     python benchmarks/estimator_error.py --runs runs/estimators --json results/estimator_error.json
 
-Trains LeNets without penalty, with SpectralNorm by each estimator, and with SpectralBound, and
-measures on each, and on untrained ones, the relative error |estimate - sigma| / sigma at training
+It trains LeNets without penalty, with SpectralNorm by each estimator, and with SpectralBound. On
+each, and on untrained ones, it measures the relative error |estimate - sigma| / sigma at training
 points (Figure 5, right; appendix A.3). J v and J^T u count one product each. `power` and `lanczos`
-are the estimates that the penalty is made of in training; `complete_lanczos` is that of as many
-products in `spectral_norm`, which may choose its vector with the last of them. Every start is a
-random v. Stopped and started again, it goes on where it was: the networks are ordinary run folders
-in --runs.
+are the estimates of the penalty in training; `complete_lanczos` is the estimate of `spectral_norm`
+from as many products, whose last product also helps to choose the vector. Every start is a random
+v. If it is stopped, the same command continues: the networks are ordinary run folders in --runs.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""A trial: the penalty's gradient by first derivatives alone, of a difference of two passes.
+"""A trial: the penalty's gradient by first derivatives alone, from a difference of two passes.
 
     python benchmarks/first_derivatives.py LeNet EfficientNetB0 LSTM ConvNeXtTiny
 
-As in Algorithm 1 with N = 1, u comes from J v and v from J^T u, without gradient; the penalty is
-then `<u, f(x + e v) - f(x)> / e` in the place of `<J^T u, v>`, with the statistics and the draws of
-the first pass. `e` is a part of the length of each example. Printed for each network:
+As in Algorithm 1 with N = 1, u comes from J v and v from J^T u, without gradient. The penalty is
+then `<u, f(x + e v) - f(x)> / e` instead of `<J^T u, v>`, with the statistics and draws of the
+first pass. `e` is a fraction of the length of each example. For each network it prints:
 
-error: how far the penalty's gradient in all weights together is from the one by second derivatives,
-relative to that one, for several e and the same u and v.
-step: seconds of a training step, the smallest of some interleaved ones: plain, by default,
-transposed and by differences. first: seconds until the first of these steps is done.
+error: the difference between this gradient and the one by second derivatives, in all weights
+together, relative to the latter, for several e and the same u and v.
+step: the seconds of a training step, the smallest of some interleaved ones: plain, by default,
+transposed and by differences. first: the seconds until the first of these steps is done.
 
-What came of it is in NOTES.md.
+The findings are in NOTES.md.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What `fit` adds to the training steps themselves, over whole epochs of `train.py`'s pipeline.
+"""The time that `fit` adds to the training steps, over epochs of `train.py`'s pipeline.
 
     python benchmarks/fit_overhead.py [--batch-size 32] [--regularizer spectral]
 
-Compares `fit` on `training_batches` with the same number of the same compiled steps on
-one batch, in a TensorFlow loop, interleaved; prints the ratio of the medians.
+It compares `fit` on `training_batches` with the same number of the same compiled steps on one
+batch, in a TensorFlow loop, interleaved, and prints the ratio of the medians.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How long a comparison on data and a network of one's own takes: the figures of docs/own_data.md.
+"""The time that a comparison on your own data and network takes, for docs/own_data.md.
 
     python benchmarks/journey.py OUT --workers 2    # on a quiet machine
 
-Writes 3,000 colour images of 32x32 pixels in six classes as an .npz, and a small network with
-augmentation and BatchNorm as a .keras file; then it runs the one command of README.md, with so many
-workers, and says how long it took until the report was there. The images are Fashion-MNIST's in
+It writes 3,000 colour images of 32x32 pixels in six classes as an .npz, and a small network with
+augmentation and BatchNorm as a .keras file. Then it runs the one command of README.md with this
+number of workers, and prints the time until the report was there. The images are Fashion-MNIST's in
 random colours.
 """
 

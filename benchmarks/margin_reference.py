@@ -1,8 +1,8 @@
 """Compares PGD on the margin and the minimal distance with ART's AutoPGD and DeepFool.
 
-AutoPGD follows the difference of logits ratio (DLR) with steps, momentum and restarts of its own;
-none of its code is ours or cleverhans'. Every attack runs on the logits as they are and times 300:
-an attack on the margin must not notice.
+AutoPGD follows the difference of logits ratio (DLR) with steps, momentum and restarts of its own,
+and shares no code with this project or cleverhans. Every attack runs on the logits and on the
+logits times 300: an attack on the margin must give the same result.
 
 python benchmarks/margin_reference.py runs/none runs/spectral --out results/margin_reference.json
 """

@@ -1,13 +1,13 @@
-"""Ends commands by every signal at random moments: what tests/experiments/test_kills.py does.
+"""Stops commands by every signal at random moments, as tests/experiments/test_kills.py does.
 
     python benchmarks/random_kills.py                       # 40 kills, another seed each time
     python benchmarks/random_kills.py --seed 4711 --json results/random_kills.json
 
-train.py, a sweep with two workers, evaluate.py, `report` and `prepare` are ended as often as
-`--kills` says; afterwards the same command must give what an undisturbed one gives, to the byte,
+train.py, a sweep with two workers, evaluate.py, `report` and `prepare` are stopped as often as
+`--kills` says. Afterwards the same command must give what an undisturbed one gives, to the byte,
 and leave nothing behind. A seed repeats which signal comes when; what a process is doing then
-depends on the machine. A process that was over before its signal is not counted. The record names
-each kill.
+depends on the machine. A process that ended before its signal is not counted. The record names each
+kill.
 """
 
 from __future__ import annotations

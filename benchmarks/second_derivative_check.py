@@ -1,4 +1,4 @@
-"""What `check_network` finds of second derivatives: right networks, planted errors, its seconds.
+"""What `check_network` finds about second derivatives: right networks, planted errors, its time.
 
     python benchmarks/second_derivative_check.py                    # what is missing in the results
     python benchmarks/second_derivative_check.py --networks ResNet50 --redo
@@ -6,18 +6,18 @@
     python benchmarks/second_derivative_check.py --parts            # docs/verification.md alone
 
 The networks are the families of keras.applications (`applications.py`), those of `networks.py`,
-and the layers of `docs/verification.md`, each a network of its own (`_oracle_networks.py`). Every
-part of a network runs in a process of its own.
+and the layers of `docs/verification.md`, each in a network of its own (`_oracle_networks.py`).
+Every part of a network runs in a process of its own.
 
 right: `check_network` in training mode, with fresh weights and two images for each of some seeds,
-in float32, mixed_float16 and mixed_bfloat16. What it refuses
-would be refused falsely. "error": the largest one of a layer that the comparison of the two
-gradients is certain of; "kinds": how many calls of a layer were compared; "uncertain": those for
-which it gave no verdict.
-planted: the same network with a layer behind it whose value and first derivative are right, and
-whose second derivative is wrong by a given part, from small to large until two in a row are refused
-at all of three seeds: the smaller of these.
-seconds: of the check, of this checkout and another one in turns, the smallest of some each.
+in float32, mixed_float16 and mixed_bfloat16. All of these networks are right, so a refusal is a
+false one. "error" is the largest error of a layer for which the comparison of the two gradients is
+certain; "kinds" is the number of calls of layers that were compared; "uncertain" is the number of
+those without a verdict.
+planted: the same network followed by a layer whose value and first derivative are right, and whose
+second derivative is wrong by a given part. The part rises until two in a row are refused at all of
+three seeds; the figure is the smaller of these two.
+seconds: the time of the check, of this checkout and another one in turns, the smallest of several.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Sigma and the penalty's gradient in every weight, against the same networks on JAX, in float64.
+"""Compares sigma and the penalty's gradient with the same networks on JAX, in float64.
 
     python benchmarks/second_derivatives.py                        # what is missing in the results
     python benchmarks/second_derivatives.py --cache FOLDER --redo  # anew; keeps what JAX gave
@@ -6,23 +6,23 @@
     python benchmarks/second_derivatives.py --table           # docs/verification.md alone
 
 The gradient of a penalty of the Jacobian takes the second derivative of every layer. TensorFlow and
-JAX derive those from other code, by other rules, so that an error of one is hardly one of both.
-The networks are those of `_oracle_networks.py`, made of plain Keras with weights from NumPy.
+JAX compute it by different code and different rules, so an error in one is hardly one in both. The
+networks are those of `_oracle_networks.py`, made of plain Keras with weights from NumPy.
 `_oracle_reference.py` runs them on JAX, in a virtual environment of its own in the cache, and
-leaves sigma, its leading pair u, v and the gradient of the mean of sigma. Then, here, eagerly, in
-a graph and in one compiled by XLA:
+stores sigma, its leading pair u, v and the gradient of the mean of sigma. Then this script runs
+them, eagerly, in a graph and in one compiled by XLA:
 
 exact: `SpectralNorm(1.0, "exact")`, its value for each example and its gradient.
 transpose: `<u, J v>` by `matvec`, its value and gradient.
-power: `SpectralNorm(1.0)` as `fit` has it, started at v: where Algorithm 1 has converged.
+power: `SpectralNorm(1.0)` as in `fit`, started at v, where Algorithm 1 has converged.
 accumulator: `<u, J v>` by the tangent of the pass, its value and gradient.
 
-An error of sigma is the largest relative one of an example. That of the gradient is the largest of
-an entry, relative to the largest entry of the same weight, or to 1e-3 of the largest entry of all
-weights where that is more. Where an error is above 1e-6, or JAX has no result, finite differences
-of the network's values alone decide: fourth order in x, NumPy's SVD, fourth order in the weights,
-along the difference of the two gradients. Where a backend rounds to float32 on the way, the outputs
-differ too, and derivatives may differ by a hundred times as much.
+The error of sigma is the largest relative error of an example. The error of the gradient is the
+largest error of an entry, relative to the largest entry of the same weight, or to 1e-3 of the
+largest entry of all weights if that is more. Where an error is above 1e-6, or JAX has no result,
+finite differences of the network's values alone decide: fourth order in x, NumPy's SVD, fourth
+order in the weights, along the difference of the two gradients. Where a backend rounds to float32
+on the way, the outputs differ too, and derivatives may differ by a hundred times as much.
 """
 
 import argparse

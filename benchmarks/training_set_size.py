@@ -1,19 +1,20 @@
-"""What each penalty gains over none, against the size of the training set: docs/choosing.md.
+"""The gain of each penalty against the size of the training set, for docs/choosing.md.
 
     python benchmarks/training_set_size.py OUT              # every sweep that is missing in OUT
     python benchmarks/training_set_size.py OUT --sweeps "LeNet, 1000"
     python benchmarks/training_set_size.py OUT --table      # results, figure and page alone
 
-Fashion-MNIST as an .npz of 1,000, 6,000 or all 60,000 training images, the same share of each
-class, with all 10,000 test images. LeNet, and a small network with augmentation and BatchNorm. For
-each pair a sweep of two stages (docs/sweeps.md): a tenth of the images chooses the factor of each
-method by the lowest validation loss, then new seeds are trained on all images and judged. LeNet on
-all images is not trained here: its runs are those of README.md, in results/fashion_mnist. The same
-command started again goes on where it was, and started twice makes two workers.
+The data is Fashion-MNIST as an .npz of 1,000, 6,000 or all 60,000 training images, the same share
+of each class, with all 10,000 test images. The networks are LeNet, and a small network with
+augmentation and BatchNorm. Each pair gets a sweep of two stages (docs/sweeps.md): the factor of
+each method is chosen by the lowest validation loss on a tenth of the images; then new seeds are
+trained on all images and evaluated. LeNet on all images is not trained here: its runs are those of
+README.md, in results/fashion_mnist. If the script is stopped, the same command continues; started
+twice, it makes two workers.
 
-The results hold every run of both stages. A gain is the test accuracy less that of the run without
-penalty of the same seed; it counts where the p of a paired t test, times the number of penalties,
-is below 0.05.
+The results hold every run of both stages. A gain is the test accuracy minus the one of the run
+without penalty with the same seed; it counts if the p of a paired t test, times the number of
+penalties, is below 0.05.
 """
 
 from __future__ import annotations

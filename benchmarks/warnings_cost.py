@@ -1,11 +1,12 @@
-"""What the warnings of a penalty that cannot act cost: a sentence of docs/cost.md.
+"""The cost of the warnings about penalties that cannot act, for a sentence of docs/cost.md.
 
     python benchmarks/warnings_cost.py    # on a quiet machine
 
-LeNet at batch 32 and ResNet50 at batch 8, 32x32 pixels, with `SpectralNorm` by default, with the
-warnings and with functions that do nothing in their place. first: seconds of a first `fit` of one
-execution, tracing and all, in a process of its own, with and without in turn. steps: of `fit`
-afterwards, the median of executions that take turns in one process.
+It measures LeNet at batch 32 and ResNet50 at batch 8, 32x32 pixels, with the default
+`SpectralNorm`, with the warnings and with functions that do nothing in their place. first: the
+seconds of a first `fit` of one execution, including tracing, in a process of its own, with and
+without in turn. steps: the seconds of later steps of `fit`, the median of executions that take
+turns in one process.
 """
 
 from __future__ import annotations

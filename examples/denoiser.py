@@ -1,4 +1,4 @@
-"""A denoiser that does not expand: image to image, with slopes above 1 penalized and no others.
+"""A denoiser that does not expand: from image to image, with only slopes above 1 penalized.
 
 Iterations that call a denoiser again and again converge if it is non-expansive: sigma <= 1.
 `threshold=1` leaves slopes below 1 alone, which a denoiser needs to keep edges sharp.

@@ -1,4 +1,4 @@
-"""A layer that mixes examples, and a penalty of one's own.
+"""A layer that mixes examples, and a penalty of your own.
 
 python examples/own_layer.py
 """

@@ -1,7 +1,7 @@
-"""A network of two inputs, an image and the integer code of the clinic that took it.
+"""A network with two inputs: an image, and the integer code of the clinic that took it.
 
-The Jacobian is that of the logits with respect to the image; the code is a constant. Where only
-one input is floating, as here, `input=` may be left out.
+The Jacobian is taken of the logits with respect to the image; the code is a constant. If only one
+input is floating, as here, `input=` may be left out.
 
 python examples/several_inputs.py
 """

@@ -1,4 +1,4 @@
-"""A Transformer's Jacobian with respect to its embeddings, in a training loop of one's own.
+"""A Transformer's Jacobian with respect to its embeddings, in a custom training loop.
 
 Tokens are integers and have no Jacobian. The network behind the embedding has one.
 

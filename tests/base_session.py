@@ -2,9 +2,9 @@
 
 python tests/base_session.py FOLDER
 
-Blocks what only the extras install, then imports, measures, trains, saves, reloads and attacks, and
-prints the message about each missing package. benchmarks/base_install.py runs it in environments
-that really hold nothing else.
+It blocks packages that only the extras install, then imports, measures, trains, saves, reloads and
+attacks, and prints the message about each missing package. benchmarks/base_install.py runs it in
+environments that hold nothing else.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def block_extras() -> None:
 
 
 def normalized(requirement: str) -> str:
-    """The name of a distribution as PyPI compares it."""
+    """The name of a distribution in the form in which PyPI compares names."""
     name = re.split(r"[^\w.-]", requirement)[0]
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def session(folder: Path) -> None:
-    """What works without any extra."""
+    """Does everything that works without any extra."""
     import keras
     import tensorflow as tf
 

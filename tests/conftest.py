@@ -5,11 +5,11 @@ import os
 import signal
 from pathlib import Path
 
-# Before TensorFlow is imported: what the scripts set too, so that tests run what users run.
+# Set before TensorFlow is imported, as in the scripts, so that tests run what users run.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker has a core, and so has what it starts.
+    # Each worker has one core, and so do the processes that it starts.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import keras
@@ -17,15 +17,15 @@ import pytest
 import tensorflow as tf
 from fresh_python import FreshPython
 
-# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+# A shell that starts the tests in the background makes them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What is imported stays, and graphs are made of many small objects: searched for garbage as often
-# as Python would, the suite takes an eighth longer.
+# What is imported stays, and graphs are made of many small objects: with Python's default garbage
+# collection the suite takes an eighth longer.
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 
-# Two logical devices, for the tests of distribution strategies; it must be said before any use.
+# Two logical devices for the tests of distribution strategies, which must be set before any use.
 _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
@@ -38,7 +38,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with many slow tests first, small ones last: the processes end at about the same time.
+    """Sorts files with many slow tests first, so that the processes end at about the same time.
 
     Within a file, tests that must run alone come last.
     """
@@ -49,10 +49,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """While a test marked `alone` runs, no other process starts or goes on with a test."""
+    """While a test marked `alone` runs, no other process starts or continues a test."""
     folder = Path(__file__).parent
     with (folder / "conftest.py").open() as door, (folder / "reference.py").open() as room:
-        # Who waits for the room keeps the door, so that nobody else gets in meanwhile.
+        # A process that waits for the room keeps the door, so that no other gets in meanwhile.
         fcntl.flock(door, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH)
         if not _is_alone(item):
@@ -66,7 +66,7 @@ def _is_alone(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_session():
-    """Not for every test: it collects garbage, which takes longer than most tests."""
+    """Clears Keras' session; not for every test, since that collects garbage and is slow."""
     keras.utils.clear_session()
 
 
@@ -81,7 +81,7 @@ def _fresh_keras():
 
 @pytest.fixture(scope="session")
 def fresh_python():
-    """Runs programs in processes that know nothing of this one."""
+    """Runs programs in processes that share nothing with this one."""
     python = FreshPython()
     yield python
     python.close()
@@ -89,7 +89,7 @@ def fresh_python():
 
 @pytest.fixture
 def any_files(monkeypatch):
-    """`prepare` takes small files that a test has made for those of a data set."""
+    """Makes `prepare` accept small files that a test has made as those of a data set."""
     from tfjacreg import published
 
     monkeypatch.setattr(published, "check", lambda *_: None)

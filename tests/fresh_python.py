@@ -1,8 +1,8 @@
 """Runs Python programs in fresh processes: forks of one that has imported TensorFlow and Keras.
 
-Their import takes longer than most programs here. It computes nothing, so that every fork sets up
-TensorFlow by itself. As a program this file takes orders as lines of JSON and answers each with the
-status.
+This import takes longer than most programs here. The process computes nothing, so that every fork
+sets up TensorFlow by itself. As a program this file takes orders as lines of JSON and answers each
+with the exit status.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ class FreshPython:
         Args:
             program: The text, or the path of a file.
             argv: The arguments that follow on the command line.
-            cwd: The present folder; the project's own by default.
+            cwd: The current folder; by default the folder of the project.
             check: Whether a status other than 0 is an error.
 
         Returns:
@@ -67,7 +67,7 @@ class FreshPython:
 
 
 def _execute(order):
-    """Runs a program to its end, in the fork; returns the status that Python would have."""
+    """Runs a program to its end in the fork; returns the exit status that Python would have."""
     for descriptor, path in enumerate(order["outputs"], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

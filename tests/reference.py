@@ -14,7 +14,7 @@ from tfjacreg.rewrites import context
 
 @contextlib.contextmanager
 def rewritten(network):
-    """Everything in place that stands in for other code while a pass of `network` is recorded."""
+    """Puts in place all replacements that act while a pass of `network` is recorded."""
     use = context._Use()
     places = [*rewrites.FUNCTIONS, rewrites.TRACED_ANEW]
     for layer in _keras.layers_of(network):
@@ -31,7 +31,7 @@ def rewritten(network):
 def finite_difference_jacobian(function, x, step=1e-6):
     """`d function(x_i) / d x_i` for every example, `[B, n_out, n_in]`, by central differences.
 
-    All examples are moved at once: right only for functions that do not mix them.
+    All examples are moved at once, which is right only for functions that do not mix them.
     """
     x = np.asarray(x, "float64")
     columns = []
@@ -45,7 +45,7 @@ def finite_difference_jacobian(function, x, step=1e-6):
 
 
 def dense_jacobian(network, x, training=False):
-    """The same row by row in reverse mode: exact to rounding."""
+    """The same, row by row in reverse mode: exact to rounding."""
     x = tf.convert_to_tensor(x)
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(x)
@@ -84,14 +84,14 @@ def products_by_values(network, x, u, v, training=False, step=1e-3):
 
 
 def operator(network, x, forward_mode, tangent, **options):
-    """The operator whose product with `tangent` is computed as `forward_mode` says."""
+    """The operator whose product with `tangent` is computed in the given `forward_mode`."""
     if forward_mode == "accumulator":
         options["tangent"] = tangent
     return JacobianOperator(network, x, **options)
 
 
 def in_all_modes(function, names=("eager", "graph", "xla")):
-    """The function itself, in a graph, and compiled by XLA, which is given the same graph."""
+    """The function itself, as a graph, and compiled by XLA from the same graph."""
     graph = tf.function(function)
     found = {"eager": function, "graph": graph, "xla": tf.function(graph, jit_compile=True)}
     return [found[name] for name in names]
@@ -159,7 +159,7 @@ NETWORKS = {
 def build(name):
     keras.utils.set_random_seed(11)
     network = NETWORKS[name]()
-    # Biases too must not be 0: a ReLU at exactly 0 has no derivative to compare.
+    # Biases must not be 0 either: a ReLU at exactly 0 has no derivative to compare.
     for weight in network.weights:
         if weight.name == "bias":
             weight.assign(np.random.default_rng(1).normal(size=weight.shape) * 0.1)
@@ -167,7 +167,7 @@ def build(name):
 
 
 def operations(function, *args):
-    """How many operations of each kind the results of a traced function are computed by."""
+    """The number of operations of each kind that compute the results of a traced function."""
     graph = tf.function(function, autograph=False).get_concrete_function(*args).graph
     waiting, needed = [*(t.op for t in graph.outputs), *graph.control_outputs], set()
     while waiting:

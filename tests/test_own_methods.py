@@ -126,7 +126,7 @@ def test_a_call_of_its_own_is_refused_where_training_would_not_run_it():
         return keras.Sequential([keras.Input((4,)), layers.Dense(3, use_bias=False)])
 
     for penalty in ("spectral", regularizers.FrobeniusNorm(0.1)):
-        with pytest.raises(ValueError, match=r"`call` must be.*into the network.*Doubled"):
+        with pytest.raises(ValueError, match=r"`call` must not be.*into the network.*Doubled"):
             Doubled(network(), penalty)
     x, y = np.ones((8, 4), "float32"), np.zeros((8, 3), "float32")
     expected = np.mean((2 * network()(x)) ** 2)

@@ -1,4 +1,4 @@
-"""Reports on sweeps; prepares a data set from its original files, without a network.
+"""Writes reports on sweeps; prepares data sets from their original files, without a network.
 
 python -m tfjacreg report runs/paper_fashion_mnist [SWEEP ...] [--benchmarks DIR] [--out DIR]
 python -m tfjacreg prepare fashion_mnist /usr/share/datasets/fashion-mnist [--data-dir DIR]
@@ -12,7 +12,7 @@ from tfjacreg import cli, datasets
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and says where its result is."""
+    """Runs a command and prints where its result is."""
     arguments = tfjacreg_arguments.module(argv)
     command, stopped = {
         "report": (_report, "Stopped. Every file of the report is whole, as it was or new."),
@@ -33,7 +33,7 @@ def _prepare(arguments: argparse.Namespace) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> str:
-    # matplotlib and others, which `prepare` has no need of.
+    # It needs matplotlib and others, which `prepare` does not need.
     from tfjacreg.experiments import report
 
     benchmarks = arguments.benchmarks

@@ -1,4 +1,4 @@
-"""What tfjacreg uses of Keras that has no public name; `tests/test_keras_names.py` names each.
+"""The private names of Keras that tfjacreg uses; `tests/test_keras_names.py` checks each.
 
 Two more private names are overridden or patched where they are used, since no function can stand
 between: `RegularizedModel._maybe_symbolic_build` and `BatchNormalization._moments`.
@@ -16,18 +16,18 @@ from keras.src.utils.naming import to_snake_case
 
 
 def layers_of(network: keras.Operation) -> list[keras.Layer]:
-    """The network and all layers in it, at any depth, also those inside of layers."""
+    """The network and all layers in it, at any depth, including layers inside layers."""
     return network._flatten_layers() if isinstance(network, keras.Layer) else []
 
 
 def own_metrics(network: keras.Layer) -> list[keras.Metric]:
-    """The metrics that a model keeps as attributes; a model around it ignores them."""
+    """The metrics that a model keeps as attributes, which a model around it would ignore."""
     is_model = isinstance(network, keras.Model)
     return list(network._metrics) if is_model else []
 
 
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
-    """The training loss of a model, whose own `compute_loss` need not know `training`."""
+    """The training loss of a model whose `compute_loss` may lack the argument `training`."""
     return model._compute_loss(x, y, y_pred, sample_weight, training=True)
 
 
@@ -38,7 +38,7 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
 
 @contextlib.contextmanager
 def losses_kept(network: keras.Operation) -> Iterator[None]:
-    """Keeps the losses that layers have added so far: Keras clears them in each call."""
+    """Keeps the losses that layers have added so far, which Keras clears in each call."""
     kept = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers_of(network)]
     try:
         yield
@@ -57,7 +57,7 @@ def graph_of(network: keras.Layer) -> Any:
 
 
 def input_structure(network: keras.Layer) -> Any:
-    """The symbolic inputs of a network built from `keras.Input`, as it takes them; or None."""
+    """The symbolic inputs of a network built from `keras.Input`, in its structure; or None."""
     graph = graph_of(network)
     return None if graph is None else graph._inputs_struct
 
@@ -74,12 +74,12 @@ def input_shapes(layer: keras.Layer) -> set[tuple[Any, ...]]:
 
 
 def unlock(layer: keras.Layer) -> None:
-    """Lets a layer that is built have further layers and metrics, as a functional model may."""
+    """Allows a built layer to get further layers and metrics, as a functional model may."""
     layer._tracker.unlock()
 
 
 def group_in_file(layer: keras.Layer) -> str:
-    """The name that a weights file has for the first layer of its class in a model."""
+    """The name in a weights file for a model's first layer of this class."""
     return to_snake_case(type(layer).__name__)
 
 
@@ -94,6 +94,6 @@ def element_spec(iterator: Any) -> Any:
 
 
 def owner_of_recurrences() -> Any:
-    """The module in which Keras' recurrent layers look up `rnn`, which runs them; or None."""
+    """The module in which Keras' recurrent layers look up `rnn`, the function that runs them."""
     owner = getattr(sys.modules[keras.layers.RNN.__module__], "backend", None)
     return owner if hasattr(owner, "rnn") else None

@@ -1,4 +1,4 @@
-"""Checks of arguments: each function returns the argument in its plain form, or raises."""
+"""Checks of arguments: each function returns the argument in a plain form, or raises."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SMALLEST_SINGLE = float(np.finfo(np.float32).tiny)
 
 
 def network(value: Any) -> keras.Layer:
-    """Returns a network that is a Keras layer.
+    """Returns the network if it is a Keras layer.
 
     Raises:
         TypeError: If it is not.
@@ -35,7 +35,7 @@ def network(value: Any) -> keras.Layer:
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """Returns an integer of at least 1 that TensorFlow can count to, NumPy's too, as Python's.
+    """Returns an integer from 1 to 2**31 - 1, also one of NumPy's, as a Python int.
 
     Raises:
         ValueError: If it is not.
@@ -47,7 +47,7 @@ def positive_integer(name: str, value: Any) -> int:
 
 
 def unrolled_count(name: str, value: Any) -> int:
-    """Returns an integer from 1 to 1000, NumPy's too, as Python's: a graph holds each iteration.
+    """Returns an integer from 1 to 1000 as a Python int: the graph of a step holds each iteration.
 
     Raises:
         ValueError: If it is not.
@@ -62,7 +62,7 @@ def unrolled_count(name: str, value: Any) -> int:
 
 
 def seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int | None:
-    """Returns a seed that is None or an integer from 0, NumPy's too, as Python's.
+    """Returns a seed that is None or an integer >= 0, as None or a Python int.
 
     Raises:
         ValueError: If it is not.
@@ -71,10 +71,10 @@ def seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int | None:
 
 
 def fixed_seed(value: Any, name: str = "seed", *, below: int = 2**63) -> int:
-    """Returns a seed that can be used again: as `seed`, but None is refused.
+    """Returns a seed that makes a result repeatable: like `seed`, but None is refused.
 
     Raises:
-        ValueError: If it is not an integer from 0.
+        ValueError: If it is not an integer >= 0.
     """
     return _seed(value, name, "an integer", below)
 
@@ -89,7 +89,7 @@ def _seed(value: Any, name: str, kind: str, below: int) -> int:
 
 
 def non_negative(name: str, value: Any) -> float:
-    """Returns a finite number of at least 0 in single precision, NumPy's too, as Python's.
+    """Returns a finite number >= 0 that fits into single precision, as a Python float.
 
     Raises:
         ValueError: If it is not.
@@ -102,7 +102,7 @@ def non_negative(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> float:
-    """Returns a finite number above 0 that single precision can tell from 0, as Python's.
+    """Returns a finite number > 0 that is not 0 in single precision, as a Python float.
 
     Raises:
         ValueError: If it is not.
@@ -116,7 +116,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def fraction(value: Any, name: str = "fraction") -> float:
-    """Returns a fraction, a number in (0, 1], NumPy's too, as Python's.
+    """Returns a number in (0, 1] as a Python float.
 
     Raises:
         ValueError: If it is not.
@@ -127,7 +127,7 @@ def fraction(value: Any, name: str = "fraction") -> float:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """Returns True or False, NumPy's too, as Python's.
+    """Returns True or False, also one of NumPy's, as a Python bool.
 
     Raises:
         TypeError: If it is neither.
@@ -138,7 +138,7 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def optional_function(name: str, value: Any) -> Callable[..., Any] | None:
-    """Returns None or what can be called.
+    """Returns None or a callable.
 
     Raises:
         TypeError: If it is neither.
@@ -149,7 +149,7 @@ def optional_function(name: str, value: Any) -> Callable[..., Any] | None:
 
 
 def path(name: str, value: Any) -> Path:
-    """Returns the path that a string or a path-like object means.
+    """Returns a string or path-like object as a `Path`.
 
     Raises:
         TypeError: If it is neither.
@@ -183,11 +183,11 @@ def one_of(name: str, value: Any, options: Collection[str]) -> str:
 
 
 def vector(name: str, a: Any, like: tf.Tensor, what: str) -> tf.Tensor:
-    """Returns a vector of every example, `[B, ...]`, as a tensor of the dtype of `like`.
+    """Returns one vector for each example, `[B, ...]`, as a tensor of the dtype of `like`.
 
     Raises:
-        TypeError: If it does not hold real numbers.
-        ValueError: If it has another shape than `like`.
+        TypeError: If `a` does not hold real numbers.
+        ValueError: If `a` has another shape than `like`.
     """
     try:
         a = tf.convert_to_tensor(a)

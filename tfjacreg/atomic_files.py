@@ -1,4 +1,4 @@
-"""Temporary names beside a file: of this process alone, and known as such to the next one."""
+"""Temporary names for files being written, which show the next process whose they are."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _PREFIX = ".partial-"
 
 
 def beside(path: Path) -> Path:
-    """A name in the same folder, with the same ending, that no other process gives."""
+    """A name in the same folder, with the same ending, that no other process uses."""
     return path.with_name(f"{_PREFIX}{platform.node()}-{os.getpid()}-{path.name}")
 
 
 def left_in(folder: Path) -> list[Path]:
-    """What was begun in a folder under a temporary name, by whichever process."""
+    """The files in a folder that any process has begun under a temporary name."""
     return list(folder.glob(f"{_PREFIX}*"))
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with all that is in it, if it is there; raises OSError."""
+    """Removes a file, or a folder with its content, if it exists; raises OSError if it cannot."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -32,7 +32,7 @@ def remove(path: Path) -> None:
 
 
 def remove_stale(path: Path) -> None:
-    """Removes what processes of this machine that have ended left of an attempt to write `path`."""
+    """Removes what ended processes of this machine left of an attempt to write `path`."""
     pattern = re.compile(rf"{_PREFIX}{re.escape(platform.node())}-(\d+)-{re.escape(path.name)}")
     for file in left_in(path.parent):
         match = pattern.fullmatch(file.name)
@@ -46,13 +46,13 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # Somebody else's.
+    except PermissionError:  # The process belongs to another user.
         return True
     return True
 
 
 def check_files(*paths: Path) -> None:
-    """Checks, before the work for them, that files of these names can be there; raises OSError."""
+    """Checks, before the work for them, that files can have these names; raises OSError if not."""
     for path in paths:
         if path.is_dir():
             raise IsADirectoryError(
@@ -67,10 +67,10 @@ def check_files(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder to write to, and then puts the result in place.
+    """Yields a temporary name in the same folder to write to, and then puts the result in place.
 
-    The folder is made if it is not there. What was at `path` before is untouched until the end,
-    unless it is a folder: that one is removed just before.
+    The folder is made if it does not exist. What is at `path` is untouched until the end, unless it
+    is a folder, which is removed just before.
 
     Args:
         path: A file, or a folder.

@@ -1,8 +1,9 @@
 """Attacks in the L-infinity ball on a classifier from pixels in [0, 1] to logits.
 
-PGD and TPGD take their gradient and step from cleverhans; the loop, the projection and the random
-numbers are ours, so that one run gives the whole curve, the ball holds exactly and every image has
-its own random numbers, whatever the batch size. Square is ours (`judging.square_attack`).
+PGD and TPGD take their gradient and step from cleverhans. The loop, the projection and the random
+numbers are implemented here, so that one run gives the accuracy at several step counts, no image
+leaves the ball, and each image has its own random numbers, whatever the batch size. Square is
+implemented in `judging.square_attack`.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ STEP_SIZE = 2 / 255
 
 _PGD_START, _TPGD_START = 0, 1
 _TPGD_NOISE = 0.001
-# A float32 below it is zero or denormal; TensorFlow's kernels round the latter to zero.
+# A smaller float32 is zero or denormal; TensorFlow's kernels round denormal numbers to zero.
 _SMALLEST = np.finfo(np.float32).tiny
 
 
 class AttackResult(NamedTuple):
-    """Outcome of one attack, read off at rising strengths.
+    """Outcome of one attack, recorded at rising strengths.
 
     Attributes:
         x_adv: Images after the last iteration, float32 `[N, *in]`.
-        iterations: Strengths at which the run was read off, `[S]`, rising.
+        iterations: Strengths (numbers of iterations) at which the run was recorded, `[S]`, rising.
         correct: Whether each image was still classified correctly there, bool `[S, N]`.
         faded: Whether each image was still classified correctly there although the attack had lost
-            its gradient, bool `[S, N]`: the loss had rounded to 0, and with it the part of its
-            gradient that lowers the label's logit, or the last gradient was zero or denormal in
-            every pixel. Nowhere for Square, which follows no gradient.
+            its gradient, bool `[S, N]`. Either the loss had rounded to 0, and with it the part of
+            its gradient that lowers the label's logit; or the last gradient was zero or denormal in
+            every pixel. All False for Square, which uses no gradient.
     """
 
     x_adv: Array
@@ -81,12 +82,12 @@ def pgd(
 ) -> AttackResult:
     """Projected gradient descent on a loss of the label (eq. (10)).
 
-    `loss="cross_entropy"` is the paper's. Where the logits are large, its gradient rounds to zero
+    `loss="cross_entropy"` is the paper's. Where the logits are large its gradient rounds to zero,
     and the attack overstates the robustness: see `AttackResult.faded`. `loss="margin"` does not
-    change with the scale of the logits: it is (largest other logit - logit of the label) divided by
-    (largest - third largest logit), as AutoAttack's DLR loss; for two classes by (largest -
-    smallest), and by 1 where these are equal. The gradient takes the divisor as a constant:
-    otherwise an image would stay where its label has fallen to the third place.
+    depend on the scale of the logits: it is (largest other logit - logit of the label) divided by
+    (largest - third largest logit), like AutoAttack's DLR loss. With two classes the divisor is
+    (largest - smallest logit), or 1 if these are equal. The gradient treats the divisor as a
+    constant: otherwise an image would stay where its label has fallen to the third place.
 
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
@@ -94,18 +95,18 @@ def pgd(
         y: Integer labels `[N]` or `[N, 1]`.
         eps: Radius of the ball, in pixel units.
         step_size: Change of each pixel per iteration, in pixel units.
-        iterations: Number of steps, or several rising numbers: one run to the last, read off at
-            each.
+        iterations: Number of steps, or several rising numbers: then one run to the last of them is
+            recorded at each.
         loss: `"cross_entropy"` or `"margin"`.
         seed: Seed of the random start. Image `i` has its own random numbers.
-        random_start: Start uniformly in the ball, clipped to [0, 1], instead of at `x`.
+        random_start: Whether to start uniformly in the ball, clipped to [0, 1], instead of at `x`.
         batch_size: Images per batch; changes speed and memory, not the result.
         progress: Called with the number of image steps done since the last call, of
             `N * iterations` in all.
 
     Returns:
-        The perturbed images and who is still classified correctly at each strength. Images that
-        are misclassified from the start are attacked like the others.
+        The perturbed images, and which images are still classified correctly at each strength.
+        Images that are misclassified from the start are attacked like the others.
 
     Raises:
         ImportError: If cleverhans is not installed.
@@ -139,10 +140,11 @@ def tpgd(
     batch_size: int = 256,
     progress: Progress | None = None,
 ) -> AttackResult:
-    """Projected gradient descent on the divergence of the softmax from that of the clean image.
+    """Projected gradient descent on the divergence from the softmax of the clean image.
 
-    Maximises `KL(softmax(f(x)) || softmax(f(x_adv)))` from a start at `x + 0.001 N(0, 1)`. The
-    labels serve to count correct images only. Arguments, result and errors are those of `pgd`.
+    Maximizes `KL(softmax(f(x)) || softmax(f(x_adv)))` from a start at `x + 0.001 N(0, 1)`. The
+    labels are used only to count correct images. The arguments, result and errors are the same as
+    for `pgd`, without `loss` and `random_start`.
     """
     step_size = arguments.positive("step_size", step_size)
     settings = _settings(eps, iterations, seed, batch_size, progress)
@@ -169,20 +171,21 @@ def square(
 ) -> AttackResult:
     """Square attack: random search with square windows, without gradients.
 
-    Starts from vertical stripes of `+-eps`. Each query (`iterations` counts them, without the
-    stripes) sets one square window, at a random place and with one random sign per channel, to
-    `+-eps` and keeps it if the margin (logit of the label less the largest other) falls. The
-    windows shrink as in the published attack, its schedule for 10,000 queries rescaled to the last
-    of `iterations`; so a strength read off on the way is that of a search planned for more
-    queries. Only images classified correctly are attacked, and each until its margin is no longer
-    positive; for `progress`, queries spared in this way count as done.
+    Starts from vertical stripes of `+-eps`. Each query sets one square window, at a random place
+    and with one random sign per channel, to `+-eps`, and keeps it if the margin (logit of the label
+    minus the largest other logit) falls. The windows shrink as in the published attack, whose
+    schedule for 10,000 queries is rescaled to the last of `iterations`: a strength recorded on the
+    way belongs to a search that was planned for more queries. Only images classified correctly are
+    attacked, each until its margin is no longer positive; `progress` counts the queries that are
+    saved in this way as done.
 
-    The arguments are those of `pgd`, except that `x` must be images `[N, H, W, C]` and `classifier`
-    need not be differentiable.
+    The arguments are the same as for `pgd`, except that `x` must be images `[N, H, W, C]`, that
+    `iterations` counts the queries after the stripes, and that `classifier` need not be
+    differentiable.
 
     Returns:
-        The images with the lowest margin seen, the clean one included, and who is still classified
-        correctly at each strength.
+        The images with the lowest margin found, which may be the clean ones, and which images are
+        still classified correctly at each strength.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -206,7 +209,7 @@ def square(
 
 
 class _Settings(NamedTuple):
-    """What every attack is told, checked before anything is computed."""
+    """The common settings of the attacks, checked before anything is computed."""
 
     eps: float
     strengths: list[int]
@@ -247,7 +250,7 @@ def _cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 def _soft_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    # The divergence less the entropy of the labels, which is constant: the same gradient.
+    # Equal to the divergence up to the entropy of the labels, a constant: the same gradient.
     return tf.nn.softmax_cross_entropy_with_logits(labels=labels, logits=logits)
 
 
@@ -282,7 +285,7 @@ def _projected_ascent(
     ) -> tuple[tf.Tensor, tf.Tensor]:
         slope = tf.zeros(tf.shape(images)[:1])
         for _ in tf.range(count):
-            # Unwrapped: cleverhans' own tf.function would keep every classifier's weights for ever.
+            # Unwrapped: cleverhans' own tf.function would keep every classifier's weights forever.
             gradient = compute_gradient.python_function(checked.logits, loss, images, target, False)
             slope = tf.reduce_max(tf.abs(gradient), axis=range(1, len(gradient.shape)))
             images += optimize_linear(gradient, step_size, np.inf)
@@ -311,7 +314,7 @@ def _projected_ascent(
 
 
 def _box(x: Array, eps: float) -> tuple[Array, Array]:
-    """Returns the ball's and the pixel range's bounds, rounded inwards to float32."""
+    """Returns the bounds of the ball within the pixel range, rounded inwards to float32."""
     exact = x.astype(np.float64)
     low, high = np.maximum(exact - eps, 0), np.minimum(exact + eps, 1)
     low32, high32 = low.astype(np.float32), high.astype(np.float32)

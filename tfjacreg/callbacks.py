@@ -1,4 +1,4 @@
-"""Watching sigma while a network is trained."""
+"""A callback that measures sigma during training."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import tensorflow as tf
 
 from tfjacreg import arguments, estimators, norms, signature
 
-# Points that are measured at a time: every batch has this size, so that it is traced once.
+# Points measured at a time: every batch has this size, so that the measurement is traced once.
 _BATCH = 128
 
 
 class SpectralNormMonitor(keras.callbacks.Callback):
-    """Measures `||df/dx||_2` on points of your choice at the end of an epoch, in inference mode.
+    """Measures `||df/dx||_2` at points of your choice at the end of epochs, in inference mode.
 
-    Adds to the epoch's logs `val_sigma_mean`, `val_sigma_median`, `val_sigma_q95` (the quantile
-    that 95 % of the points lie below) and `val_sigma_max`. Callbacks that follow it in the list
-    find them there: `CSVLogger`, `TensorBoard`, `ModelCheckpoint`,
+    Adds `val_sigma_mean`, `val_sigma_median`, `val_sigma_q95` (95 % of the points have a smaller
+    sigma) and `val_sigma_max` to the logs of the epoch. Callbacks that come later in the list find
+    them there: `CSVLogger`, `TensorBoard`, `ModelCheckpoint`,
     `EarlyStopping(monitor="val_sigma_max", mode="min")` (Keras does not know that less is better).
     Between two measurements the logs repeat the last one.
 
@@ -27,13 +27,15 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         x: What the network takes, `[P, *in]` (or a list, tuple or dict), in the network's own
             units, as for `spectral_norm`.
         method: `"power"`, `"lanczos"` or `"exact"`; see `norms.spectral_norm`.
-        iterations: The N of Algorithm 1, or the steps of Lanczos.
-        every: Measure in the first epoch and in every `every`-th after it.
-        input: Which floating input the Jacobian is taken in; see `JacobianOperator`.
-        output: Which output it is of, likewise.
+        iterations: The N of Algorithm 1, or the number of Lanczos steps.
+        every: Measure in the first epoch and in every `every`-th epoch after it.
+        input: The floating input that the Jacobian is taken with respect to; see
+            `JacobianOperator`.
+        output: The output that the Jacobian is taken of, likewise.
 
     Raises:
-        TypeError: If `x` holds no real numbers, or a ragged tensor.
+        TypeError: If `x` holds no real numbers or a ragged tensor, or `input` or `output` is not a
+            position, key or name.
         ValueError: If an argument is out of range or `x` holds no point.
     """
 
@@ -55,8 +57,8 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         sizes = {len(leaf) if leaf.ndim else 0 for leaf in keras.tree.flatten(self.x)}
         if len(sizes) != 1 or sizes == {0}:
             raise ValueError(
-                "`x` must hold at least one point along the first axis of every tensor, and as "
-                f"many in each. Received: tensors of {sorted(sizes)} points"
+                "`x` must hold at least one point along the first axis of every tensor, and the "
+                f"same number in each. Received: tensors of {sorted(sizes)} points"
             )
         if any(leaf.dtype.kind in "cOSU" for leaf in keras.tree.flatten(self.x)):
             kinds = sorted({str(leaf.dtype) for leaf in keras.tree.flatten(self.x)})
@@ -69,7 +71,7 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         self._last: dict[str, float] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Makes the function that measures a batch, of the network that is trained now."""
+        """Makes the function that measures a batch on the network that is being trained."""
         network = getattr(self.model, "network", self.model)
         self._sigma = tf.function(
             lambda x: (
@@ -81,7 +83,7 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measures, and adds what it finds to the epoch's logs."""
+        """Measures if it is due, and adds the result to the logs of the epoch."""
         if epoch % self.every == 0 or not self._last:
             sigma = self.measure()
             self._last = {
@@ -94,11 +96,11 @@ class SpectralNormMonitor(keras.callbacks.Callback):
             logs.update(self._last)
 
     def measure(self) -> np.ndarray:
-        """Sigma of every point, `[P]`."""
+        """Measures sigma at every point, `[P]`, NumPy."""
         size = min(_BATCH, self._points)
         found = []
         for start in range(0, self._points, size):
-            # The last batch is filled up with points that were measured already.
+            # The last batch is filled up with points from the beginning.
             rows = np.arange(start, start + size) % self._points
             batch = keras.tree.map_structure(
                 lambda leaf, rows=rows: tf.constant(leaf[rows]), self.x

@@ -1,4 +1,4 @@
-"""Whether the Jacobian of a network is what its products say, and if not, which layer breaks it."""
+"""Checks that the products of a network are right, and finds the layer where they are not."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _LOSES_A_DERIVATIVE = (
     "operation with a second derivative"
 )
 _OTHER_TANGENT = (
-    "has another J v by tf.autodiff.ForwardAccumulator than by transposing J^T u, as of a "
-    "tf.custom_gradient, whose body it differentiates"
+    "has a J v by tf.autodiff.ForwardAccumulator that differs from the one by transposing J^T u, "
+    "as with a tf.custom_gradient, whose body the accumulator differentiates"
 )
 _NO_TANGENTS_OF_LOOPS = (
     "cannot be differentiated forward: a loop or a branch in a graph (tf.while_loop, tf.cond) "
@@ -60,8 +60,8 @@ class _Fault(NamedTuple):
     """What is wrong with a network's products.
 
     Attributes:
-        text: What the network, or the layer, does; it follows a name.
-        cause: The exception that told, or None.
+        text: What the network or layer does wrong; in a message it follows the name.
+        cause: The exception that showed the fault, or None.
     """
 
     text: str
@@ -69,7 +69,7 @@ class _Fault(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """How a network is to be trained.
+    """How a network is going to be trained.
 
     Attributes:
         training: Whether it runs in training mode.
@@ -92,35 +92,40 @@ def check_network(
     input: signature.Name = None,
     output: signature.Name = None,
 ) -> None:
-    """Checks that the products and the gradient that training takes of them are right.
+    """Checks that the products, and the gradient that training takes of them, are right.
 
-    Of the whole network: `<u, J v> = <J^T u, v>` (eqs. 6 and 7) with random `u`, and `v` half along
-    `J^T u` and half random, so that a tangent lost in either direction shows; the first example
-    must not depend on any other, nor any other on it; with `forward_mode="accumulator"` the J v of
-    a `tf.autodiff.ForwardAccumulator` must be that of the transposed product; products must be
-    finite where the output is; and no operation of its graph may be one whose derivative TensorFlow
-    lacks or has wrong.
+    For the whole network:
+    `<u, J v> = <J^T u, v>` (eqs. 6 and 7) for a random `u` and a `v` that is half along `J^T u` and
+    half random, so that a derivative lost in either direction shows. The first example does not
+    depend on any other, nor any other on it. With `forward_mode="accumulator"`, the J v of a
+    `tf.autodiff.ForwardAccumulator` equals the one by transposing J^T u. Products are finite where
+    the output is. No operation in the graph is one whose derivative TensorFlow lacks or has wrong.
 
-    Of every layer: the gradient of `<u, J v>` in its weights and its input must be that of
+    For every layer:
+    The gradient of `<u, J v>` in the weights and the input of the layer equals the gradient of
     `<u, f(x + e v) - f(x - e v)> / 2e`, which needs first derivatives only
-    (`second_derivatives.py`). Layers of Keras' own that are alike are checked once.
+    (`second_derivatives.py`). Keras layers that are alike are checked once.
 
-    Nothing of the network changes: no weight, statistic or seed. A gradient of one's own
-    (`tf.custom_gradient`) that is not that of the values, but consistent with itself, passes the
-    first part and is refused by the second only where its own derivative shows it.
+    The network does not change: no weight, statistic or seed. A custom gradient
+    (`tf.custom_gradient`) that is wrong but consistent with itself passes the checks of the whole
+    network; the check of its layer refuses it only if the gradient's own derivative shows the
+    error.
 
     Args:
         network: A `keras.Layer`.
-        x: What it takes, with two examples or more.
+        x: What the network takes, with at least two examples.
         training: Whether the network runs in training mode.
         forward_mode: `"accumulator"` or `"transpose"`; see `regularizers.SpectralNorm`.
-        jit_compile: Whether XLA is to compile the training step, as in `compile`.
-        input: Which floating input the Jacobian is taken in; see `JacobianOperator`.
-        output: Which output it is of, likewise.
+        jit_compile: Whether XLA is going to compile the training step, as in `compile`.
+        input: The floating input that the Jacobian is taken with respect to; see
+            `JacobianOperator`.
+        output: The output that the Jacobian is taken of, likewise.
 
     Raises:
-        TypeError: If `network` is not a `keras.Layer`, or `x` holds no floating tensor.
-        ValueError: If `x` has fewer than two examples, or a layer fails; the message names it.
+        TypeError: If `network` is not a `keras.Layer`, `x` or the output holds no floating tensor,
+            or `training` or `jit_compile` is not True or False.
+        ValueError: If `x` has fewer than two examples, or another argument is out of range. If the
+            network or a layer fails; the message names it.
     """
     arguments.network(network)
     settings = _Settings(
@@ -153,35 +158,35 @@ def check_network(
 
 
 def contradiction_tolerance(network: keras.Layer, dtype: str) -> float:
-    """How far, relatively, two products of one recorded pass may differ by rounding alone.
+    """How far two products of one recorded pass may differ, relatively, by rounding alone.
 
-    Half of the digits of the coarsest layer. In a pass that is recorded once rounding takes far
-    less: in float32 2e-5 of an EfficientNetB0, of most networks 1e-6.
+    The square root of the machine epsilon of the coarsest layer: half of its digits. Real rounding
+    is far smaller: in float32 2e-5 for EfficientNetB0, 1e-6 for most networks.
 
     Args:
         network: The network.
-        dtype: That of the products.
+        dtype: The dtype of the products.
     """
     dtypes = {dtype, *_floating_dtypes(network)}
     return float(np.sqrt(max(float(ml_dtypes.finfo(name).eps) for name in dtypes)))
 
 
 def _floating_dtypes(network: keras.Layer) -> set[str]:
-    # Layers that look up tokens, or make them, compute in integers or strings: those round nothing.
+    # Layers that look up or make tokens compute in integers or strings, which are not rounded.
     dtypes = {layer.compute_dtype for layer in _keras.layers_of(network)}
     return {name for name in dtypes if tf.as_dtype(name).is_floating}
 
 
 def _is_precise(network: keras.Layer) -> bool:
-    """Whether nothing in a network is in half precision, whose products may well overflow."""
+    """Whether no layer computes in half precision, in which products may well overflow."""
     return all(tf.as_dtype(name).size >= 4 for name in _floating_dtypes(network))
 
 
 def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
-    """Refuses a network with an operation whose part of the Jacobian would be lost in silence.
+    """Refuses a network with an operation whose part of the Jacobian would be lost silently.
 
-    That a branch beside others has no derivative shows in no product: only the graph of the pass
-    tells. It is traced once for each network and shape of x.
+    If one branch beside others has no derivative, no product shows it, only the graph of the pass.
+    The graph is traced once for each network and shape of x.
 
     Raises:
         ValueError: If there is such an operation.
@@ -191,7 +196,7 @@ def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
         fault = jacobian.traced(
             "hides", lambda op: graph_search.fault(op.x, op.primal, graph_search.Needs(order=1))
         )
-    except Exception:  # It runs eagerly only: then nothing is to be seen.
+    except Exception:  # The network runs eagerly only: there is no graph to look at.
         return
     if fault is not None:
         raise ValueError(
@@ -201,12 +206,12 @@ def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
 
 
 def explained(error: Exception, network: keras.Layer, forward_mode: str) -> ValueError:
-    """The error of a penalty's gradient in words, for what a check cannot see before training.
+    """Explains an error from the gradient of a penalty that no check could foresee.
 
     Args:
         error: What TensorFlow raised.
         network: The network that is trained.
-        forward_mode: That of the penalty.
+        forward_mode: The forward mode of the penalty.
     """
     text, advice = _reason(error), ""
     if forward_mode == "accumulator" and "variant" in text:
@@ -219,9 +224,9 @@ def explained(error: Exception, network: keras.Layer, forward_mode: str) -> Valu
 
 
 class _Check:
-    """The check of one network, and of its layers.
+    """The check of one network and of its layers.
 
-    `variables` collects the values of the variables that the network keeps besides Keras'.
+    `variables` collects the values of plain `tf.Variable`s, which Keras does not keep track of.
     """
 
     def __init__(
@@ -240,23 +245,23 @@ class _Check:
         self.runs_functions = False
 
     def run(self) -> tuple[str, _Fault] | None:
-        """Who is wrong, and what it does: the network, or the first of its layers that is."""
+        """Returns the name of the network or the first layer that is wrong, and its fault."""
         fault = self.fault(is_whole=True)
         try:
             calls = calls_of_layers(self.network, self.given, self.settings.training)
-        except Exception as error:  # It runs in a graph only: then the layers are not to be seen.
+        except Exception as error:  # It runs in a graph only: its layers cannot be looked at.
             raise_an_interrupt(error)
             calls = []
         if fault is None:
             return self._wrong_second_derivative(calls)
         name = None
         for call, position in _varied(calls):
-            # A functional model is nothing but its layers and operations: what is not finite in it,
-            # and in none of these, has only grown too large.
+            # A functional model is nothing but its layers and operations: if its products are not
+            # finite, and those of none of these are, they have only grown too large.
             if fault.text == _NOT_FINITE and _keras.graph_of(call.layer) is not None:
                 continue
             found = self._of(call, position).fault()
-            # A layer may well take a tensor that says nothing of its output.
+            # A layer may well take a tensor that its output does not depend on.
             is_idle = found is not None and found.text == _NOT_CONNECTED != fault.text
             if found is not None and not is_idle:
                 name, fault = _named(call.layer), found
@@ -274,26 +279,26 @@ class _Check:
         return name, fault
 
     def fault(self, *, is_whole: bool = False) -> _Fault | None:
-        """What is wrong with the products of the network itself, if anything is.
+        """Finds what is wrong with the products of the network itself, if anything.
 
         Args:
-            is_whole: Whether it is no layer of another, which may fold what others unfold.
+            is_whole: False for a layer inside another, which may fold what later layers unfold.
         """
         settings, given = self.settings, self.given
         try:
             graph, x, primal = self._graph()
             if is_whole:
                 signature.refuse_folded(self.network, x, primal)
-            # Those of this graph are of no use in the next one.
+            # The masks of this graph cannot be used in the next one.
             _reset_dropout_masks(self.network)
             self.runs_functions = graph_search.calls_functions(graph)
             lost = graph_search.fault(x, primal, graph_search.Needs(2, settings.is_compiled))
             if lost is not None:
                 return _Fault(lost)
             products = self._products(graph)
-        except signature.NotOne:  # What is asked for is wrong, not the network.
+        except signature.NotOne:  # The arguments are wrong, not the network.
             raise
-        except Exception as error:  # Any that TensorFlow has for an operation without a derivative.
+        except Exception as error:  # TensorFlow has many for an operation without a derivative.
             return _fault_of(error)
         finally:
             _reset_dropout_masks(self.network)
@@ -301,7 +306,7 @@ class _Check:
         is_precise = _is_precise(self.network)
         text = products.contradiction(tolerance, is_precise=is_precise)
         if text in (_LOSES_A_DERIVATIVE, _OTHER_TANGENT):
-            # Deep networks in half precision round more: what is lost is lost by its whole size.
+            # Deep networks in half precision round more; a lost derivative is lost in full.
             tolerance += 4 * _rounding(self.network, given, settings.training, self.output)
             text = products.contradiction(tolerance, is_precise=is_precise)
         return None if text is None else _Fault(text)
@@ -312,17 +317,17 @@ class _Check:
         return _Check(call.function(position), one, self.settings, None, self.variables)
 
     def _wrong_second_derivative(self, calls: list[LayerCall]) -> tuple[str, _Fault] | None:
-        """The first layer whose gradient of `<u, J v>` is another one than that of differences."""
+        """The first layer whose gradient of `<u, J v>` differs from the one by differences."""
         seen = set()
         for call, position in _varied(calls):
-            # A functional model is nothing but its layers and operations, and a layer of Keras' own
-            # is compared as a whole.
+            # A functional model is nothing but its layers and operations, and a Keras layer is
+            # compared as a whole.
             if _keras.graph_of(call.layer) is not None or call.is_part:
                 continue
             if (kind := call.kind(position)) in seen:
                 continue
             seen.add(kind)
-            # The loops of Keras' own recurrences are compared with JAX, in a graph
+            # The loops of Keras' recurrences are compared with JAX in a graph
             # (`benchmarks/second_derivatives.py`): here each would take seconds to trace.
             in_graph = (
                 self.runs_functions
@@ -343,7 +348,7 @@ class _Check:
         return None
 
     def calls_functions(self) -> bool:
-        """Whether something in it is another operation in a graph than eagerly."""
+        """Whether something in the network runs as another operation in a graph than eagerly."""
         try:
             return graph_search.calls_functions(self._graph()[0])
         except Exception as error:  # It runs eagerly only.
@@ -366,7 +371,7 @@ class _Check:
         )
 
     def _graph(self) -> tuple[Any, tf.Tensor, tf.Tensor]:
-        """A pass as a graph, which nothing runs; its input and its output in it."""
+        """The pass as a graph that is never run, with its input and its output."""
         found: list[tf.Tensor] = []
 
         def forward(leaves: list[tf.Tensor]) -> tf.Tensor:
@@ -379,7 +384,7 @@ class _Check:
         return graph, found[0], found[1]
 
     def _products(self, graph: Any) -> _Products:
-        """The products, computed as training computes them."""
+        """Computes the products as training computes them."""
         leaves, has_tangent = self.given.leaves, self.settings.forward_mode == "accumulator"
 
         def products(leaves: list[tf.Tensor]) -> _Products:
@@ -387,7 +392,7 @@ class _Check:
                 x = leaves[self.given.position]
                 along = random_unit(x, (0, 2)) if has_tangent else None
                 op = self._operator(leaves, along)
-                # Of the first example alone: what the others have of it shows how examples mix.
+                # u of the first example alone: any other example that reacts shows the mixing.
                 u = _first_alone(random_unit(tf.cast(op.primal, op.x.dtype), (0, 0)))
                 back = op.rmatvec_to_transpose(u)
                 # Deep networks with fresh weights have products whose squares are too large for
@@ -414,7 +419,7 @@ class _Check:
         if self.runs_functions or (has_tangent and graph_search.defines_gradients(graph)):
             found = _traced(products, leaves, self.variables)(leaves)
         else:
-            # The same operations one by one take a tenth of the seconds of their graph.
+            # Running the same operations one by one takes a tenth of the time of tracing a graph.
             found = products(leaves)
         return _Products(*tf.nest.map_structure(lambda part: part.numpy(), tuple(found)))
 
@@ -429,7 +434,7 @@ class _Products(NamedTuple):
         forward_dot: `<u, J v>` of the first example.
         backward_dot: `<J^T u, v>` of the first example.
         scale: `||J v||` of the first example.
-        both: With an accumulator, its J v for another v, and the transposed one.
+        both: With an accumulator: its J v for another v, and the J v by transposing J^T u.
     """
 
     primal: Any
@@ -441,7 +446,7 @@ class _Products(NamedTuple):
     both: tuple[Any, ...]
 
     def contradiction(self, tolerance: float, *, is_precise: bool) -> str | None:
-        """What they contradict, in words that follow a name.
+        """Says what the products contradict, in words that follow a name; None if nothing.
 
         Args:
             tolerance: How far two products may differ, relatively.
@@ -468,14 +473,14 @@ class _Products(NamedTuple):
 
 
 def _varied(calls: list[LayerCall]) -> Iterator[tuple[LayerCall, int]]:
-    """Every call, once for each tensor that it is a function of."""
+    """Every call, once for each tensor that it can be varied in."""
     for call in calls:
         for position in call.positions:
             yield call, position
 
 
 def _fault_of(error: Exception) -> _Fault:
-    """What the error of a product says of the network."""
+    """What the error raised by a product says about the network."""
     if isinstance(error, LostDerivative):
         if error.__cause__ is None:
             return _Fault(_LOSES_A_DERIVATIVE, error)
@@ -495,7 +500,7 @@ def _traced(
     leaves: list[tf.Tensor],
     variables: dict[int, tuple[tf.Variable, tf.Tensor]],
 ) -> Any:
-    """The function as a graph; adds what it may change to `variables`."""
+    """Traces the function into a graph; adds the variables that it may change to `variables`."""
     traced = tf.function(function, autograph=False).get_concrete_function(leaves)
     for variable in traced.graph.variables:
         variables.setdefault(id(variable), (variable, tf.identity(variable)))
@@ -505,7 +510,7 @@ def _traced(
 def _rounding(
     network: keras.Layer, given: signature.NetworkInput, training: bool, output: signature.Name
 ) -> float:
-    """How far, relatively, the products of a pass are from linear: by rounding alone."""
+    """How far the products of a pass are from linear, relatively, by rounding alone."""
 
     def deviations(leaves: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         inputs = given._replace(leaves=leaves)
@@ -530,9 +535,9 @@ def _rounding(
 
 @contextlib.contextmanager
 def _restored(network: keras.Layer) -> Iterator[dict[int, tuple[tf.Variable, tf.Tensor]]]:
-    """Puts back what a check has changed and `keras.StatelessScope` does not know.
+    """Restores what a check has changed and `keras.StatelessScope` does not know about.
 
-    These are plain `tf.Variable`s, which the user of the context collects.
+    These are plain `tf.Variable`s, which the user of this context collects in the dict it yields.
     """
     own = {id(v.value) for v in network.variables}
     variables: dict[int, tuple[tf.Variable, tf.Tensor]] = {}
@@ -545,7 +550,7 @@ def _restored(network: keras.Layer) -> Iterator[dict[int, tuple[tf.Variable, tf.
 
 
 def _reset_dropout_masks(network: keras.Layer) -> None:
-    """Recurrent cells keep their masks when no loop around them ends."""
+    """Drops the masks that recurrent cells keep when no loop around them ends."""
     for layer in _keras.layers_of(network):
         for name in ("reset_dropout_mask", "reset_recurrent_dropout_mask"):
             getattr(layer, name, lambda: None)()
@@ -556,12 +561,12 @@ def _named(layer: keras.Operation) -> str:
 
 
 def _first_alone(a: tf.Tensor) -> tf.Tensor:
-    """`a` with zeros for all examples but the first."""
+    """`a` with zeros for all examples except the first."""
     return tf.concat([a[:1], tf.zeros_like(a[1:])], axis=0)
 
 
 def _reason(error: BaseException) -> str:
-    """What happened, without where: Keras and TensorFlow wrap it in their own advice."""
+    """The reason of an error, without its place: Keras and TensorFlow wrap it in advice."""
     said = str(error).split("Arguments received by ")[0].strip()
     where = ("Exception encountered when calling", "[[{{node")
     lines = [line.strip() for line in _ANSI_ESCAPES.sub("", said).splitlines()]

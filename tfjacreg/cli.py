@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends: errors in one message, and at once when told to."""
+"""How commands print and end: an error is one message, and Ctrl-C stops them within seconds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import tfjacreg_startup
 from tfjacreg import optional_packages
 from tfjacreg.printable import printable
 
-STOPPED = 130  # What shells give to a program that Ctrl-C has ended.
+STOPPED = 130  # The exit status that shells give to a program stopped by Ctrl-C.
 FAILED = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds for what is being computed to end by itself. Then the process is ended, which harms
-# nothing: files are written whole or not at all, and locks go with their owner.
+# Seconds for a running computation to end by itself. Then the process is ended, which does no harm:
+# files are written whole or not at all, and locks are released with their process.
 _GRACE = 3.0
-_NARROWEST = 40  # Columns of a terminal: no lines are broken for less.
+_NARROWEST = 40  # Columns: lines are not broken for a narrower terminal.
 _CODE = "    "
 
 
@@ -34,11 +34,11 @@ def run(name: str, main: Callable[[], int], stopped: Callable[[], str]) -> int:
     Args:
         name: Its name, which begins every message.
         main: Does the work and returns the exit status.
-        stopped: Gives what to say when Ctrl-C or SIGTERM ends it.
+        stopped: Returns what to print if Ctrl-C or SIGTERM stops it.
 
     Returns:
-        The exit status: that of `main`; 2 after one message on stderr where something was wrong
-        with what the command was given, or could not be written; 130 where it was stopped.
+        The exit status: the one of `main`; 2 after one message on stderr if the input was wrong or
+        the output could not be written; 130 if the command was stopped.
     """
     try:
         with _interruptible(stopped), _warnings_as_messages(name):
@@ -47,7 +47,7 @@ def run(name: str, main: Callable[[], int], stopped: Callable[[], str]) -> int:
                 sys.stdout.flush()
             return status
     except KeyboardInterrupt:
-        with contextlib.suppress(KeyboardInterrupt):  # Whoever is in a hurry.
+        with contextlib.suppress(KeyboardInterrupt):  # A second Ctrl-C.
             _say(stopped)
         return STOPPED
     except (ValueError, OSError, optional_packages.MissingExtraError) as error:
@@ -66,7 +66,7 @@ def run(name: str, main: Callable[[], int], stopped: Callable[[], str]) -> int:
 
 
 def _lost() -> str | None:
-    """Why a stream cannot be written any more: who reads it has ended, or its disk is full."""
+    """Why an output stream cannot be written: its reader has ended, or its disk is full."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -76,18 +76,18 @@ def _lost() -> str | None:
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
-    """Prints a text, in lines that fit where the stream is a terminal.
+    """Prints a text, in lines that fit if the stream is a terminal.
 
     Args:
-        text: The text. A line that is broken goes on two columns to the right of its own start;
-            one that starts with four spaces or more is code, and stays.
+        text: The text. A line that is too long continues two columns to the right of its start; a
+            line that starts with four spaces or more is code and is not broken.
         file: The stream; None for stdout.
     """
     print(_fitted(printable(text), columns(file)), file=file, flush=True)
 
 
 def columns(file: TextIO | None = None) -> int | None:
-    """How many characters a line has; None where the stream, stdout by default, is no terminal."""
+    """The width of a line in characters; None if the stream, stdout by default, is no terminal."""
     file = sys.stdout if file is None else file
     if file is None or not file.isatty():
         return None
@@ -113,7 +113,7 @@ def _fitted(text: str, width: int | None) -> str:
 
 @contextlib.contextmanager
 def _warnings_as_messages(name: str) -> Iterator[None]:
-    """Shows a warning as its text, without the place in the code that has it."""
+    """Shows a warning as its text, without the line of code that raised it."""
     before = warnings.formatwarning
 
     def shown(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
@@ -130,7 +130,7 @@ def _warnings_as_messages(name: str) -> Iterator[None]:
 
 
 def _give_up(stream: TextIO | None) -> None:
-    """Python writes what is left at its end: where that fails there would be a second message."""
+    """Flushes a stream; if that fails, prevents a second message from Python at its end."""
     if stream is None:
         return
     try:
@@ -148,15 +148,15 @@ def _say(stopped: Callable[[], str]) -> None:
 def _told(stopped: Callable[[], str]) -> str:
     try:
         return stopped()
-    except (OSError, ValueError):  # What is there cannot be read.
+    except (OSError, ValueError):  # The files that it reports on cannot be read.
         return "Stopped."
 
 
 @contextlib.contextmanager
 def _interruptible(stopped: Callable[[], str]) -> Iterator[None]:
-    """Has SIGTERM do what Ctrl-C does, within seconds whatever is being computed."""
+    """Makes SIGTERM do what Ctrl-C does, within seconds whatever is being computed."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Signals are another thread's.
+        yield  # Signals belong to the main thread.
         return
     told, ended = threading.Event(), threading.Event()
 
@@ -169,7 +169,7 @@ def _interruptible(stopped: Callable[[], str]) -> Iterator[None]:
         told.set()
         raise KeyboardInterrupt
 
-    # Python's own handlers wait for TensorFlow to come back from C++; this pipe does not.
+    # Python's handlers wait until TensorFlow returns from C++; this pipe does not wait.
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
 
@@ -179,7 +179,7 @@ def _interruptible(stopped: Callable[[], str]) -> Iterator[None]:
                 end()
                 return
 
-    # A shell has what it starts in the background ignore Ctrl-C.
+    # A shell makes background programs ignore Ctrl-C.
     caught = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in caught}
     old = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
@@ -188,7 +188,7 @@ def _interruptible(stopped: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # What is stopped in TensorFlow's C++ may come back as another error, and be explained.
+        # An interrupt inside TensorFlow's C++ may come back as another error.
         if told.is_set():
             raise KeyboardInterrupt from error
         raise

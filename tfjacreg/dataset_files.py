@@ -1,6 +1,6 @@
-"""The original files of the data sets, as their authors give them out: read and checked.
+"""Reads and checks the original files of the data sets, as their authors publish them.
 
-Nothing is unpacked to disk, and of no file more than the data set can hold.
+Nothing is unpacked to disk, and no more is read from a file than the data set can hold.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CIFAR_FILES = {
     "test": ("test_batch.bin",),
 }
 _CIFAR_RECORD = 1 + 3 * 32 * 32
-# No file has more examples.
+# No file has more examples than this.
 _MOST_IDX = {"train": 60_000, "test": 10_000}
 _MOST_CIFAR = 10_000
-# Six files, and a megabyte for what tar and its authors put around them.
+# The archive: six files, and a megabyte for the headers of tar and the authors' other files.
 LARGEST = 16 + 28 * 28 * _MOST_IDX["train"]  # Bytes of an idx file.
 _LARGEST_ARCHIVE = 6 * _MOST_CIFAR * _CIFAR_RECORD + 2**20
 
@@ -39,7 +39,7 @@ def read(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         name: The data set.
-        folder: Where its original files are.
+        folder: The folder of its original files.
         split: `"train"` or `"test"`.
 
     Returns:
@@ -47,21 +47,21 @@ def read(name: str, folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged or holds more than it can; the message names it.
+        ValueError: If a file is damaged or larger than the original; the message names it.
     """
     return _read_cifar(folder, split) if name == "cifar10" else _read_mnist(folder, split)
 
 
 def paths(name: str, folder: Path) -> list[Path]:
-    """The files that `read` reads; of `cifar10` the archive, or none where it is unpacked.
+    """The files that `read` reads; for `cifar10` the archive, or none if it is unpacked.
 
     Args:
         name: The data set.
-        folder: Where its original files are.
+        folder: The folder of its original files.
 
     Raises:
         FileNotFoundError: If one is missing.
-        ValueError: If one is no file.
+        ValueError: If one is not a file.
     """
     if name == "cifar10":
         return [path for path in [folder / CIFAR_ARCHIVE] if path.exists()]
@@ -89,7 +89,7 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _file(path: Path) -> Path:
-    """A path that is a file's: of a pipe the end might never come."""
+    """Returns the path of a regular file; a pipe, for example, might never end."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a file. Received: a folder or a device of that name")
     return path
@@ -123,11 +123,14 @@ def _read_idx(path: Path, most: int, example: tuple[int, ...]) -> np.ndarray:
 
 
 def content_of(path: Path, largest: int = LARGEST) -> bytes:
-    """What a file holds, decompressed if it ends in `.gz`; raises ValueError if that is too much.
+    """The content of a file, decompressed if its name ends in `.gz`.
 
     Args:
         path: The file.
-        largest: How many bytes it can have.
+        largest: The most bytes that the content may have.
+
+    Raises:
+        ValueError: If there is more, or the compressed file is damaged.
     """
     if path.suffix == ".gz":
         return _gunzip(path, largest)
@@ -188,7 +191,7 @@ def _cifar_files(folder: Path, split: str) -> Iterator[tuple[Path, bytes]]:
                 )
             yield inner / name, content_of(_file(inner / name), largest)
         return
-    # Not tarfile's own decompression: it stops before the checksum at the end.
+    # Without tarfile's own decompression, which stops before the checksum at the end.
     content = io.BytesIO(_gunzip(_file(archive), _LARGEST_ARCHIVE))
     try:
         with tarfile.open(fileobj=content, mode="r:") as opened:
@@ -197,7 +200,7 @@ def _cifar_files(folder: Path, split: str) -> Iterator[tuple[Path, bytes]]:
                 if name not in members:
                     raise ValueError(f"{archive}: expected a file {name}. Received: {set(members)}")
                 member = members[name]
-                # A sparse file is as large as it says, out of nothing.
+                # A sparse file claims a size that it does not hold.
                 if member.size > largest or member.issparse():
                     raise ValueError(
                         f"{archive / name}: expected at most {largest} bytes. Received: "
@@ -211,7 +214,7 @@ def _cifar_files(folder: Path, split: str) -> Iterator[tuple[Path, bytes]]:
 
 
 def _members(archive: Path, opened: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """The files of an archive by their names without folders."""
+    """The files of an archive by their names, without folders."""
     members: dict[str, tarfile.TarInfo] = {}
     for member in opened:
         path = PurePosixPath(member.name)

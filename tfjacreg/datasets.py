@@ -1,4 +1,4 @@
-"""The paper's data sets, and embedded digits, as arrays of pixels in [0, 1]."""
+"""The paper's data sets, and scikit-learn's digits, as arrays of pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = ("digits", *DOWNLOADED)
 VALIDATION_SIZES = {"digits": 180, "fashion_mnist": 5000, "kmnist": 5000, "cifar10": 5000}
 DIGITS_TEST_SIZE = 360
 
-# Asked before tensorflow-datasets downloads: without a network it retries for minutes.
+# Asked before tensorflow-datasets downloads, which retries for minutes if there is no network.
 _HOSTS = {
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "kmnist": "http://codh.rois.ac.jp/",
@@ -40,7 +40,7 @@ _HOSTS = {
 
 
 class Split(NamedTuple):
-    """Examples.
+    """Images and their classes.
 
     Attributes:
         x: Pixels in [0, 1], float32 `[N, H, W, C]`.
@@ -62,14 +62,14 @@ class Dataset:
     """A data set in three splits.
 
     Attributes:
-        name: Its name in `NAMES`; or, where the commands read a file of one's own, that one's.
-        train: What is trained on.
-        validation: Held out from the official training set, as many of each class.
+        name: Its name in `NAMES`; for a file of your own, which `train.py` reads, the file's name.
+        train: The training split.
+        validation: Held out from the official training set, with equally many of each class.
         test: The official test set.
         mean: The mean of the training split's pixels per channel, float32 `[C]`.
-        std: Their standard deviation, float32 `[C]`.
+        std: The standard deviation of the training split's pixels per channel, float32 `[C]`.
         num_classes: The number of classes.
-        class_names: Their names, if they have any.
+        class_names: The names of the classes, or empty.
     """
 
     name: str
@@ -91,24 +91,26 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
     """Loads a data set.
 
     `digits` are the 1,797 handwritten digits of scikit-learn, resized from 8x8 to 28x28; 360 of
-    them, always the same, are the test split. The others come from tensorflow-datasets: from
-    `data_dir` if they are there, else by download. The validation split is held out from the
-    training set, 180 digits or 5,000 images, with as many of each class.
+    them, always the same, are the test split. The other sets are read from `data_dir` as
+    tensorflow-datasets stores them, or downloaded if they are not there. The validation split, 180
+    digits or 5,000 images with equally many of each class, is held out from the training set.
 
     Args:
         name: A name in `NAMES`.
-        data_dir: Where tensorflow-datasets keeps its data; None is `~/tensorflow_datasets`.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None is
+            `~/tensorflow_datasets`.
         seed: Chooses the validation split, and nothing else.
 
     Returns:
         The three splits, and the statistics of the training split.
 
     Raises:
-        ValueError: If `name` is unknown, `seed` or `data_dir` cannot be one, or the data that is
-            there is damaged; the message names the command that makes it again.
-        FileNotFoundError: If the data is neither here nor to be had by download.
-        ImportError: If the package that has the data is not installed; the message names the
-            command that installs it.
+        TypeError: If `data_dir` is not a path.
+        ValueError: If `name` is unknown, `seed` or `data_dir` is not valid, or the stored data is
+            damaged; the message names the command that makes it again.
+        FileNotFoundError: If the data is not there and cannot be downloaded.
+        ImportError: If a package that is needed is not installed; the message names the command
+            that installs it.
     """
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"A data set's name must be one of {NAMES}. Received: {name!r}")
@@ -130,29 +132,31 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
 
 
 def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = None) -> Path:
-    """Makes a data set that tensorflow-datasets loads without a network out of original files.
+    """Makes a data set from its original files, for `load` to read without a network.
 
-    The files are those of the data set's authors: for `fashion_mnist` and `kmnist` the four idx
-    files, compressed (`.gz`) or not, as Debian's package `dataset-fashion-mnist` has them in
-    `/usr/share/datasets/fashion-mnist`; for `cifar10` the binary version, as
+    For `fashion_mnist` and `kmnist` the original files are the four idx files, compressed (`.gz`)
+    or not, as in Debian's package `dataset-fashion-mnist` under
+    `/usr/share/datasets/fashion-mnist`; for `cifar10` they are the binary version, as
     `cifar-10-binary.tar.gz` or unpacked. The files of `fashion_mnist` and `kmnist` have the same
-    names: those of another set are refused by their published checksums and by how many images
-    they have of each class. All files are checked before anything is written, and the result is put
-    in place whole; a data set that is already there is left as it is, unless it is damaged. The
-    examples come in the order in which tensorflow-datasets stores what it downloads: one seed holds
-    out the same images of both.
+    names: files of another set are refused by their published checksums and by the number of images
+    of each class. All files are checked before anything is written, and the result appears as a
+    whole. An existing data set is left as it is, unless it is damaged. The examples are stored in
+    the order that tensorflow-datasets gives to downloaded data, so that one seed holds out the same
+    images of both.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
-        source_dir: Where the original files are.
-        data_dir: Where tensorflow-datasets keeps its data; None is `~/tensorflow_datasets`.
+        source_dir: The folder of the original files.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None is
+            `~/tensorflow_datasets`.
 
     Returns:
         The folder of the prepared data set.
 
     Raises:
-        ValueError: If `name` is not one of the three, or a file is damaged or another set's; the
-            message names it.
+        TypeError: If `source_dir` or `data_dir` is not a path.
+        ValueError: If `name` is not one of the three, or a file is damaged or belongs to another
+            set; the message names the file.
         FileNotFoundError: If a file is missing.
         OSError: If the data set cannot be written.
         ImportError: If tensorflow-datasets is not installed.
@@ -165,7 +169,7 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     data_dir = None if data_dir is None else arguments.path("data_dir", data_dir)
     tfds = _tensorflow_datasets(name)
     target = _target(name, data_dir)
-    with contextlib.suppress(ValueError):  # Damaged: it is made again.
+    with contextlib.suppress(ValueError):  # A damaged data set is made again.
         builder = _builder(name, data_dir)
         if builder.is_prepared():
             _stored(name, builder)
@@ -176,7 +180,7 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
     try:
         with (
             atomic_files.replacing(target) as scratch,
-            # It would praise the temporary folder. The progress bar is on the other stream.
+            # It would report the temporary folder. The progress bar is on the other stream.
             contextlib.redirect_stdout(io.StringIO()),
         ):
             made = tfds.dataset_builders.store_as_tfds_dataset(
@@ -208,13 +212,13 @@ def _tensorflow_datasets(name: str) -> Any:
 
 
 def _blank(name: str) -> Any:
-    """The builder of a data set where there is no data."""
+    """The builder of a data set for an empty folder."""
     with tempfile.TemporaryDirectory() as empty:
         return _tensorflow_datasets(name).builder(name, data_dir=empty)
 
 
 def _target(name: str, data_dir: Path | None) -> Path:
-    """Where tensorflow-datasets has a data set, whatever is there now."""
+    """The folder in which tensorflow-datasets keeps a data set, whether it is there or not."""
     tfds = _tensorflow_datasets(name)
     version = str(_blank(name).version)
     root = tfds.core.constants.DATA_DIR if data_dir is None else data_dir
@@ -222,16 +226,16 @@ def _target(name: str, data_dir: Path | None) -> Path:
 
 
 def _builder(name: str, data_dir: Path | None) -> Any:
-    """The builder of tensorflow-datasets; raises ValueError where what it finds is damaged."""
+    """The builder of tensorflow-datasets; raises ValueError if what it finds is damaged."""
     tfds = _tensorflow_datasets(name)
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # Of many kinds: of JSON, of protocol buffers, assertions.
+    except Exception as error:  # Of many kinds, from JSON, protocol buffers, assertions.
         raise _damaged(name, _target(name, data_dir), error) from error
 
 
 def _stored(name: str, builder: Any) -> tuple[Split, Split]:
-    """Reads the training and the test split of a prepared data set; raises ValueError."""
+    """Reads the training and test splits of a prepared data set; raises ValueError if damaged."""
     tfds = _tensorflow_datasets(name)
     splits = []
     try:
@@ -244,13 +248,13 @@ def _stored(name: str, builder: Any) -> tuple[Split, Split]:
             if labels.min() < 0 or labels.max() >= NUM_CLASSES:
                 raise ValueError(f"labels from {labels.min()} to {labels.max()}")
             splits.append(Split(_pixels(images), labels.astype("int32")))
-    except Exception as error:  # TensorFlow has kinds of its own.
+    except Exception as error:  # TensorFlow has error classes of its own.
         raise _damaged(name, Path(builder.data_dir), error) from error
     return splits[0], splits[1]
 
 
 def _damaged(name: str, folder: Path, error: Exception) -> ValueError:
-    # Without TensorFlow's names of its own nodes.
+    # Without TensorFlow's names of its internal nodes.
     text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error))
     reason = " ".join(text.split()) or type(error).__name__
     return ValueError(
@@ -303,7 +307,7 @@ def _digits() -> tuple[Split, Split]:
 def _stratified(
     y: np.ndarray, size: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses `size` indices, as many of each class; returns the rest and them, sorted."""
+    """Draws `size` indices, equally many of each class; returns the others and these, sorted."""
     classes = np.unique(y)
     if size % len(classes):
         raise ValueError(f"{size} examples are not as many of each of {len(classes)} classes.")

@@ -1,10 +1,10 @@
-"""What an error came from."""
+"""Finds what an error came from."""
 
 
 def find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
-    """The error, or the first that it was made of, that is of these kinds; None if none is.
+    """Returns the error, or the first in its chain of causes, that is of these kinds; or None.
 
-    TensorFlow, Keras and tensorflow-datasets wrap what was raised inside of them.
+    TensorFlow, Keras and tensorflow-datasets wrap errors that are raised inside them.
 
     Args:
         error: What was caught.
@@ -17,7 +17,7 @@ def find(error: BaseException, *kinds: type[BaseException]) -> BaseException | N
 
 
 def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
-    """Whether `find` finds one.
+    """Whether the error, or one in its chain of causes, is of these kinds.
 
     Args:
         error: What was caught.
@@ -27,6 +27,6 @@ def came_from(error: BaseException, *kinds: type[BaseException]) -> bool:
 
 
 def raise_an_interrupt(error: BaseException) -> None:
-    """Raises the Ctrl-C that an error came from: in the middle of C++ it is a SystemError."""
+    """Raises KeyboardInterrupt if Ctrl-C caused the error: in C++ it becomes a SystemError."""
     if came_from(error, KeyboardInterrupt):
         raise KeyboardInterrupt from error

@@ -1,8 +1,8 @@
-"""Estimators of the leading singular pair, by products alone: they know `matvec` and `rmatvec`.
+"""Estimators of the leading singular pair, from the products `matvec` and `rmatvec` alone.
 
-Each method looks for the unit `u` that maximizes `||J^T u||`, with no gradient attached.
-`singular_value` then gives the differentiable `sigma = ||J^T u||` with one more product, which is
-the last backward mode of Algorithm 1.
+Each method looks for the unit vector `u` that maximizes `||J^T u||`, without a gradient.
+`singular_value` then takes one more product, the last backward mode of Algorithm 1, which gives the
+differentiable `sigma = ||J^T u||`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ METHODS = ("power", "lanczos", "exact")
 
 
 class LinearOperator(Protocol):
-    """What an estimator needs to know of a batch of linear maps."""
+    """What an estimator needs of a batch of linear maps."""
 
     @property
     def x(self) -> tf.Tensor:
-        """A tensor of the shape of the maps' inputs, `[B, *in]`."""
+        """A tensor with the shape of the maps' inputs, `[B, *in]`."""
 
     @property
     def primal(self) -> tf.Tensor:
-        """A tensor of the shape of the maps' outputs, `[B, *out]`."""
+        """A tensor with the shape of the maps' outputs, `[B, *out]`."""
 
     def matvec(self, v: tf.Tensor) -> tf.Tensor:
-        """Returns `J v`."""
+        """Returns `J v`, `[B, *out]`."""
 
     def rmatvec(self, u: tf.Tensor) -> tf.Tensor:
-        """Returns `J^T u`."""
+        """Returns `J^T u`, `[B, *in]`."""
 
 
 def validate_method(method: str, iterations: int) -> int:
@@ -60,9 +60,9 @@ def validate_method(method: str, iterations: int) -> int:
 
 
 def singular_value(op: LinearOperator, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """`sigma = ||J^T u||` and `v = J^T u / sigma`: the last backward mode of Algorithm 1.
+    """Computes `sigma = ||J^T u||` and `v = J^T u / sigma`, the end of Algorithm 1.
 
-    sigma is written as `<J^T u, v>` with u and v held constant, so that its gradient is
+    sigma is computed as `<J^T u, v>` with u and v held constant, so that its gradient is
     `d sigma = u^T dJ v`, and 0 instead of NaN where J = 0.
 
     Args:
@@ -80,7 +80,7 @@ def singular_value(op: LinearOperator, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tens
 def leading_left_vector(
     op: LinearOperator, method: str, iterations: int, start: tf.Tensor | None
 ) -> tf.Tensor:
-    """An estimate of the leading left singular vector of every map, `[B, *out]`.
+    """Estimates the leading left singular vector of every map, `[B, *out]`.
 
     Args:
         op: The maps.
@@ -89,7 +89,7 @@ def leading_left_vector(
         start: Unit vectors `[B, *in]`; `"exact"` needs none.
 
     Returns:
-        Unit vectors, with no gradient; zero where J = 0.
+        Unit vectors without a gradient; zero where J = 0.
     """
     if method == "power":
         u = _power_iteration(op, iterations, start)
@@ -103,11 +103,11 @@ def leading_left_vector(
 def leading_left_vector_and_product(
     op: LinearOperator, method: str, iterations: int, start: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Finds u as `leading_left_vector` does, and `J^T u`, without gradient.
+    """Finds u as `leading_left_vector` does, and `J^T u`, both without a gradient.
 
-    The products are 2 N in all, as in training. But here Lanczos, whose recurrence holds `J^T u` of
-    every u in its space, chooses u with the last of them: its `||J^T u||` is the largest there is
-    in that space.
+    `"power"` and `"lanczos"` take 2 N products in all, as in training. Lanczos knows `J^T u` for
+    every u in its space from the recurrence, and here uses the last product too to choose u: its
+    `||J^T u||` is the largest in that space.
 
     Args:
         op: The maps.
@@ -116,7 +116,7 @@ def leading_left_vector_and_product(
         start: Unit vectors `[B, *in]`; `"exact"` needs none.
 
     Returns:
-        Unit vectors u, zero where J = 0, and `J^T u`.
+        Unit vectors u `[B, *out]`, zero where J = 0, and `J^T u`, `[B, *in]`.
     """
     if method == "lanczos":
         u, w = _lanczos(op, iterations, start, complete=True)
@@ -131,8 +131,8 @@ def squared_frobenius_sample(op: LinearOperator, num_projections: int, key: Any)
 
     Args:
         op: The maps.
-        num_projections: How many `v` to draw on the sphere in output space (`n_proj`).
-        key: Seed of the sequence of draws, and which draw of it this is (two integers).
+        num_projections: How many `v` to draw on the unit sphere in output space (`n_proj`).
+        key: Two integers: the seed of the sequence of draws, and the number of this draw.
     """
     like = tf.cast(op.primal, op.x.dtype)
     seed, draw = key
@@ -148,6 +148,11 @@ def products_with_basis(
     product: Callable[[tf.Tensor], tf.Tensor], like: tf.Tensor, dtype: tf.DType
 ) -> tf.Tensor:
     """The products with every unit vector of the space of `like`, `[B, n, m]`.
+
+    Args:
+        product: `matvec` or `rmatvec` of a batch of maps.
+        like: A tensor with the shape of the vectors, `[B, ...]`, of n elements per example.
+        dtype: The dtype of the vectors.
 
     Raises:
         ValueError: If the shape of `like` is not known in the graph that is being traced.
@@ -169,7 +174,7 @@ def products_with_basis(
 
 
 def _power_iteration(op: LinearOperator, iterations: int, v: tf.Tensor) -> tf.Tensor:
-    """Algorithm 1 up to its last backward mode, which `singular_value` makes."""
+    """Algorithm 1 without its last backward mode, which `singular_value` computes."""
     u = unit(op.matvec(v))
     for _ in range(iterations - 1):
         v = unit(op.rmatvec(u))
@@ -187,7 +192,8 @@ def _lanczos(
     `[B_k, beta_k e_k]`; or of `B_k` while the last product `J^T u_k` has not been made, as in
     training, where that product is the penalty itself: then `J^T u` is not known.
     """
-    # Beyond a size that the graph does not know, the steps find nothing more.
+    # More steps than the space has dimensions find nothing more. Where a graph does not know the
+    # size, they are taken and find zeros.
     sizes = [num_elements(op.x), *([num_elements(op.primal)] if complete else [])]
     steps = min([steps, *[size for size in sizes if isinstance(size, int)]])
     vs: list[tf.Tensor] = [v]
@@ -226,9 +232,9 @@ def _combination(coefficients: tf.Tensor, vectors: list[tf.Tensor]) -> tf.Tensor
 def _next_direction(
     a: tf.Tensor, basis: list[tf.Tensor], scales: list[tf.Tensor]
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Orthogonalizes `a` against `basis`; returns the length that is left and the unit vector.
+    """Orthogonalizes `a` against `basis`; returns the length of the rest and its unit vector.
 
-    What is left at the level of rounding means that the Krylov space is complete: then both are 0.
+    A rest at the level of rounding means that the Krylov space is complete: then both are 0.
     """
     largest = tf.reduce_max(tf.stack([length(a), *scales]), axis=0)
     for _ in range(2):  # Twice is enough (Kahan, Parlett).
@@ -236,7 +242,7 @@ def _next_direction(
             a -= broadcast_like(inner(a, b), a) * b
     left = length(a)
     rounding = 16 * np.finfo(a.dtype.as_numpy_dtype).eps
-    # Not `>`: a length that is infinite must stay so.
+    # `>=`, not `>`: an infinite length must stay infinite.
     left = tf.where(left >= rounding * largest, left, tf.zeros_like(left))
     return left, a * broadcast_like(tf.math.divide_no_nan(tf.ones_like(left), left), a)
 
@@ -257,13 +263,13 @@ def _exact(op: LinearOperator) -> tf.Tensor:
 
 
 def _leading_eigenvector(gram: tf.Tensor) -> tf.Tensor:
-    """`[B, n, n]` to `[B, n]`; NaN where the matrix is not finite: `eigh` would fail for all."""
+    """`[B, n, n]` to `[B, n]`; NaN where the matrix is not finite, so that `eigh` does not fail."""
     is_finite = tf.reduce_all(tf.math.is_finite(gram), axis=(1, 2))
     finite = tf.where(is_finite[:, None, None], gram, tf.zeros_like(gram))
     values, vectors = tf.linalg.eigh(finite)
     leading, value = vectors[:, :, -1], values[:, -1:]
-    # XLA's eigh stops at 1e-7 in float64 too: one step of perturbation theory squares that error.
-    # Where two values are nearly the same, what the step divides is rounding.
+    # XLA's eigh stops at an error of 1e-7 in float64 too: one step of perturbation theory squares
+    # it. Where two eigenvalues are nearly equal the step would only divide rounding by rounding.
     off = tf.linalg.matvec(finite, leading) - value * leading
     off = tf.linalg.matvec(vectors, off, transpose_a=True)
     gap = value - values
@@ -271,5 +277,5 @@ def _leading_eigenvector(gram: tf.Tensor) -> tf.Tensor:
     off = tf.where(gap > rounding * value, off, tf.zeros_like(off))
     leading += tf.linalg.matvec(vectors, tf.math.divide_no_nan(off, gap))
     total = tf.reduce_sum(gram, axis=(1, 2))[:, None]
-    # Not a constant, for the reason that `vectors.unit` gives.
+    # The NaN is computed, not a constant, for the reason given in `vectors.unit`.
     return tf.where(is_finite[:, None], leading, total - total)

@@ -1,8 +1,7 @@
-"""What a graph of operations shows of a forward pass, before it has run.
+"""What the graph of a forward pass shows before it runs, and its products do not.
 
-A pass can hide from its products: TensorFlow gives no derivative, and no error, for operations that
-are registered without one, has a few derivatives of derivatives that are wrong, and a pass that is
-run twice may draw or count twice.
+For some operations TensorFlow has no derivative and raises no error. For a few it has a wrong
+derivative of a derivative. And a pass that is run twice may draw or count twice.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import tensorflow as tf
 from tfjacreg.recording import HELD
 from tfjacreg.rewrites import MOMENTS, SELECTION
 
-# Steps, whose derivative is 0 wherever it exists, and what says in words that it has none.
+# Steps, whose derivative is 0 wherever it exists, and operations that are meant to be constant.
 _CONSTANT_OPERATIONS = {
     *("Floor", "Ceil", "Round", "Rint", "Sign", "FloorDiv", "StopGradient", "PreventGradient"),
     *("ZerosLike", "OnesLike", "Placeholder", "PlaceholderWithDefault"),
 }
-# What only changes the shape or the dtype of a tensor.
+# Operations that only change the shape or dtype of a tensor.
 _RESHAPES = {"Cast", "Identity", "Reshape", "Squeeze", "ExpandDims"}
 _DRAWS_OR_ASSIGNS = re.compile(
     "Random|Rng|Stateful|Multinomial|TruncatedNormal|SampleDistorted|Assign"
@@ -32,8 +31,8 @@ _BUILT_ELSEWHERE = (
     "Nothing can stand in for it where it was traced before tfjacreg saw it (a SavedModel, a "
     "concrete function, tf.raw_ops bound to a name)"
 )
-# Operations whose derivatives TensorFlow has wrong where a factor is exactly 0, and the first of
-# their derivatives that is. In a pass others stand in for them, wherever the sizes are known.
+# Operations whose derivatives TensorFlow has wrong where a factor is exactly 0, with the order of
+# the first wrong derivative. In a pass they are replaced wherever the sizes are known.
 _PRODUCTS = {"Cumprod": 1, "Prod": 2, "SegmentProd": 2, "UnsortedSegmentProd": 2}
 _MAX_POOLINGS = {"MaxPool", "MaxPoolV2", "MaxPool3D", "MaxPoolWithArgmax"}
 
@@ -59,14 +58,14 @@ def fault(x: tf.Tensor, y: tf.Tensor, needs: Needs) -> str | None:
         needs: Which derivatives must be right.
 
     Returns:
-        What the graph does wrong, in words that follow the name of a network or layer; the
-        operation may be in a function, branch or loop. None if nothing is found.
+        What the graph does wrong, in words that follow the name of a network or layer; None if
+        nothing is found. The operation may be in a function, branch or loop.
     """
     return _Search(needs).run(x.graph, {x.ref()}, [y])[0]
 
 
 def calls_functions(graph: tf.Graph) -> bool:
-    """Whether an operation runs code of its own: a function, loop or branch, or Python's."""
+    """Whether an operation calls a function, loop or branch, or Python."""
     return any(
         op.type.endswith("PyFunc")
         or any(attribute.type in ("func", "list(func)") for attribute in op.op_def.attr)
@@ -83,15 +82,15 @@ def all_operations(graph: Any) -> Iterator[tf.Operation]:
 
 
 def defines_gradients(graph: tf.Graph) -> bool:
-    """Whether something in a graph is a `tf.custom_gradient`, but for those of tfjacreg's own."""
+    """Whether a graph has a `tf.custom_gradient` that does not belong to tfjacreg."""
     return any(_has_own_gradient(op) and SELECTION not in op.name for op in graph.get_operations())
 
 
 def draws_or_assigns(operations: Sequence[tf.Operation]) -> str | None:
-    """The first operation that does another thing each time it runs, in words; None without one.
+    """The first operation that does something else each time it runs, in words; None if none does.
 
-    Functions that are called are looked through too. Keras' own random numbers and variables are
-    not meant: inside a `keras.StatelessScope` they are functions of a state.
+    Functions that are called are searched too. Keras' random numbers and variables do not count:
+    inside a `keras.StatelessScope` they are functions of a state.
     """
     for op in operations:
         bodies = list(_bodies(op))
@@ -113,14 +112,14 @@ class _Search:
     def run(
         self, graph: tf.Graph, reached: set[Any], targets: Sequence[tf.Tensor]
     ) -> tuple[str | None, list[bool]]:
-        """What is wrong, and which targets depend on the tensors of `reached`."""
+        """Returns what is wrong, and which targets depend on the tensors in `reached`."""
         needed = _needed(targets)
         for op in graph.get_operations():
             if HELD in op.name:
                 continue
             inputs = [n for n, t in enumerate(op.inputs) if t.ref() in reached]
             if _has_own_gradient(op):
-                # Its first inputs are the results of a body that the gradient does not go through.
+                # Its first inputs are the results of a body that the gradient bypasses.
                 inputs = [n for n in inputs if n >= _number_of_results(op)]
             outputs = [n for n, t in enumerate(op.outputs) if t.ref() in needed and _carries(t)]
             if not inputs or not outputs:
@@ -142,9 +141,9 @@ class _Search:
     def _run_body(
         self, op: tf.Operation, body: Any, inputs: list[int], outputs: list[int]
     ) -> tuple[str | None, list[int]]:
-        """The same in a function that `op` calls: which outputs depend on its inputs."""
+        """The same in a function that `op` calls: which of its outputs depend on its inputs."""
         is_loop = op.type.endswith("While")
-        # A branch's operation also takes which branch it is to be.
+        # The operation of a branch also takes the index of the branch.
         skipped = 0 if is_loop or op.type in _CALLS else 1
         reached = {n - skipped for n in inputs if n >= skipped}
         numbers = list(range(len(body.outputs))) if is_loop else outputs
@@ -152,13 +151,13 @@ class _Search:
         while True:
             found, depends = self.run(body, {body.inputs[n].ref() for n in reached}, targets)
             dependent = [n for n, yes in zip(numbers, depends, strict=False) if yes]
-            # What one turn of a loop gives is what the next one takes.
+            # What one turn of a loop returns is the input of the next.
             if found or not is_loop or reached.issuperset(dependent):
                 return found, dependent
             reached |= set(dependent)
 
     def _wrong(self, op: tf.Operation, inputs: list[int], reached: set[Any]) -> str | None:
-        """A derivative of an operation that TensorFlow has, but wrong."""
+        """Whether TensorFlow has a wrong derivative of an operation; says which, in words."""
         order = _PRODUCTS.get(op.type)
         if order is not None and order <= self.needs.order:
             return (
@@ -193,7 +192,7 @@ class _Search:
 
 
 def _lost(op: tf.Operation, inputs: tuple[int, ...]) -> str | None:
-    """Whether an operation has no derivative in one of the inputs that are reached."""
+    """Whether an operation has no derivative in one of the inputs that are reached, in words."""
     missing = _without_derivative(op, inputs)
     if not missing:
         return None
@@ -205,7 +204,7 @@ def _lost(op: tf.Operation, inputs: tuple[int, ...]) -> str | None:
 
 
 def _holds_the_mean_of_a_variance(op: tf.Operation, reached: set[Any]) -> bool:
-    """Whether it is the `(x - stop_gradient(mean(x)))^2` of `tf.nn.moments`, not stood in for."""
+    """Whether it is the `(x - stop_gradient(mean(x)))^2` of a `tf.nn.moments` not replaced."""
     if op.type != "SquaredDifference" or MOMENTS in op.name:
         return False
     for tensor, held in (op.inputs, tuple(op.inputs)[::-1]):
@@ -225,7 +224,7 @@ def _before_reshapes(tensor: tf.Tensor) -> tf.Tensor:
 
 
 def _bodies(op: tf.Operation) -> Iterator[Any]:
-    """The graphs of the functions that an operation calls, but for the condition of a loop."""
+    """The graphs of the functions that an operation calls, except the condition of a loop."""
     for attribute in op.op_def.attr:
         if attribute.name == "cond" or attribute.type not in ("func", "list(func)"):
             continue
@@ -237,7 +236,7 @@ def _bodies(op: tf.Operation) -> Iterator[Any]:
 
 
 def _function(graph: Any, name: str) -> Any:
-    """The graph of a function, or None where it is not known in Python."""
+    """The graph of a function, or None if Python does not know it."""
     while graph is not None:
         found = graph._get_function(name) if hasattr(graph, "_get_function") else None
         if found is not None:
@@ -266,22 +265,22 @@ def _needed(targets: Sequence[tf.Tensor]) -> set[Any]:
 
 
 def _carries(tensor: tf.Tensor) -> bool:
-    """Whether a tensor can have a derivative; lists of tensors are of dtype variant."""
+    """Whether a tensor can have a derivative; lists of tensors have the dtype variant."""
     return tensor.dtype.is_floating or tensor.dtype.is_complex or tensor.dtype == tf.variant
 
 
 def _has_own_gradient(op: tf.Operation) -> bool:
-    """Whether it ends a `tf.custom_gradient`: an identity of its results and its arguments."""
+    """Whether it ends a `tf.custom_gradient`: an identity of the results and the arguments."""
     return op.type == "IdentityN" and "_gradient_op_type" in op.node_def.attr
 
 
 def _number_of_results(op: tf.Operation) -> int:
-    """How many of its outputs are results: the copies of the arguments are used by nobody."""
+    """How many of its outputs are results: nobody uses the copies of the arguments."""
     return max((n + 1 for n, t in enumerate(op.outputs) if t.consumers()), default=1)
 
 
 def _without_derivative(op: tf.Operation, inputs: tuple[int, ...]) -> tuple[int, ...]:
-    """In which of some of its inputs TensorFlow has no derivative of an operation."""
+    """The inputs, among those given, in which TensorFlow has no derivative of an operation."""
     if op.outputs[0].dtype == tf.variant or "_gradient_op_type" in op.node_def.attr:
         return ()
     inputs = tuple(n for n in inputs if _carries(op.inputs[n]))
@@ -296,7 +295,7 @@ _missing: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
 
 def _differentiated(op: tf.Operation, inputs: tuple[int, ...]) -> tuple[int, ...]:
-    """The same, tried on a copy in a graph of its own: nothing is added to the network's graph."""
+    """The same, by trying a copy in a graph of its own: the network's graph stays as it is."""
     nodes = tf.compat.v1.GraphDef()
     copy = nodes.node.add()
     copy.CopyFrom(op.node_def)
@@ -318,6 +317,6 @@ def _differentiated(op: tf.Operation, inputs: tuple[int, ...]) -> tuple[int, ...
             sources = [graph.get_tensor_by_name(f"input_{number}:0") for number in inputs]
             outputs = [t for t in graph.get_operation_by_name("op").outputs if _carries(t)]
             gradients = tf.gradients(outputs, sources)
-    except Exception:  # No gradient is registered: the products themselves fail, and loudly.
+    except Exception:  # No gradient is registered: then the products themselves raise an error.
         return ()
     return tuple(n for n, found in zip(inputs, gradients, strict=True) if found is None)

@@ -1,4 +1,4 @@
-"""Whether a machine of the internet answers."""
+"""Asks whether a machine on the internet answers."""
 
 import contextlib
 import urllib.error
@@ -6,7 +6,7 @@ import urllib.request
 
 
 def ask(host: str) -> None:
-    """Asks a host whether there is a network; raises OSError if it does not answer."""
+    """Asks whether a host answers; raises OSError if it does not."""
     request = urllib.request.Request(host, method="HEAD")
-    with contextlib.suppress(urllib.error.HTTPError):  # Somebody answers.
+    with contextlib.suppress(urllib.error.HTTPError):  # An error page is an answer too.
         urllib.request.urlopen(request, timeout=10).close()

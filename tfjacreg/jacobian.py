@@ -2,8 +2,8 @@
 
 For an example `x` the matrix `J = df/dx` is never formed. It is known through two products:
 `matvec(v) = J v` (the paper's forward mode, eq. 6) and `rmatvec(u) = J^T u` (its backward mode,
-eq. 7). Section 3.2 and appendix C extend both to any differentiable network through the
-computational graph; here the graph is TensorFlow's.
+eq. 7). Section 3.2 and appendix C of the paper extend both to any differentiable network through
+its computational graph; here the graph is TensorFlow's.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tfjacreg import arguments, graph_search, recording, rewrites, signature
 FORWARD_MODES = ("accumulator", "transpose")
 
 
-# What is known of the graphs of networks; see `JacobianOperator.traced`.
+# What has been found in the graphs of networks; see `JacobianOperator.traced`.
 _found: weakref.WeakKeyDictionary[keras.Layer, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 class LostDerivative(ValueError):
-    """A layer has a first derivative but not the second, which transposition needs."""
+    """An operation has a first derivative but not the second, which transposing J^T u needs."""
 
 
 class NotConnected(ValueError):
@@ -35,41 +35,45 @@ class NotConnected(ValueError):
 class JacobianOperator:
     """The Jacobians of `network` at the examples of a batch: `J_i = d network(x_i) / d x_i`.
 
-    The constructor runs the network, once. The pass is recorded on a `tf.GradientTape`, on which
-    `rmatvec` goes backward; `matvec` is the transpose of that linear map, the derivative of
+    The constructor runs the network once and records the pass on a `tf.GradientTape`. `rmatvec`
+    goes backward on this tape. `matvec` is the transpose of that linear map: the derivative of
     `<J^T u, v>` with respect to `u`. Neither runs the network again. With `tangent=v` a
-    `tf.autodiff.ForwardAccumulator` computes `J v` along the pass as well, as Algorithm 1 begins:
-    the operator then knows that product as `tangent_out`.
+    `tf.autodiff.ForwardAccumulator` also computes `J v` along the pass, as Algorithm 1 begins; the
+    result is `tangent_out`.
 
     Works eagerly, in a `tf.function` and inside an outer `tf.GradientTape`, which can differentiate
     `primal`, `tangent_out` and all products with respect to the weights.
 
     Attributes:
         network: The network.
+        training: Whether the pass ran in training mode.
         x: The input of the Jacobian, `[B, *in]`, in at least float32.
-        outputs: All that the network returned.
+        outputs: Everything that the network returned.
         primal: The output `f(x)` that the Jacobian is of, `[B, *out]`, in the network's own dtype.
         tangent: The tangent of the pass, `[B, *in]`, or None.
-        tangent_out: `J v` for that tangent, `[B, *out]`, in the dtype of `x`; or None.
-        holds_constants: Whether something in the pass was held constant for the Jacobian, as the
-            batch's statistics are in BatchNorm.
+        tangent_out: `J v` for this tangent, `[B, *out]`, in the dtype of `x`; or None.
+        holds_constants: Whether something in the pass was held constant for the Jacobian, such as
+            the batch statistics of BatchNorm.
 
     Args:
         network: A `keras.Layer` (any model is one).
         x: What the network takes: a tensor or array `[B, *in]`, B >= 1, or a list, tuple or dict of
-            them. All but the one input of the Jacobian are constants, integers among them.
-        training: Whether the network runs in training mode. If so, BatchNorm statistics are those
-            of this batch, held constant for the Jacobian; dropout has one mask for every product;
-            and the forward pass does all that a training pass does (moving statistics), once.
+            them. All of them except the input of the Jacobian are constants, and may be integers.
+        training: Whether the network runs in training mode. BatchNorm then takes its statistics
+            from this batch and treats them as constants for the Jacobian, dropout uses one mask for
+            all products, and moving statistics are updated once, as in any training pass.
         tangent: Vectors v, `[B, *in]`, whose product `J v` is computed along the pass.
-        input: Which floating tensor of `x` the Jacobian is taken in: its position, key or name.
-            May be left out where there is only one.
-        output: Which floating output it is of, likewise.
+        input: The floating tensor of `x` that the Jacobian is taken with respect to: its position,
+            key or name. It may be left out if there is only one.
+        output: The floating output that the Jacobian is taken of, named in the same way.
 
     Raises:
-        TypeError: If `network` is not a `keras.Layer`, or it takes or gives no floating tensor.
+        TypeError: If `network` is not a `keras.Layer`, `x` or the output holds no floating tensor,
+            `training` is not True or False, or `tangent` does not hold real numbers.
         ValueError: If `x` has no batch axis or an empty one; if there are several inputs or outputs
-            and none is named; if nothing differentiable leads from the input to the output.
+            and none is named; if `tangent` has another shape than the input. With a `tangent`, also
+            if its product is not known, for the reasons given in `matvec`; without one, the first
+            product raises this.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class JacobianOperator:
     def _run(
         self, taken: signature.NetworkInput, tangent: Any, *, is_partial: bool = False
     ) -> None:
-        """The one forward pass, along which eq. (6) gives the product with the tangent."""
+        """The one forward pass, along which the product with the tangent (eq. 6) is computed."""
         self._taken, self.x, self.tangent, self.tangent_out = taken, taken.x, None, None
         self._transposable: Any = None
         accumulator = None
@@ -112,21 +116,24 @@ class JacobianOperator:
             if product is None and self._tape.gradient(self.primal, self.x) is not None:
                 raise self._lost()
             self.tangent_out = tf.cast(self._connected(product), self.x.dtype)
-            # Eagerly TensorFlow takes the pass off an outer tape once its tangents are freed.
+            # Eagerly, TensorFlow takes the pass off an outer tape once its tangents are freed.
             self._accumulator = accumulator
 
     def subset(self, indices: tf.Tensor, tangent: Any = None) -> JacobianOperator:
-        """The Jacobians of some examples only, from a forward pass of their own.
+        """The Jacobians of some of the examples, from a second forward pass over these alone.
 
-        That pass leaves no trace in the network: it comes beside the one of the whole batch.
+        The second pass changes nothing in the network: it comes beside the pass of the whole batch.
 
         Args:
             indices: Which examples, integers `[R]`.
-            tangent: Vectors `[R, *in]` whose product is computed along that pass, or None.
+            tangent: Vectors `[R, *in]` whose product is computed along the second pass, or None.
+
+        Returns:
+            The operator of these examples, with `x` of shape `[R, *in]`.
 
         Raises:
             ValueError: If the network draws random numbers, keeps a state in a plain `tf.Variable`,
-                or takes anything from the whole batch: the pass would then be another one. If an
+                or takes anything from the whole batch: the second pass would then differ. If an
                 input is sparse.
         """
         part = object.__new__(JacobianOperator)
@@ -152,16 +159,16 @@ class JacobianOperator:
         return part
 
     def _draws_or_assigns(self, operations: list[tf.Operation]) -> str | None:
-        """What the pass does otherwise when it is run again; its operations tell, in a graph."""
+        """What the pass does differently when it is run again; in a graph its operations tell."""
         if not tf.executing_eagerly():
             return graph_search.draws_or_assigns(operations)
         return self.traced("draws", lambda _: graph_search.draws_or_assigns(_operations()))
 
     def traced(self, kind: str, find: Callable[[JacobianOperator], Any]) -> Any:
-        """What `find` finds in the graph of the same pass; the graph is made, and never run.
+        """Returns what `find` finds in the graph of the same pass; the graph is never run.
 
         Args:
-            kind: A name: of each kind it is looked for once in a network and for a shape of x.
+            kind: A name for the search: each is done once per network and shape of x.
             find: A function of an operator of symbolic tensors; `x.graph` holds all operations.
         """
         found: list[Any] = []
@@ -191,7 +198,7 @@ class JacobianOperator:
     def matvec(self, v: Any) -> tf.Tensor:
         """Computes `J_i v_i` for every example: the forward mode, eq. (6).
 
-        The product with `tangent` itself is the one that was computed along the pass.
+        For `tangent` itself, the result is the product that was computed along the pass.
 
         Args:
             v: Tangents, `[B, *in]`.
@@ -201,7 +208,9 @@ class JacobianOperator:
 
         Raises:
             TypeError: If `v` does not hold real numbers.
-            ValueError: If `v` has another shape than `x`.
+            ValueError: If `v` has another shape than `x`; if J^T u cannot be transposed, because an
+                operation lacks a second derivative; if no differentiable operation leads from the
+                input to the output.
         """
         if v is not None and v is self.tangent:
             return self.tangent_out
@@ -211,7 +220,8 @@ class JacobianOperator:
                 self.rmatvec_to_transpose(tf.zeros_like(self.primal))
             tape, u, pulled_back = self._transposable
             product = tape.gradient(pulled_back, u, output_gradients=v)
-        # Of an operation whose derivative has none that is registered; of `tf.recompute_grad`.
+        # An operation whose gradient has no registered gradient raises one of these, as does
+        # `tf.recompute_grad`.
         except (LookupError, NotImplementedError) as error:
             raise self._lost() from error
         if product is None:
@@ -229,14 +239,21 @@ class JacobianOperator:
 
         Raises:
             TypeError: If `u` does not hold real numbers.
-            ValueError: If `u` has another shape than `primal`.
+            ValueError: If `u` has another shape than `primal`, or no differentiable operation leads
+                from the input to the output.
         """
         return self._vjp(arguments.vector("u", u, self.primal, "the network's output"))
 
     def rmatvec_to_transpose(self, u: Any) -> tf.Tensor:
-        """The same as `rmatvec`, recorded as a function of u: what `matvec` transposes later.
+        """Computes what `rmatvec` does, recorded as a function of u for `matvec` to transpose.
 
-        Without it `matvec` records one of its own, at u = 0.
+        Without this call `matvec` records a product of its own, at u = 0.
+
+        Args:
+            u: Cotangents, `[B, *out]`.
+
+        Returns:
+            `[B, *in]`, in the dtype of `x`.
         """
         u = arguments.vector("u", u, self.primal, "the network's output")
         tape = tf.GradientTape(persistent=True)
@@ -259,7 +276,7 @@ class JacobianOperator:
         )
 
     def _connected(self, product: tf.Tensor | None) -> tf.Tensor:
-        """A product that TensorFlow has a path for: no path is not the same as a product of 0."""
+        """Returns the product; refuses None, since a missing path is not a product of 0."""
         if product is None:
             raise NotConnected(
                 "The Jacobian is not known: no differentiable operation leads from the input of "
@@ -271,5 +288,5 @@ class JacobianOperator:
 
 
 def _operations() -> list[tf.Operation]:
-    """What the graph that is being traced holds so far; nothing eagerly."""
+    """The operations so far of the graph that is being traced; none eagerly."""
     return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()

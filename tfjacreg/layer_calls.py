@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfjacreg import _keras, recording, rewrites, signature
 
-# Of the configuration of Keras' layers: how large something is, and how its weights begin.
+# Entries of Keras' layer configs that say how large something is, or how its weights begin.
 _SIZES = (
     *("filters", "units", "rate", "target_shape", "kernel_initializer", "bias_initializer"),
     *("beta_initializer", "gamma_initializer", "pointwise_initializer", "depthwise_initializer"),
@@ -18,15 +18,16 @@ _SIZES = (
 
 
 class LayerCall:
-    """A layer, and what it was called with.
+    """One call of a layer: the layer and what it was called with.
 
     Attributes:
         layer: The layer, or the operation of a functional model.
         caller: The layer that called it, or None.
         size: The number of examples.
-        positions: Which of the tensors that it took are a batch of floats: what it is a function
-            of. One that it took several times, as self-attention does, counts once. Tensors of a
-            loop's own graph are gone by now: the layer around the loop answers for that.
+        positions: The indices of those tensors that are a batch of floats, among all that it took:
+            the layer is a function of these. A tensor that was passed several times, as in
+            self-attention, counts once. Tensors inside the graph of a loop no longer exist; they
+            are covered by the layer around the loop.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class LayerCall:
         self.size = size
         self._taken = args, kwargs
         self._flat = tf.nest.flatten(self._taken)
-        # Where each of them was taken first.
+        # The first position of each tensor.
         ids = [id(a) for a in self._flat]
         self._firsts = [ids.index(one) for one in ids]
         self.positions = [n for n in sorted(set(self._firsts)) if self._is_batch(self._flat[n])]
@@ -57,22 +58,22 @@ class LayerCall:
         )
 
     def value(self, position: int) -> tf.Tensor:
-        """The tensor that it took, `[B, ...]`, in at least float32."""
+        """The tensor at this position, `[B, ...]`, in at least float32."""
         value = self._flat[position]
         return tf.cast(value, tf.float32) if value.dtype.size < 4 else value
 
     def others(self, position: int) -> list[tf.Tensor]:
-        """The other batches of floats that it took, in its own dtype."""
+        """The batches of floats at the other positions, each in its own dtype."""
         return [self._flat[n] for n in self.positions if n != position]
 
     def function(self, position: int, *, in_double: bool = False) -> keras.Layer:
-        """The layer as a function of one of its tensors, `[B, ...]` to `[B, n]`.
+        """The layer as a function of the tensor at one position, `[B, ...]` to `[B, n]`.
 
-        The function may be given a batch `k` times as large: the other tensors are then repeated.
+        The function accepts a batch `k` times as large: the other tensors are then repeated.
 
         Args:
             position: One of `positions`.
-            in_double: Whether all other floating tensors are given as float64 too.
+            in_double: Whether all other floating tensors are passed as float64 too.
         """
 
         def run(a: tf.Tensor) -> tf.Tensor:
@@ -85,7 +86,7 @@ class LayerCall:
             parts = [tf.reshape(tf.cast(y, a.dtype), (repeats * self.size, -1)) for y in outputs]
             return tf.concat(parts, axis=1)
 
-        # Not the layer's policy: a quantized one asks for methods that only the layer has.
+        # Not the layer's policy: a quantized policy asks for methods that only the layer has.
         dtype = "float64" if in_double else getattr(self.layer, "compute_dtype", None)
         return _Function(self.layer, run, dtype)
 
@@ -100,7 +101,7 @@ class LayerCall:
 
     @property
     def is_part(self) -> bool:
-        """Whether it is a part of a layer of Keras' own, and Keras' own itself."""
+        """Whether the layer is a Keras layer inside another Keras layer that is not a model."""
         return (
             self.caller is not None
             and not isinstance(self.caller, keras.Model)
@@ -110,21 +111,22 @@ class LayerCall:
 
     @property
     def is_of_keras(self) -> bool:
-        """Whether all code of the layer is Keras' own."""
+        """Whether all code of the layer is Keras' code."""
         return _is_of_keras(self.layer)
 
     def kind(self, position: int) -> Any:
-        """What calls have in common for which one check is enough, as a key of a dictionary.
+        """A dictionary key that is equal for calls that one check covers.
 
-        Of a layer of Keras' own that is its class and configuration. Sizes count where its code
-        asks for them: which axes have size 1, and all of a pooling, whose windows may divide the
-        image or not. A layer of one's own may do anything: each is of its own kind.
+        For a Keras layer it is made of the class and configuration. Sizes are included if the
+        layer's code depends on them: which axes have size 1, and for a pooling, whose windows may
+        or may not divide the image, all sizes. A custom layer may do anything, so each is a kind of
+        its own.
         """
         if not self.is_of_keras:
             return id(self.layer), position
         try:
             config = self.layer.get_config()
-        except Exception:  # An operation with arguments that Keras cannot write down.
+        except Exception:  # An operation with arguments that Keras cannot serialize.
             return id(self.layer), position
         is_pooling = "pool_size" in config or "output_size" in config
         for name in ("name", *([] if is_pooling else _SIZES)):
@@ -135,9 +137,9 @@ class LayerCall:
             else a
             for a in self._flat
         ]
-        # A function of one's own is known by its name only.
+        # The config has only the name of a custom function.
         own = getattr(self.layer, "activation", None)
-        # One tensor in two places is another function than two tensors.
+        # With one tensor in two places the layer is another function than with two tensors.
         return type(self.layer), str(config), str(taken), str(self._firsts), id(own), position
 
 
@@ -161,19 +163,19 @@ class _Function(keras.Layer):
         self.built = True
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Calls the layer as it was called, except for this tensor."""
+        """Calls the layer with what it was called with, except for this tensor."""
         return self.function(x)
 
 
 def calls_of_layers(
     network: keras.Layer, given: signature.NetworkInput, training: bool
 ) -> list[LayerCall]:
-    """Every call of a layer in one forward pass, inner ones first.
+    """Every call of a layer in one forward pass, inner calls first.
 
     Args:
         network: The network.
-        given: What it takes.
-        training: Whether it runs in training mode.
+        given: What the network takes.
+        training: Whether the network runs in training mode.
     """
     size = given.x.shape[0]
     calls: list[LayerCall] = []
@@ -191,7 +193,7 @@ def calls_of_layers(
 
     operations = {id(layer): layer for layer in _keras.layers_of(network)}
     for model in list(operations.values()):
-        # A functional model also holds what keras.ops did to its symbolic tensors.
+        # A functional model also holds the operations that keras.ops made on symbolic tensors.
         operations.update({id(found): found for found in getattr(model, "operations", [])})
     places = [
         rewrites.Place(operation, name, noted(operation))

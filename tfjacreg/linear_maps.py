@@ -1,4 +1,7 @@
-"""The linear map `W^l` of each layer, for Spectral-Bound and weight decay (Section 2)."""
+"""The linear map `W^l` of each layer, for `SpectralBound`, `spectral_bound` and `WeightDecay`.
+
+See Section 2 of the paper.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 
 
 class LinearMap:
-    """One layer's linear part at its input's size, as a batch of one.
+    """The linear part of one layer at the size of its input, as a batch of one map.
 
     Attributes:
         layer: The layer.
-        x: Zeros of the shape of its input, `[1, *in]`.
-        primal: Zeros of the shape of its output, `[1, *out]`: estimators look at the shape alone.
+        x: Zeros of the shape of the layer's input, `[1, *in]`.
+        primal: Zeros of the shape of its output, `[1, *out]`: estimators need only the shape.
     """
 
     def __init__(self, layer: keras.Layer, apply: Callable[[Any], Any]) -> None:
@@ -48,7 +51,8 @@ def layer_maps(network: keras.Layer) -> list[LinearMap]:
     """The maps of the layers of `network` that multiply by a kernel, in any topology.
 
     Raises:
-        ValueError: If there is none, or a layer with weights has no known linear map.
+        ValueError: If there is none, if another layer than BatchNorm has trainable weights and no
+            known linear map, or if the input size of a layer is not known.
     """
     maps = []
     for layer in _leaves(network):
@@ -60,11 +64,11 @@ def layer_maps(network: keras.Layer) -> list[LinearMap]:
 
 
 def chained_maps(network: keras.Layer) -> list[LinearMap]:
-    """The maps, those of normalizations among them, of a network that is one chain of layers.
+    """The maps of a network that is one chain of layers, including those of normalizations.
 
     Raises:
-        ValueError: If it branches, runs an operation that is no layer, has no known order, or a
-            layer with weights has no known linear map.
+        ValueError: If the network branches, runs an operation that is not a layer, or has no known
+            order; if a layer has weights and no known linear map, or an unknown input size.
     """
     maps = []
     for layer in _steps(network):
@@ -78,7 +82,7 @@ def chained_maps(network: keras.Layer) -> list[LinearMap]:
 
 
 def _steps(network: keras.Layer) -> list[keras.Layer]:
-    """The layers of a chain in order, each as often as it runs, nested networks opened."""
+    """The layers of a chain in order, each as often as it runs, including those nested deeper."""
     if not hasattr(network, "layers"):
         return [network]
     graph = _keras.graph_of(network)
@@ -109,7 +113,7 @@ def _steps(network: keras.Layer) -> list[keras.Layer]:
 
 
 def trainable_kernels(network: keras.Layer) -> list[keras.Variable]:
-    """The trainable kernels of `network`: no biases, scales or offsets.
+    """The trainable kernels of `network`, without biases, scales or offsets.
 
     Raises:
         ValueError: If there is none.
@@ -129,7 +133,7 @@ def _leaves(network: keras.Layer) -> list[keras.Layer]:
 
 
 def _known_maps(layer: keras.Layer, weights: list[keras.Variable]) -> list[LinearMap]:
-    """The map of `layer`, none if it is no linear map; then it must not have `weights`."""
+    """The map of `layer` in a list, which is empty for a layer without a map and `weights`."""
     linear_map = _linear_map(layer)
     if linear_map is not None:
         return [linear_map]
@@ -186,8 +190,8 @@ def _convolve(layer: keras.Layer, x: Any) -> Any:
         padding = "valid"
     strides = list(layer.strides)
     if max(layer.kernel_size) == 1 and layer.data_format == "channels_last":
-        # Picked out first: of a single example, as here, the kernel's gradient of a strided 1x1
-        # convolution makes TensorFlow's oneDNN write beyond its memory.
+        # Strided slices instead of strides: for a single example, as here, the kernel's gradient of
+        # a strided 1x1 convolution makes TensorFlow's oneDNN write beyond its memory.
         x = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
         strides = [1] * len(strides)
     return ops.conv(
@@ -225,7 +229,7 @@ def _input_shape(layer: keras.Layer) -> tuple[int, ...]:
         )
     if len(shapes) > 1 or None in next(iter(shapes)):
         raise ValueError(
-            "A layer's norm depends on the size of its input, which must be known and one. "
+            "A layer's norm depends on the size of its input, which must be one known size. "
             f"Received: layer {layer.name!r} with input shapes {sorted(map(str, shapes))}"
         )
     (shape,) = shapes

@@ -33,34 +33,37 @@ _PENALTY = "penalty"
 class RegularizedModel(keras.Model):
     """Trains `network` with `factor * penalty` added to its loss, eq. (1).
 
-    An ordinary Keras model: `compile`, `fit`, `evaluate`, `predict`, `save` and `export` work as
-    they do for the network alone. In the logs `loss` is the whole training objective, `penalty` the
-    mean penalty without its factor (for `SpectralNorm` the mean sigma), and `val_loss` the loss
-    without it. A metric of yours that is called `penalty` keeps that name: the mean penalty is then
-    `regularizer_penalty`. Sample and class weights do not weigh the penalty: eq. (8) is a plain
+    It is an ordinary Keras model: `compile`, `fit`, `evaluate`, `predict`, `save` and `export` work
+    as they do for the network alone. In the logs `loss` is the whole training objective, `penalty`
+    the mean penalty without its factor (for `SpectralNorm` the mean sigma), and `val_loss` the loss
+    without the penalty. If a metric of yours is called `penalty`, the mean penalty is logged as
+    `regularizer_penalty`. Sample and class weights do not weight the penalty: eq. (8) is a plain
     mean.
 
-    Only training adds the penalty. The forward pass of the loss is also the one that the Jacobian
-    is taken of, so the penalty moves no running statistic and draws no dropout mask. With
+    Only training adds the penalty. The Jacobian is taken of the same forward pass as the loss, so
+    the penalty changes no running statistic and draws no dropout mask of its own. With
     `regularizer=None` the training step is Keras' own.
 
     Args:
         network: A Keras model. Save it with `model.network.save(...)` to use it where tfjacreg is
             not installed.
-        regularizer: Anything that `regularizers.get` takes.
-        input: Which floating input the Jacobian is taken in, by position, key or name; may be left
-            out where there is only one.
-        output: Which floating output it is of, likewise.
-        **kwargs: `name` and `dtype`, as for any Keras model; the dtype policy is the network's.
+        regularizer: Anything that `regularizers.get` accepts.
+        input: The floating input that the Jacobian is taken with respect to, by position, key or
+            name. It may be left out if there is only one.
+        output: The floating output that the Jacobian is taken of, named in the same way.
+        **kwargs: `name` and `dtype`, as for any Keras model; the default dtype policy is the
+            network's.
 
     Raises:
-        TypeError: If `network` is not a Keras layer.
-        ValueError: If `network` is more than its layers, which would be ignored: it has a `fit`,
-            `evaluate` or `predict`, a training step or a loss of its own (as a task of KerasHub or
-            another `RegularizedModel` has), or says itself what is trained; if a subclass has a
-            `call` of its own and a penalty of the Jacobian. When built, if there is a regularizer
-            and the network has no trainable weights; before the first training step, if
-            `check_network` refuses the network; under `tf.distribute.MultiWorkerMirroredStrategy`.
+        TypeError: If `network` is not a Keras layer, `regularizer` is none of what
+            `regularizers.get` accepts, or `input` or `output` is not a position, key or name.
+        ValueError: If `network` has a method or property of its own that the model around it would
+            ignore: a `fit`, `evaluate` or `predict`, a training step, a loss, or a rule of which
+            weights are trained (a task of KerasHub or another `RegularizedModel` has one). If a
+            subclass overrides `call` and the penalty is one of the Jacobian. Under
+            `tf.distribute.MultiWorkerMirroredStrategy`. When the model is built, if there is a
+            regularizer and the network has no trainable weights. Before the first training step,
+            if `check_network` refuses the network.
     """
 
     train_function: Any
@@ -90,13 +93,13 @@ class RegularizedModel(keras.Model):
         signature.check_name("output", output)
         if self._is_of_the_jacobian and type(self).call is not RegularizedModel.call:
             raise ValueError(
-                "`call` must be that of RegularizedModel where the penalty is one of the Jacobian, "
-                "which is taken of the network alone. Put what it does into the network. "
+                "`call` must not be overridden if the penalty is one of the Jacobian, which is "
+                "taken of the network alone. Put what it does into the network. "
                 f"Received: {type(self).__name__} with a `call` of its own and the penalty "
                 f"{self.regularizer!r}"
             )
         self._of: dict[str, Any] = {"input": input, "output": output}
-        # The check, the warnings of the layers and that of the first step come once.
+        # The check, the warnings about the layers and the one of the first step come once.
         self._is_checked = self._is_told = self._is_weighed = False
         self._example = _Specs(None)
         self._penalty_state: list[keras.Variable] = []
@@ -105,13 +108,13 @@ class RegularizedModel(keras.Model):
             self._penalty_tracker = keras.metrics.Mean(name=_PENALTY)
         inputs = _keras.input_structure(network) if network.built else None
         if inputs is not None:
-            # Called once on symbolic inputs: it can then be summarized and exported at once.
+            # Called once on symbolic inputs, so that it can be summarized and exported at once.
             self(_symbolic(inputs))
-            # A subclass may keep a teacher or a metric, as one of a functional model may.
+            # A subclass may keep a teacher or a metric as an attribute, as a functional model may.
             _keras.unlock(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Keras' own; network and penalty stay those whose state and training step it has."""
+        """Sets an attribute; `network` and `regularizer` can be set only once."""
         if name in ("network", "regularizer") and name in vars(self):
             raise AttributeError(
                 "A model keeps the network and the penalty that it was made with. For others make "
@@ -133,17 +136,17 @@ class RegularizedModel(keras.Model):
 
     @property
     def inputs(self) -> list[keras.KerasTensor]:
-        """The symbolic inputs of the network, as a list; as for the network alone."""
+        """The symbolic inputs of the network, as a list."""
         return self.network.inputs
 
     @property
     def input_shape(self) -> Any:
-        """The shape of the network's input, or their shapes; as for the network alone."""
+        """The shape of the network's input, or the shapes if there are several."""
         return self.network.input_shape
 
     @property
     def operations(self) -> list[keras.Operation]:
-        """The operations of the network, if it is a functional one; as for the network alone."""
+        """The operations of the network, if it is a functional model."""
         return self.network.operations
 
     @property
@@ -154,29 +157,29 @@ class RegularizedModel(keras.Model):
 
     @property
     def outputs(self) -> list[keras.KerasTensor]:
-        """The symbolic outputs of the network, as a list; as for the network alone."""
+        """The symbolic outputs of the network, as a list."""
         return self.network.outputs
 
     @property
     def output_shape(self) -> Any:
-        """The shape of the network's output, or their shapes; as for the network alone."""
+        """The shape of the network's output, or the shapes if there are several."""
         return self.network.output_shape
 
     def get_layer(self, name: str | None = None, index: int | None = None) -> keras.Layer:
-        """The layer of that name, of the model or of its network; or Keras' own by an index."""
+        """Finds a layer by name, in the model or in its network; or by index, in the model."""
         if name is None or any(layer.name == name for layer in self.layers):
             return super().get_layer(name, index)
         return self.network.get_layer(name)
 
     @property
     def metrics(self) -> list[keras.Metric]:
-        """Keras' own, and those that the network keeps for itself."""
+        """The metrics of the model, and those that the network keeps for itself."""
         return [*super().metrics, *_keras.own_metrics(self.network)]
 
     def build(self, input_shape: Any) -> None:
-        """Builds the network and makes the variables that the penalty remembers things in."""
+        """Builds the network and creates the variables that hold the penalty's state."""
         if not self.network.built:
-            # A symbolic call, which also builds what a subclassed network holds.
+            # A symbolic call, which also builds the layers inside a subclassed network.
             dtype = self.network.input_dtype
             self.network(
                 keras.tree.map_shape_structure(lambda s: keras.KerasTensor(s, dtype), input_shape)
@@ -190,8 +193,8 @@ class RegularizedModel(keras.Model):
                     "`trainable = True` on some layer, or pass regularizer=None. "
                     f"Received: network={self.network.name!r}"
                 )
-            # In a variable, so that a traced step sees a new factor. In double precision: the
-            # product is rounded as that with Python's number.
+            # In a variable, so that a traced step sees a new factor. In double precision, so that
+            # the product is rounded as with a Python number.
             self._factor_variable = tf.Variable(np.nan, trainable=False, dtype=tf.float64)
             self.factor_changes(self.regularizer.factor)
             self.regularizer.followed_by(self)
@@ -212,7 +215,8 @@ class RegularizedModel(keras.Model):
         """Runs the network.
 
         Raises:
-            ValueError: If it is a layer of another model that trains, which would lose the penalty.
+            ValueError: If this model is a layer of another model in training: the penalty would be
+                lost.
         """
         trains = training and self.regularizer is not None and bool(self.trainable_variables)
         if trains and _keras.is_inside_another(self):
@@ -225,19 +229,19 @@ class RegularizedModel(keras.Model):
         return self.network(inputs, training=training)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Keras' own, called before anything is traced: here the shape of the data is known."""
+        """Called by Keras before anything is traced: here the shape of the data is known."""
         super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
             data_batch = _keras.element_spec(iterator)
         x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
         if not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in keras.tree.flatten(x)):
-            return  # The parts of a batch for several devices have no one shape.
+            return  # The parts of a batch for several devices do not share one shape.
         self._example = _Specs(keras.tree.map_structure(_spec, x))
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
             self(_symbolic(self._example.specs))
 
     def make_train_function(self, force: bool = False) -> None:
-        """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
+        """Makes the training function; the first time, outside any graph, checks the Jacobian."""
         self._check()
         before = self.train_function
         super().make_train_function(force)
@@ -245,13 +249,13 @@ class RegularizedModel(keras.Model):
             self.train_function = self._weighing(self.train_function)
 
     def _weighing(self, train: Any) -> Any:
-        """The training function for the first step, which looks at what the penalty counts."""
+        """The training function of the first step, which also checks how much the penalty adds."""
 
         def first(iterator: Any) -> Any:
             logs = train(iterator)
             self.train_function, self._is_weighed = train, True
             factor, name = getattr(self.regularizer, "factor", None), self._penalty_name
-            # Below a threshold nothing is to act; a schedule may begin at 0.
+            # Below a threshold the penalty is not meant to act; a schedule may begin at 0.
             acts = isinstance(factor, float) and not getattr(self.regularizer, "threshold", 0)
             if factor and acts and self._is_of_the_jacobian and {name, "loss"} <= set(logs):
                 weak_penalties.warn_of_first_step(
@@ -266,11 +270,11 @@ class RegularizedModel(keras.Model):
         return isinstance(self.regularizer, regularizers.JacobianRegularizer)
 
     def factor_changes(self, factor: regularizers.Factor) -> None:
-        """Has the training step use a new factor; the regularizer calls it.
+        """Makes the training step use a new factor; called by the regularizer.
 
         Raises:
-            ValueError: If a traced step cannot: for a schedule instead of a number, or the other
-                way round.
+            ValueError: If the step is already traced and a schedule takes the place of a number, or
+                a number the place of a schedule.
         """
         is_number, was_number = (
             not isinstance(given, keras.optimizers.schedules.LearningRateSchedule)
@@ -298,8 +302,8 @@ class RegularizedModel(keras.Model):
             self._is_told = True
             weak_penalties.warn_of_layers(self.network, self.loss, example=example, **self._of)
         if self._is_checked or example is None:
-            return  # It takes none of the lengths that are tried, or one example at a time.
-        # FrobeniusNorm and penalties of one's own make no first product along the pass.
+            return  # The network takes none of the lengths tried, or one example at a time.
+        # FrobeniusNorm and custom penalties compute no product along the pass.
         forward_mode = getattr(regularizer, "forward_mode", "transpose")
         is_open = signature.leaves_lengths_open(self.network, self._example.specs)
         with rewrites.keeping_loops() if is_open else contextlib.nullcontext():
@@ -315,7 +319,7 @@ class RegularizedModel(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step on the loss plus the penalty, in the order of Algorithm 1."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        # Eagerly an empty batch is known to be one: there is nothing to penalize.
+        # Eagerly an empty batch is known to be empty: there is nothing to penalize.
         if self.regularizer is None or any(t.shape[:1] == (0,) for t in keras.tree.flatten(x)):
             return super().train_step(data)
         with tf.GradientTape() as tape:
@@ -327,7 +331,7 @@ class RegularizedModel(keras.Model):
             with self._explained():
                 regularizer: Any = self.regularizer
                 penalty, state = regularizer(subject, self._penalty_state)
-            # Keras scales the loss by 1/replicas because gradients are summed; and so the penalty.
+            # Keras scales the loss by 1/replicas because gradients are summed; so must the penalty.
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             penalty = tf.cast(penalty, loss.dtype)
             loss += tf.cast(self._factor(), loss.dtype) * penalty / replicas
@@ -345,7 +349,7 @@ class RegularizedModel(keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _forward(self, x: Any) -> tuple[JacobianOperator | keras.Layer, Any]:
-        """The forward pass: what the penalty is of, and the network's outputs."""
+        """The forward pass: returns what the penalty is taken of, and the network's outputs."""
         if not self._is_of_the_jacobian:
             return self.network, self(x, training=True)
         regularizer: Any = self.regularizer
@@ -377,13 +381,13 @@ class RegularizedModel(keras.Model):
             raise explained(error, self.network, mode) from error
 
     def _track(self, loss: tf.Tensor, penalty: tf.Tensor, x: Any) -> None:
-        """Adds to the epoch's means of the loss and the penalty."""
+        """Updates the epoch's means of the loss and the penalty."""
         batch_size = tf.shape(next(t for t in keras.tree.flatten(x) if t is not None))[0]
         _keras.loss_tracker(self).update_state(loss, sample_weight=batch_size)
         self._penalty_tracker.update_state(penalty, sample_weight=batch_size)
 
     def get_metrics_result(self) -> dict[str, Any]:
-        """Keras' own, and the mean penalty, by a name that no other metric has."""
+        """Returns the metrics and the mean penalty, under a name that no other metric has."""
         if self.regularizer is None:
             return super().get_metrics_result()
         logs: dict[str, Any] = {}
@@ -397,18 +401,18 @@ class RegularizedModel(keras.Model):
         return {**logs, self._penalty_name: self._penalty_tracker.result()}
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        """Keras' own: the penalty belongs to training, so its metric is left out."""
+        """Evaluates as Keras does; the penalty belongs to training, so it is left out."""
         self._penalty_name = None
         logs = super().test_step(data)
         return {name: value for name, value in logs.items() if name != self._penalty_name}
 
     def save_weights(self, filepath: Any, overwrite: bool = True, **kwargs: Any) -> None:
-        """Keras' own; a `.weights.h5` file is also one of the network, which reads it alone.
+        """Saves the weights; a `.weights.h5` file can also be loaded by the network alone.
 
         Args:
-            filepath: Where to.
-            overwrite: Whether a file there is replaced without a question.
-            **kwargs: What `keras.Model.save_weights` takes besides.
+            filepath: Where to save.
+            overwrite: Whether an existing file is replaced without asking.
+            **kwargs: Further arguments of `keras.Model.save_weights`.
         """
         before = weights_files.stamp(filepath)
         super().save_weights(filepath, overwrite=overwrite, **kwargs)
@@ -417,12 +421,12 @@ class RegularizedModel(keras.Model):
             weights_files.put_network_first(filepath, self.network)
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
-        """Keras' own; from a `.weights.h5` file of the network alone it reads the network.
+        """Loads weights; a `.weights.h5` file of the network alone is loaded into the network.
 
         Args:
-            filepath: Where from.
-            skip_mismatch: Whether layers of other shapes are left as they are.
-            **kwargs: What `keras.Model.load_weights` takes besides.
+            filepath: What to load.
+            skip_mismatch: Whether layers with other shapes are left as they are.
+            **kwargs: Further arguments of `keras.Model.load_weights`.
         """
         if not weights_files.is_one(filepath):
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
@@ -435,11 +439,12 @@ class RegularizedModel(keras.Model):
                 super().load_weights(own, skip_mismatch=skip_mismatch, **kwargs)
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Exports the network, as `network.export` does: with the names and dtypes of its inputs.
+        """Exports the network as `network.export` does, with the names and dtypes of its inputs.
 
         Args:
-            filepath: Where to.
-            *args: What `keras.Model.export` takes besides: `format`, `verbose`, `input_signature`.
+            filepath: Where to export.
+            *args: Further arguments of `keras.Model.export`: `format`, `verbose`,
+                `input_signature`.
             **kwargs: The same by name, and the options of a format.
         """
         is_network = type(self).call is RegularizedModel.call and hasattr(self.network, "export")
@@ -469,18 +474,18 @@ class RegularizedModel(keras.Model):
             return cls(**config)
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Keras' own: builds what was saved, whatever has been frozen since it was made."""
+        """Builds what was saved, even if all layers have been frozen since."""
         with _frozen_allowed():
             super().build_from_config(config)
 
 
-# Whether a model is being made that there was before.
+# Whether a model is being recreated from its config.
 _is_made_again = contextvars.ContextVar("is_made_again", default=False)
 
 
 @contextlib.contextmanager
 def _frozen_allowed() -> Iterator[None]:
-    """Lets a network without trainable weights pass: it was frozen after its training."""
+    """Accepts a network without trainable weights: it was frozen after its training."""
     token = _is_made_again.set(True)
     try:
         yield
@@ -488,7 +493,8 @@ def _frozen_allowed() -> Iterator[None]:
         _is_made_again.reset(token)
 
 
-# What Keras trains and judges a model with: one of these of its own is more than layers.
+# The methods by which Keras trains and evaluates a model. A network that overrides one of them is
+# more than its layers.
 _OF_TRAINING = [
     *("train_step", "test_step", "predict_step"),
     *("make_train_function", "make_test_function", "make_predict_function"),
@@ -502,7 +508,7 @@ _OF_THE_DATA = [
 
 
 def _refuse_own_training(network: keras.Layer) -> None:
-    """Refuses a network that is more than its layers: the model around it would half use it."""
+    """Refuses a network whose own methods or properties the model around it would ignore."""
     advice = {
         **dict.fromkeys(
             _OF_TRAINING,
@@ -530,10 +536,10 @@ def _refuse_own_training(network: keras.Layer) -> None:
 
 
 def _is_own(network: keras.Layer, name: str) -> bool:
-    """Whether a method or property of a network is another one than Keras'.
+    """Whether a method or property of a network is not Keras'.
 
-    The class that defines it tells: a function may bear the name of the one that it wraps, and
-    tools put functions of theirs into Keras' classes.
+    The class that defines it decides: a function may carry the name of the one that it wraps, and
+    tools put their own functions into Keras' classes.
     """
     if name in vars(network):
         return True
@@ -542,7 +548,7 @@ def _is_own(network: keras.Layer, name: str) -> bool:
 
 
 def _data_advice(network: keras.Layer) -> str:
-    """What to pass in the place of a network that maps its data first, as KerasHub's tasks do."""
+    """What to pass instead of a network that preprocesses its data, as KerasHub's tasks do."""
     layers = "the same layers as a plain keras.Model"
     if _keras.graph_of(network) is not None:
         layers = "its layers alone, keras.Model(network.inputs, network.outputs)"
@@ -553,9 +559,9 @@ def _data_advice(network: keras.Layer) -> str:
 
 
 class _Specs:
-    """The shapes and dtypes of the data, as `tf.TensorSpec`s in its structure.
+    """The shapes and dtypes of the data, as `tf.TensorSpec`s in the structure of the data.
 
-    An object of its own, because Keras makes a tracked copy of a list or dict that a model keeps.
+    This is an object because Keras makes a tracked copy of a list or dict that a model keeps.
     """
 
     def __init__(self, specs: Any) -> None:
@@ -563,12 +569,12 @@ class _Specs:
 
 
 def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:
-    """An initializer of a variable that starts with a given value."""
+    """An initializer for a variable that starts with a given value."""
     return tf.constant(value, dtype, shape)
 
 
 def _spec(data: Any) -> tf.TensorSpec | tf.SparseTensorSpec:
-    """Shape and dtype of a batch of any size, of a tensor, an array or a spec of them."""
+    """The shape and dtype of a batch of any size, from a tensor, an array or a spec."""
     shape = tf.TensorShape(data.shape)
     shape = tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
     is_sparse = isinstance(data, (tf.SparseTensor, tf.SparseTensorSpec))
@@ -576,7 +582,7 @@ def _spec(data: Any) -> tf.TensorSpec | tf.SparseTensorSpec:
 
 
 def _symbolic(structure: Any) -> Any:
-    """Keras' symbolic tensors of the shapes and dtypes of a structure of tensors."""
+    """Symbolic Keras tensors with the shapes and dtypes of a structure of tensors."""
     return keras.tree.map_structure(
         lambda t: keras.KerasTensor(
             tuple(t.shape),

@@ -1,4 +1,4 @@
-"""The networks of the paper's experiments, as plain `keras.Model`s that give logits."""
+"""The networks of the paper's experiments, as plain `keras.Model`s with logits as outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keras import layers
 from tfjacreg import arguments
 
 INITIALIZATIONS = ("keras", "pytorch")
-# Beyond these a layer has more weights than machines have room for.
+# Beyond these limits a layer has more weights than machines have room for.
 _WIDEST = 16
 _MOST_PIXELS = 2**24
 _MOST_CLASSES = 2**20
@@ -35,15 +35,15 @@ def lenet(
 ) -> keras.Model:
     """The paper's variant of LeNet (appendix A.1): 61,706 parameters for 28x28x1 and 10 classes.
 
-    Two 5x5 convolutions (6 channels with padding 2, 16 without), each followed by ReLU and a 2x2
-    max-pooling, then dense layers of 120, 84 and `num_classes` units.
+    Two 5x5 convolutions (6 channels with padding 2, 16 channels without padding), each followed by
+    ReLU and a 2x2 max-pooling, then dense layers of 120, 84 and `num_classes` units.
 
     Args:
         input_shape: `(H, W, C)`, at least 12x12.
         num_classes: The number of logits.
-        initialization: How weights start: `"keras"` as Keras' layers do, Glorot-uniform kernels and
-            zero biases; `"pytorch"` as PyTorch's do, kernels and biases uniform within
-            `1 / sqrt(fan_in)`, in which the paper's networks probably started.
+        initialization: How the weights start: `"keras"` with Glorot-uniform kernels and zero
+            biases, as Keras' layers do; `"pytorch"` with kernels and biases uniform within
+            `1 / sqrt(fan_in)`, as PyTorch's layers do and probably the paper's networks did.
 
     Returns:
         A model from standardized images `[B, H, W, C]` to logits `[B, num_classes]`.
@@ -76,8 +76,8 @@ def vgg16(
 ) -> keras.Model:
     """VGG16 with BatchNorm after each of its 13 convolutions (appendix A.1).
 
-    The text of the appendix breaks off before the dense layers. This is the usual head for 32x32
-    images: one dense layer on what the fifth pooling leaves (512 numbers at 32x32). torchvision's
+    The appendix breaks off before the dense layers. This network has the usual head for 32x32
+    images: one dense layer on the output of the fifth pooling (512 numbers at 32x32). torchvision's
     head, two dense layers of 4,096 units with dropout behind a pooling to 7x7, was made for 224x224
     images: here it would copy one position 49 times and spend 120 of 134 million weights on it.
 
@@ -148,7 +148,7 @@ def _initializers(initialization: str, fan_in: int) -> dict[str, Any]:
     if initialization == "keras":
         return {}
     bound = fan_in**-0.5
-    # Two of them: one without a seed gives the same numbers each time.
+    # One initializer each: a shared one without a seed would give the same numbers each time.
     return {
         f"{name}_initializer": keras.initializers.RandomUniform(-bound, bound)
         for name in ("kernel", "bias")
@@ -156,7 +156,7 @@ def _initializers(initialization: str, fan_in: int) -> dict[str, Any]:
 
 
 def _input(input_shape: tuple[int, int, int]) -> Any:
-    # Input's own default, floatx, would round images to float32 under a float64 dtype policy.
+    # The default dtype of Input, floatx, would round images to float32 under a float64 policy.
     return keras.Input(input_shape, dtype=keras.config.dtype_policy().variable_dtype)
 
 
@@ -179,7 +179,7 @@ def _scaled(channels: int, width: float) -> int:
 
 
 def _validate(input_shape: Any, num_classes: Any, smallest: int) -> tuple[Any, int]:
-    """Returns the two as Python's own integers."""
+    """Returns the two with Python integers, or raises ValueError."""
     if (
         not isinstance(input_shape, (tuple, list))
         or len(input_shape) != 3
@@ -219,8 +219,11 @@ def get(
         num_classes: The number of logits.
         **options: `width`, for vgg16 and resnet20; `initialization`, for lenet.
 
+    Returns:
+        A model from standardized images `[B, H, W, C]` to logits `[B, num_classes]`.
+
     Raises:
-        ValueError: If nothing is known by that name, or an argument is out of range.
+        ValueError: If the name or an option is unknown, or an argument is out of range.
     """
     if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"A network's name must be one of {NAMES}. Received: {name!r}")

@@ -1,4 +1,4 @@
-"""Norms of the per-example Jacobian of a network, and the bound by its layers' norms."""
+"""Norms of the Jacobian at each example, and the bound from the norms of the layers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ class SingularTriplet(NamedTuple):
     """The leading singular triplet of every example's Jacobian, and how far it is from exact.
 
     Attributes:
-        sigma: `[B]`, the norm `||J||_2`, from below: `sigma = ||J v|| <= ||J||_2`.
+        sigma: `[B]`, the estimate `||J v||` of the norm `||J||_2`, and never above it except by
+            rounding. Its unit is outputs per unit of the network's own input.
         u: `[B, *out]`, left singular vector, of norm 1; `J v = sigma u` by construction.
         v: `[B, *in]`, right singular vector, of norm 1.
         residual: `[B]`, `||J^T u - sigma v||`. Some singular value of J lies within `residual` of
-            `sigma`; it is the largest unless the start was almost orthogonal to its vector.
+            `sigma`; it is the largest one unless the start was almost orthogonal to its vector.
     """
 
     sigma: tf.Tensor
@@ -58,31 +59,35 @@ def spectral_norm(
 ) -> SingularTriplet:
     """Measures `||df/dx||_2` (eq. 3) at every example, in inference mode.
 
-    `"power"` is Algorithm 1 with N = `iterations`, `"lanczos"` a Golub-Kahan bidiagonalization with
-    as many steps from the same start: 2 N products each. `"exact"` needs no start and no
-    iterations: it forms the Gram matrix on the smaller side from min(n_out, n_in) products, so it
-    is for networks with few outputs (or inputs). Two more products then make the triplet and its
-    residual (three with `"exact"`).
+    `"power"` is Algorithm 1 with N = `iterations`. `"lanczos"` is a Golub-Kahan bidiagonalization
+    with as many steps from the same start, and more exact. Both take 2 N products. `"exact"` has no
+    start and no iterations: it forms the Gram matrix on the smaller side from min(n_out, n_in)
+    products, so it is for networks with few outputs (or inputs). Two more products then give the
+    triplet and its residual (three for `"exact"`).
 
     Args:
         network: A network whose output is `[B, *out]`.
-        x: What it takes: `[B, *in]`, or a list, tuple or dict of tensors.
+        x: What the network takes: `[B, *in]`, or a list, tuple or dict of tensors.
         method: `"power"`, `"lanczos"` or `"exact"`.
-        iterations: The N of Algorithm 1, or the steps of Lanczos; not used by `"exact"`.
+        iterations: The N of Algorithm 1, or the number of Lanczos steps, from 1 to 1000; not used
+            by `"exact"`.
         seed: Seed of the random starts, uniform on the unit sphere for each example; None draws a
             new one.
-        input: Which floating input the Jacobian is taken in; see `JacobianOperator`.
-        output: Which output it is of, likewise.
+        input: The floating input that the Jacobian is taken with respect to; see
+            `JacobianOperator`.
+        output: The output that the Jacobian is taken of, likewise.
 
     Returns:
         A `SingularTriplet`. Where J = 0, sigma and the residual are 0 and u, v are arbitrary. Where
-        J is not finite, or its square is not (||J|| > 1e19 in float32), sigma is NaN or infinite;
-        where its square vanishes (||J|| < 1e-19), it counts as 0. In a graph sigma is NaN too where
-        TensorFlow's products contradict each other; eagerly that is an error.
+        J is not finite, or its square overflows (||J|| > 1e19 in float32), sigma is NaN or
+        infinite; where its square vanishes (||J|| < 1e-19), J counts as 0. In a graph sigma is also
+        NaN where TensorFlow's products contradict each other; eagerly that raises an error.
 
     Raises:
         TypeError: If `network` is not a Keras layer, or `x` holds no floating tensor.
-        ValueError: If an argument is out of range, or `x` is empty.
+        ValueError: If an argument is out of range; if `x` is empty; if the output does not have one
+            row for each example; if an operation has no derivative or loses it, so that the norm is
+            not known.
     """
     validate_method(method, iterations)
     op = _operator(network, x, input, output)
@@ -100,23 +105,27 @@ def frobenius_norm(
     input: signature.Name = None,
     output: signature.Name = None,
 ) -> tf.Tensor:
-    """Measures `||df/dx||_F` at every example, in inference mode.
+    """Measures the Frobenius norm `||df/dx||_F` at every example, in inference mode.
 
     Args:
         network: A network whose output is `[B, *out]`.
-        x: What it takes: `[B, *in]`, or a list, tuple or dict of tensors.
-        num_projections: How many random projections to average (the `n_proj` of eq. 2; the square
-            of the result is then unbiased); None computes the norm exactly, with n_out products.
+        x: What the network takes: `[B, *in]`, or a list, tuple or dict of tensors.
+        num_projections: How many random projections to average (the `n_proj` of eq. 2), from 1 to
+            1000; the square of the result is then unbiased. None computes the norm exactly, with
+            n_out products.
         seed: Seed of the projections; None draws a new one.
-        input: Which floating input the Jacobian is taken in; see `JacobianOperator`.
-        output: Which output it is of, likewise.
+        input: The floating input that the Jacobian is taken with respect to; see
+            `JacobianOperator`.
+        output: The output that the Jacobian is taken of, likewise.
 
     Returns:
-        `[B]`.
+        The norms, `[B]`.
 
     Raises:
         TypeError: If `network` is not a Keras layer, or `x` holds no floating tensor.
-        ValueError: If `num_projections` is not a positive integer or None, or `x` is empty.
+        ValueError: If an argument is out of range; if `x` is empty; if the output does not have one
+            row for each example; if an operation has no derivative or loses it, so that the norm is
+            not known.
     """
     if num_projections is not None:
         arguments.unrolled_count("num_projections", num_projections)
@@ -132,7 +141,7 @@ def frobenius_norm(
     v = unit(back)
     try:
         forth = op.matvec(v)
-    except LostDerivative:  # No second derivative: nothing to hold it against.
+    except LostDerivative:  # No second derivative: nothing to compare the product with.
         return norm
     tolerance = contradiction_tolerance(network, op.x.dtype.name)
     return _consistent(op, norm, inner(back, v), inner(u, forth), length(forth), tolerance)
@@ -143,22 +152,23 @@ def spectral_bound(network: keras.Layer, *, iterations: int = 50) -> float:
 
     It bounds `||df/dx||_2` at every x if the activations have slope at most 1 (ReLU, tanh, sigmoid,
     ...), the pooling windows do not overlap, and no other layer without weights stretches its input
-    (as upsampling does). Each convolution's norm is that of the linear map it is, with its stride
-    and padding at its input's size; BatchNorm counts with its inference scale, Normalization and
-    Rescaling with theirs, and a layer that runs twice counts twice. Each factor comes from Lanczos
-    and approaches the layer's norm from below.
+    (as upsampling does). The norm of a convolution is the norm of its linear map, with its stride
+    and padding, at the size of its input. BatchNorm counts with its inference scale, Normalization
+    and Rescaling with their scales, and a layer that runs twice counts twice. Each norm is computed
+    by Lanczos, which approaches it from below.
 
     Args:
         network: A built chain of layers (a `Sequential`, or a functional model without branches).
-        iterations: Lanczos steps for each layer.
+        iterations: Lanczos steps for each layer, from 1 to 1000.
 
     Returns:
         The bound.
 
     Raises:
         TypeError: If `network` is not a Keras layer.
-        ValueError: If the network is not a chain of Keras layers, or holds a layer with weights
-            whose linear map is not known: the message names it.
+        ValueError: If `iterations` is out of range; if the network is not a chain of Keras layers;
+            if a layer with weights has no known linear map, or a layer's input size is not known.
+            The message names the layer.
     """
     arguments.network(network)
     arguments.unrolled_count("iterations", iterations)
@@ -199,7 +209,11 @@ def _consistent(
     scale: tf.Tensor,
     tolerance: float,
 ) -> tf.Tensor:
-    """The norm, if `<J^T u, v> = <u, J v>` for u and v at hand; in a graph NaN where it is not."""
+    """Returns the norm if `<J^T u, v> = <u, J v>` for these u and v; if not, NaN in a graph.
+
+    Raises:
+        ValueError: If they differ, eagerly.
+    """
     # What vanishes in half precision, or whose square vanishes, is no contradiction.
     smallest = max(
         float(ml_dtypes.finfo(op.primal.dtype.name).tiny),
@@ -219,5 +233,5 @@ def _consistent(
 
 
 def _constant_unit_where(condition: tf.Tensor, a: tf.Tensor) -> tf.Tensor:
-    """Where the map is 0, any unit vector is singular: take the constant one."""
+    """Where the map is 0 any unit vector is singular: returns a constant one there."""
     return tf.where(broadcast_like(condition, a), unit(tf.ones_like(a)), a)

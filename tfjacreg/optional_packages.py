@@ -1,4 +1,4 @@
-"""What a base install lacks: the sentence that names the command to install it."""
+"""Packages that a base install lacks, and the message with the command that installs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class MissingExtraError(ImportError):
 
 @contextlib.contextmanager
 def importing(extra: str, needed_by: str) -> Iterator[None]:
-    """Names the command that installs an extra when an import in the block finds no package.
+    """Names the command that installs an extra, if an import in the block finds no package.
 
     Args:
         extra: The name of the extra in `pyproject.toml` that holds the package.
@@ -36,7 +36,7 @@ def importing(extra: str, needed_by: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def script_importing(extra: str, script: str) -> Iterator[None]:
-    """As `importing`, for the head of a script: the message goes to stderr, exit status 2."""
+    """Does the same at the head of a script: prints the message to stderr, exits with status 2."""
     try:
         with importing(extra, script):
             yield

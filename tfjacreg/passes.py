@@ -1,4 +1,4 @@
-"""The forward passes that are recorded now: one stack in each thread."""
+"""The forward passes that are being recorded: one stack in each thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pass:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Records nothing in this context."""
+        """Records nothing inside this context."""
         self.has_held = True
         if self._is_paused:
             yield
@@ -38,14 +38,14 @@ class Pass:
             stack.callback(setattr, self, "_is_paused", False)
             stack.enter_context(self.tape.stop_recording())
             if self.accumulator is not None:
-                # An accumulator stops on exit and goes on where it was when entered again.
+                # An accumulator stops on exit and continues where it was when entered again.
                 self.accumulator.__exit__(None, None, None)
                 stack.callback(self.accumulator.__enter__)
             yield
 
 
 class _Passes(threading.local):
-    """The forward passes of this thread, innermost last. A thread traces each replica."""
+    """The forward passes of this thread, innermost last. Each replica is traced by a thread."""
 
     def __init__(self) -> None:
         self.stack: list[Pass] = []
@@ -55,5 +55,5 @@ recorded = _Passes()
 
 
 def current_graph() -> Any:
-    """The graph that is being traced now; None eagerly."""
+    """The graph that is being traced; None in eager execution."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

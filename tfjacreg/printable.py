@@ -1,4 +1,4 @@
-"""Text that may be anybody's, for a terminal or a page."""
+"""Makes text from unknown sources fit for a terminal or a page."""
 
 from typing import Any, TypeGuard
 
@@ -8,7 +8,7 @@ _LONGEST_PATH = 4096
 
 
 def is_one_line(value: object) -> TypeGuard[str]:
-    """Whether a value is a text that is seen whole in one line: what a path of a file may be."""
+    """Whether a value is a text that one line shows whole, as a path in a file must be."""
     return (
         isinstance(value, str)
         and len(value) <= _LONGEST_PATH
@@ -18,8 +18,8 @@ def is_one_line(value: object) -> TypeGuard[str]:
 
 
 def shown(value: Any) -> str:
-    """A value of a file as Python writes it, for a message, which it does not fill."""
+    """A value from a file as Python writes it, cut to fit into a message."""
     try:
         return printable(repr(value), limit=200)
-    except (RecursionError, ValueError):  # Too deep, or an integer of too many digits.
+    except (RecursionError, ValueError):  # Nested too deep, or an integer with too many digits.
         return f"one that is too long to show, of type {type(value).__name__}"

@@ -1,7 +1,6 @@
-"""What the authors of the data sets give out: how many images of each class, and checksums.
+"""What the authors of the data sets publish: the number of images of each class, and checksums.
 
-The files of `fashion_mnist`, `kmnist` and others have the same names, so that one set is easily
-made of another's.
+The files of `fashion_mnist`, `kmnist` and others have the same names, so they are easily mixed up.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import numpy as np
 from tfjacreg import dataset_files
 from tfjacreg.dataset_files import NUM_CLASSES
 
-# As many of each class in all of them.
+# Every class has the same number of images in each of these sets.
 COUNTS = {
     "fashion_mnist": {"train": 60_000, "test": 10_000},
     "kmnist": {"train": 60_000, "test": 10_000},
     "cifar10": {"train": 50_000, "test": 10_000},
 }
-# The SHA-256 of what the compressed files hold. Debian's files of this set are compressed anew, and
-# have other checksums than the authors'; of the other sets only the latter are known here.
+# SHA-256 of the decompressed files. Debian compresses the files of this set again, so their own
+# checksums differ from the authors'; for the other sets only the authors' checksums are known.
 _CONTENTS = {
     "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888": "fashion_mnist",
     "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9": "fashion_mnist",
@@ -32,17 +31,18 @@ _CONTENTS = {
 
 
 def check(name: str, source: Path, labels: dict[str, np.ndarray], tfds: Any) -> None:
-    """Refuses files that are not those of a data set.
+    """Refuses files that do not belong to a data set.
 
     Args:
         name: `fashion_mnist`, `kmnist` or `cifar10`.
-        source: The folder of its original files.
-        labels: What they have as labels, `[N]`, by split.
-        tfds: tensorflow-datasets, which has the published checksums.
+        source: The folder of the original files.
+        labels: The labels that were read from them, `[N]`, by split.
+        tfds: The module tensorflow_datasets, which has the published checksums.
 
     Raises:
-        ValueError: If a file is another data set's, or the images of a class are not as many as
-            were published; the message names the file or the folder.
+        ValueError: If a file belongs to another data set or differs from the published one, or a
+            class does not have the published number of images; the message names the file or the
+            folder.
     """
     owners = {
         info.checksum: owner

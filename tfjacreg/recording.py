@@ -1,8 +1,8 @@
 """Recording a forward pass, and what it holds constant (Section 3.2 and appendix B).
 
-`record` runs the one pass of a `JacobianOperator`. In it, what BatchNorm takes from the batch and
-the places of max-pooling's maxima are constants of the Jacobian, and `hold_constant` lets a layer
-of one's own do the same. The gradient of the loss is not affected.
+`record` runs the one pass of a `JacobianOperator`. In it, the batch statistics of BatchNorm and the
+places of max-pooling's maxima are constants for the Jacobian, and `hold_constant` lets a custom
+layer do the same. The gradient of the loss is not affected.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import tensorflow as tf
 
 from tfjacreg import _keras, passes, rewrites
 
-# In the names of the operations that are computed while a pass holds them constant.
+# Part of the names of operations that are computed while a pass holds them constant.
 HELD = "tfjacreg_held"
 NEEDS_THE_WHOLE_BATCH = (
-    "The Jacobian of some examples of a batch is that of the whole batch only if each is computed "
-    "alone and without random numbers. Use fraction=1. "
+    "Some examples of a batch can be penalized without the others only if the network computes "
+    "each alone and without random numbers. Use fraction=1. "
 )
 
 
 @contextlib.contextmanager
 def hold_constant() -> Iterator[None]:
-    """Holds what is computed in this context constant for the Jacobian, and only for it.
+    """Makes what is computed in this context a constant for the Jacobian, and only for it.
 
     A layer that mixes the examples of a batch (BatchNorm in training mode) gives `f(x_i)` a
     derivative with respect to another example `x_j`. The paper's pseudo-inference mode
-    (Section 3.2) takes the batch's statistics as constants instead. `JacobianOperator` does so for
-    Keras' `BatchNormalization` and its subclasses; in a layer of your own, compute the statistics
-    in this context:
+    (Section 3.2) treats the statistics of the batch as constants instead. `JacobianOperator` does
+    so for Keras' `BatchNormalization` and its subclasses; in a layer of your own, compute the
+    statistics in this context:
 
     ```python
     def call(self, x, training=None):
@@ -41,8 +41,13 @@ def hold_constant() -> Iterator[None]:
         return x - mean
     ```
 
-    The gradient of the loss still flows through the statistics. Outside a Jacobian's forward pass
-    the context does nothing.
+    The gradient of the loss still flows through the statistics. Outside the forward pass of a
+    Jacobian the context does nothing.
+
+    Raises:
+        ValueError: During such a pass, if the context is entered inside a `tf.function`, or inside
+            a branch or loop of a graph; or if only some examples of the batch are penalized
+            (`fraction` < 1).
     """
     if not passes.recorded.stack:
         yield
@@ -53,7 +58,7 @@ def hold_constant() -> Iterator[None]:
             "such as BatchNormalization in training mode"
         )
     if passes.recorded.stack[-1].graph is not passes.current_graph():
-        # Of a graph inside the pass the tape records the one call, with all that is in it.
+        # For a graph inside the pass the tape records one call, with everything in it.
         raise ValueError(
             "What a layer takes from the whole batch cannot be held constant for the Jacobian "
             "inside of a tf.function, a branch or a loop of a graph. Take it outside of it. "
@@ -71,30 +76,30 @@ def record(
     *,
     is_partial: bool = False,
 ) -> bool:
-    """Records the forward pass of a function: on the tape and along the accumulator, if any.
+    """Records the forward pass of a function on the tape, and along the accumulator if given.
 
     Args:
-        network: Whose layers are to hold their statistics and places.
-        tape: Not yet entered.
-        accumulator: Not yet entered; or None.
+        network: The network whose layers hold their statistics and places of maxima.
+        tape: A persistent tape, not yet entered.
+        accumulator: An accumulator, not yet entered; or None.
         function: Runs the network, without arguments.
-        is_partial: Whether the pass is one of some examples of a batch, in which nothing may be
-            taken from the whole of it.
+        is_partial: Whether the pass runs some examples of a batch only, so that nothing may be
+            taken from the whole batch.
 
     Returns:
-        Whether something in it was held constant.
+        Whether something in the pass was held constant.
     """
     recorded = passes.Pass(tape, accumulator, is_partial)
 
     def do() -> None:
         passes.recorded.stack.append(recorded)
-        # A tape that is entered after an accumulator does not record what that one computes, which
-        # no J^T u goes through.
+        # A tape that is entered after an accumulator does not record what the accumulator computes,
+        # and no J^T u goes through that.
         with accumulator or contextlib.nullcontext(), tape:
             function()
 
     def undo() -> None:
-        # Both leave what they are still in, and nothing otherwise.
+        # Both exit what they have entered, and do nothing otherwise.
         if accumulator is not None:
             accumulator.__exit__(None, None, None)
         tape.__exit__(None, None, None)
@@ -125,13 +130,13 @@ def has_drawn(network: keras.Operation, scope: keras.StatelessScope) -> bool:
 
 
 def _held_statistics(layer: keras.Layer) -> list[rewrites.Place]:
-    """Makes BatchNorm hold the moments of its batch."""
+    """The place where BatchNorm computes the moments of its batch, which are to be held."""
     if not isinstance(layer, keras.layers.BatchNormalization):
         return []
     return [rewrites.Place(layer, "_moments", _held_moments)]
 
 
 def _held_moments(moments: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # Constants of the Jacobian need no second derivative.
+    # What is constant for the Jacobian needs no second derivative.
     with hold_constant(), rewrites.stepping_aside():
         return moments(*args, **kwargs)

@@ -1,9 +1,10 @@
-"""The four penalties of the paper's comparison, of two kinds.
+"""The four penalties of the paper's comparison: two of the Jacobian, two of the weights.
 
-A penalty of the Jacobian is called with the operator of the batch, one of the weights with the
-network: `regularizer(subject, state)` returns the penalty without its factor, and the next state.
-`RegularizedModel` adds `factor * penalty` to the loss and keeps the state (a step counter for
-random starts, iteration vectors) in variables, so that it is saved with the model.
+`regularizer(subject, state)` returns the penalty without its factor, and the next state. For a
+penalty of the Jacobian the subject is the `JacobianOperator` of the batch, for a penalty of the
+weights it is the network. `RegularizedModel` adds `factor * penalty` to the loss and keeps the
+state (a step counter for random starts, iteration vectors) in variables, so that it is saved with
+the model.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ Key = tuple[Any, Any]
 
 
 class Regularizer:
-    """Base of the penalties: a factor and a config.
+    """Base class of the penalties: a factor and a config.
 
     Args:
-        factor: The weight lambda of the penalty in the loss, >= 0; or a
-            `keras.optimizers.schedules.LearningRateSchedule`, which gives it at each step of the
-            optimizer. A new value counts from the next step of `fit` on; a schedule in the place of
-            a number, or the other way round, can be set after `compile` and before `fit`.
+        factor: The weight lambda of the penalty in the loss (eq. 1), >= 0; or a
+            `keras.optimizers.schedules.LearningRateSchedule`, which gives the factor at each step
+            of the optimizer. A new number takes effect at the next training step. A schedule can
+            replace a number, or a number a schedule, after `compile` and before `fit`.
 
     Raises:
         ValueError: If `factor` is neither a finite number >= 0 nor a schedule.
@@ -46,11 +47,11 @@ class Regularizer:
         self.factor = factor
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is followed by nobody."""
+        """Leaves the followers out: a copy has none."""
         return {**vars(self), "_followers": []}
 
     def followed_by(self, follower: Any) -> None:
-        """Has the follower's `factor_changes(factor)` called before each later change.
+        """Registers an object whose `factor_changes(factor)` is called before each later change.
 
         Args:
             follower: A model whose training step reads the factor; only a weak reference is kept.
@@ -59,7 +60,7 @@ class Regularizer:
 
     @property
     def factor(self) -> Factor:
-        """The weight of the penalty in the loss, or its schedule."""
+        """The weight of the penalty in the loss, a number or a schedule."""
         return self._factor
 
     @factor.setter
@@ -72,7 +73,7 @@ class Regularizer:
         self._factor: Factor = factor
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
-        """What the penalty remembers from step to step, at the first step."""
+        """The state of the penalty before the first step; empty if it has none."""
         return []
 
     def get_config(self) -> dict[str, Any]:
@@ -90,10 +91,10 @@ class Regularizer:
 
 
 class WeightRegularizer(Regularizer):
-    """A penalty of the weights: it is called with the network and needs no Jacobian."""
+    """Base class of penalties of the weights: called with the network, without a Jacobian."""
 
     def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes the penalty.
+        """Computes the penalty; a subclass must define it.
 
         Args:
             network: The network.
@@ -106,7 +107,7 @@ class WeightRegularizer(Regularizer):
 
 
 class JacobianRegularizer(Regularizer):
-    """A penalty of the Jacobian: the mean over the batch of a value of each example's matrix.
+    """Base class of penalties of the Jacobian: the batch mean of one value per example.
 
     A penalty of your own defines `per_example`. The state is the seed and the number of draws.
 
@@ -114,8 +115,9 @@ class JacobianRegularizer(Regularizer):
         factor: The weight lambda, >= 0, or a schedule of it.
         seed: Seed of the random vectors; None draws a new one.
         fraction: The part of each batch that is penalized, in (0, 1]: `round(fraction * B)`
-            examples, at least one, drawn at random, so that the mean is unbiased. Below 1 they take
-            a forward pass of their own, and networks with BatchNorm or dropout are refused.
+            examples, at least one, drawn at random, so that the mean is unbiased. Below 1 these
+            examples take a forward pass of their own, and networks with BatchNorm or dropout are
+            refused.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -127,22 +129,22 @@ class JacobianRegularizer(Regularizer):
         self.fraction: float = arguments.fraction(fraction)
 
     def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
-        """The value of every example, `[B]`, whose mean is the penalty.
+        """Computes the value of every example, `[B]`, whose mean is the penalty.
 
         Args:
-            jacobian: The Jacobians. Where `jacobian.tangent` is not None, it is what `tangent`
+            jacobian: The Jacobians. If `jacobian.tangent` is not None, it is what `tangent`
                 returned for the same key.
-            key: Seed of the random numbers, and which draw this is (two integers); different at
-                each step and on each replica.
+            key: Two integers, the seed of the random numbers and the number of this draw;
+                different at each step and on each replica.
         """
         raise TypeError(f"{type(self).__name__} must define per_example(jacobian, key)")
 
     def tangent(self, x: tf.Tensor, key: Key) -> tf.Tensor | None:
-        """The vectors v, `[B, *in]`, whose `J v` the forward pass is to compute; None for none.
+        """Returns the vectors v, `[B, *in]`, whose `J v` the forward pass is to compute, or None.
 
         Args:
             x: The input of the Jacobian, `[B, *in]`.
-            key: That of `per_example`.
+            key: The key that `per_example` gets.
         """
         return None
 
@@ -158,7 +160,8 @@ class JacobianRegularizer(Regularizer):
         """Computes the mean over the penalized examples.
 
         Args:
-            jacobian: The Jacobians of the batch, from a pass with `tangent_of_the_pass` or none.
+            jacobian: The Jacobians of the batch, from a pass with the result of
+                `tangent_of_the_pass` as its tangent.
             state: What `initial_state` or the last call returned.
 
         Returns:
@@ -184,7 +187,7 @@ class JacobianRegularizer(Regularizer):
         return (seed, draw), [tf.stack([seed, count + 1])]
 
     def _sampled(self, jacobian: JacobianOperator, key: Key) -> JacobianOperator:
-        """The operator of the examples that are penalized in this step: each equally likely."""
+        """The operator of the examples that are penalized in this step, each equally likely."""
         batch_size = tf.shape(jacobian.x)[0]
         seed, draw = key
         # `_next_key` never gives negative draws, so this stream is disjoint from the others.
@@ -200,27 +203,29 @@ class JacobianRegularizer(Regularizer):
 
 @keras.saving.register_keras_serializable("tfjacreg")
 class SpectralNorm(JacobianRegularizer):
-    """The exact spectral norm of the Jacobian at every training point, eq. (8).
+    """The exact spectral norm of the Jacobian at every training example, eq. (8).
 
-    The penalty is the mean over the batch of `h(sigma_i)`, `sigma_i = ||J^T u_i||`, where the unit
-    vector `u_i` comes from Algorithm 1 (or Lanczos, or the whole Gram matrix) and carries no
-    gradient: `d sigma = u^T dJ v`. Where J = 0, sigma and its gradient are 0.
+    The penalty is the mean over the batch of `h(sigma_i)` with `sigma_i = ||J_i^T u_i||`. The unit
+    vector `u_i` is found by Algorithm 1, by Lanczos, or from the whole Gram matrix, and is held
+    constant in the gradient: `d sigma = u^T dJ v`. Where J = 0, sigma and its gradient are 0.
 
     Args:
         factor: The weight lambda, >= 0, or a schedule of it.
         method: `"power"` (the paper's), `"lanczos"` or `"exact"`; see `norms.spectral_norm`.
-        iterations: The N of Algorithm 1, or the steps of Lanczos: 2 N products.
+        iterations: The N of Algorithm 1, or the number of Lanczos steps: 2 N products either way.
         squared: Whether h(s) = s^2 instead of h(s) = s (eq. 1).
         seed: Seed of the random starts; None draws a new one.
-        forward_mode: How the first J v is computed: `"accumulator"` by a
-            `tf.autodiff.ForwardAccumulator` along the forward pass, `"transpose"` as every other
-            product, by transposing J^T u. The same numbers; loops in a graph need the second.
+        forward_mode: How the first J v is computed: `"accumulator"` along the forward pass, with a
+            `tf.autodiff.ForwardAccumulator`; `"transpose"` after it, by transposing J^T u, as all
+            later products are. Both give the same numbers; loops in a graph need `"transpose"`.
         fraction: The part of each batch that is penalized; see `JacobianRegularizer`.
-        threshold: h acts on `max(sigma - threshold, 0)`: slopes below it are left alone. In
-            logits (or whatever the output is) per unit of the network's own input; 0 is the paper.
+        threshold: h acts on `max(sigma - threshold, 0)`, so slopes up to the threshold are not
+            penalized. Its unit is sigma's: outputs (for example logits) per unit of the network's
+            own input. 0 is the paper's penalty.
 
     Raises:
-        ValueError: If an argument is out of range.
+        TypeError: If `squared` is not True or False.
+        ValueError: If another argument is out of range.
     """
 
     def __init__(
@@ -242,13 +247,13 @@ class SpectralNorm(JacobianRegularizer):
         self.threshold = arguments.non_negative("threshold", threshold)
 
     def tangent(self, x: tf.Tensor, key: Key) -> tf.Tensor | None:
-        """The random start of Algorithm 1, unless the forward mode or the method needs none."""
+        """The random start of Algorithm 1, or None if the forward mode or the method needs none."""
         if self.forward_mode == "transpose" or self.method == "exact":
             return None
         return random_unit(x, key)
 
     def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
-        """h(sigma) of every example; see the base class."""
+        """Computes h(sigma) of every example, `[B]`; see the base class."""
         start = random_unit(jacobian.x, key) if jacobian.tangent is None else jacobian.tangent
         u = estimators.leading_left_vector(jacobian, self.method, self.iterations, start)
         sigma, _ = estimators.singular_value(jacobian, u)
@@ -295,7 +300,7 @@ class FrobeniusNorm(JacobianRegularizer):
         self.num_projections = arguments.unrolled_count("num_projections", num_projections)
 
     def per_example(self, jacobian: JacobianOperator, key: Key) -> tf.Tensor:
-        """The estimate of every example; see the base class."""
+        """Computes the estimate of every example, `[B]`; see the base class."""
         return estimators.squared_frobenius_sample(jacobian, self.num_projections, key)
 
     def get_config(self) -> dict[str, Any]:
@@ -307,9 +312,9 @@ class FrobeniusNorm(JacobianRegularizer):
 class SpectralBound(WeightRegularizer):
     """The sum of the layers' squared norms, `sum_l ||W^l||_2^2`, eq. (5) (Yoshida and Miyato).
 
-    Every step goes on with the power iteration of the step before, so that one iteration is enough
-    once the weights move slowly. A convolution's norm is that of the linear map it is, with its
-    stride and padding at its input's size.
+    Each step continues the power iteration of the step before, so that one iteration is enough once
+    the weights move slowly. The norm of a convolution is the norm of its linear map, with its
+    stride and padding, at the size of its input.
 
     Args:
         factor: The weight lambda, >= 0, or a schedule of it.
@@ -317,7 +322,8 @@ class SpectralBound(WeightRegularizer):
         seed: Seed of the iteration vectors; None draws a new one.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range. When the model is built, if the network has no
+            layer with a kernel, or if the linear map or the input size of a layer is not known.
     """
 
     def __init__(self, factor: Factor, iterations: int = 1, seed: int | None = None) -> None:
@@ -326,7 +332,7 @@ class SpectralBound(WeightRegularizer):
         self.seed = arguments.seed(seed)
 
     def initial_state(self, network: keras.Layer) -> list[np.ndarray]:
-        """A random right vector for every layer with a kernel."""
+        """A random right vector, `[1, *in]`, for every layer with a kernel."""
         seed = fresh_seed(self.seed)
         return [
             random_unit(linear_map.x, (seed, number)).numpy()
@@ -334,14 +340,14 @@ class SpectralBound(WeightRegularizer):
         ]
 
     def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes the sum over layers; see the base class."""
+        """Computes the sum over the layers; see the base class."""
         squares, next_state = [], []
         for linear_map, start in zip(linear_maps.layer_maps(network), state, strict=True):
             start = tf.convert_to_tensor(start)
             u = estimators.leading_left_vector(linear_map, "power", self.iterations, start)
             sigma, v = estimators.singular_value(linear_map, u)
             squares.append(tf.reduce_sum(tf.square(sigma)))
-            # A layer of zeros must not end its iteration for good.
+            # A layer that is all zeros for a while must not lose its vector for good.
             next_state.append(tf.where(tf.reduce_any(v != 0), v, start))
         return tf.add_n(squares), next_state
 
@@ -352,19 +358,22 @@ class SpectralBound(WeightRegularizer):
 
 @keras.saving.register_keras_serializable("tfjacreg")
 class WeightDecay(WeightRegularizer):
-    """The sum of the squares of all kernels, `sum_l ||W^l||_F^2`: L2 without biases and BatchNorm.
+    """The sum of the squares of all trainable kernels, `sum_l ||W^l||_F^2`.
+
+    This is the L2 penalty without biases and BatchNorm parameters.
 
     Args:
-        factor: The weight lambda, >= 0. The gradient is `2 * factor * W`: what PyTorch calls
-            `weight_decay` is twice this factor.
+        factor: The weight lambda, >= 0, or a schedule of it. The gradient is `2 * factor * W`:
+            PyTorch's `weight_decay` is twice this factor.
 
     Raises:
-        ValueError: If `factor` is out of range.
+        ValueError: If `factor` is out of range. In training, if the network has trainable weights
+            but no trainable kernel.
     """
 
     def __call__(self, network: keras.Layer, state: State) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes the sum over kernels; see the base class."""
-        if not network.trainable_variables:  # Frozen as a whole.
+        """Computes the sum over the kernels; see the base class."""
+        if not network.trainable_variables:  # All of it is frozen.
             return tf.zeros(()), []
         squares = [
             tf.reduce_sum(tf.square(tf.convert_to_tensor(kernel.value)))
@@ -382,15 +391,18 @@ BY_NAME: dict[str, Callable[..., Regularizer]] = {
 
 
 def get(identifier: str | dict[str, Any] | Regularizer | None) -> Regularizer | None:
-    """Returns the regularizer that `identifier` means.
+    """Returns the regularizer that `identifier` describes.
 
     Args:
         identifier: None; a name in `BY_NAME`, for that penalty with `factor=DEFAULT_FACTOR`; a
             serialized object, or `{"class_name": ..., "config": {...}}`; or a regularizer.
 
+    Returns:
+        The regularizer; None for None.
+
     Raises:
-        ValueError: If nothing is known by that name.
-        TypeError: If it is none of these.
+        ValueError: If the name or class is unknown, or the config does not fit the class.
+        TypeError: If `identifier` is none of these.
     """
     if identifier is None or isinstance(identifier, Regularizer):
         return identifier

@@ -43,7 +43,7 @@ def noise_accuracy(
 ) -> npt.NDArray[np.float64]:
     """Accuracy under Gaussian pixel noise, clipped to [0, 1] (eq. (9)).
 
-    The same standard normal draws, scaled, serve every variance.
+    All variances use the same standard normal draws, scaled.
 
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
@@ -52,7 +52,7 @@ def noise_accuracy(
         variances: Variances of the noise, `[V]`, in squared pixel units.
         seed: Seed of the noise. Image `i` has its own random numbers.
         draws: Noisy copies of each image, over which the accuracy is averaged.
-        batch_size: Noisy images per batch; changes speed and memory, not the result.
+        batch_size: Images per batch; changes speed and memory, not the result.
         progress: Called with the number of noisy images done since the last call, of
             `N * draws * V` in all.
 
@@ -112,16 +112,16 @@ def boundary_distance(
 ) -> npt.NDArray[np.float64]:
     """Smallest radius at which a point sampled on a sphere around the image changes class.
 
-    Each image has `samples` directions, uniform on the sphere, used at every radius; the sampled
-    points are not clipped to [0, 1], or they would leave the sphere. `spheres` evenly spaced radii
-    up to `max_radius` are tried from the inside out until some point changes class; bisection
-    then narrows the step between that radius and the one before to `resolution`.
+    Each image has `samples` directions, uniform on the sphere, which are used at every radius. The
+    sampled points are not clipped to [0, 1], or they would leave the sphere. `spheres` evenly
+    spaced radii up to `max_radius` are tried from the inside out until some point changes class;
+    bisection then narrows the interval between that radius and the one before it to `resolution`.
 
-    The class need not change monotonically with the radius. The value `r` returned is a radius at
-    which a sampled point has another class, so it never lies below the true distance; no sampled
-    point had another class at any of the radii tried below `r`, of which the largest lies within
-    `resolution` of it. The search can miss a change that comes and goes again between two
-    radii tried, on every sampled ray at once: a slab thinner than `max_radius / spheres`.
+    The class need not change monotonically with the radius. At the radius `r` that is returned, a
+    sampled point has another class, so `r` is never below the true distance. No sampled point had
+    another class at any of the radii tried below `r`, the largest of which lies within `resolution`
+    of it. The search misses a change that appears and disappears between two tried radii, on every
+    sampled ray at once: a slab thinner than `max_radius / spheres`.
 
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
@@ -132,13 +132,13 @@ def boundary_distance(
         max_radius: Largest radius tried, Euclidean, in pixel units; by default the diagonal of the
             unit cube, beyond which there is no image.
         spheres: Number of radii in the outward search.
-        resolution: Width to which bisection narrows the radius.
+        resolution: Width to which bisection narrows the radius, in pixel units.
         batch_size: Sampled points per batch; changes speed and memory, not the result.
         progress: Called with the number of images done since the last call, of `N` in all.
 
     Returns:
-        Distances `[N]`: NaN where the image itself is misclassified, infinity where no sampled
-        point up to `max_radius` changes class.
+        Distances `[N]` in pixel units: NaN where the image itself is misclassified, infinity where
+        no sampled point up to `max_radius` changes class.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -183,26 +183,27 @@ def minimal_distance(
 ) -> tuple[npt.NDArray[np.float64], Array]:
     """Euclidean distance to the nearest adversarial image found, and that image.
 
-    An upper bound of the distance to the nearest image of another class in [0, 1]: the image
-    returned is one, and nothing is known of those that were not found. It is found by descents on
-    the margin, which do not change with the scale of the logits. They start from the feet on the
-    boundaries of the linearised classifier with the nearest other classes, and end with a
-    bisection of the segment to the image.
+    The distance is an upper bound of the true distance to the nearest image of another class in
+    [0, 1]: the returned image is one, and there may be nearer ones. It is found by descents on the
+    margin that do not depend on the scale of the logits. They start at the points nearest to the
+    image on the boundaries between its class and the nearest others, for the linearized
+    classifier, and end with a bisection of the segment to the image.
 
     Args:
         classifier: Keras model from pixels in [0, 1], `[B, *in]`, to logits `[B, K]`.
         x: Pixels in [0, 1], `[N, *in]`.
         y: Integer labels `[N]` or `[N, 1]`.
-        seed: Seed of the directions that stand in for a foot: where `starts` is larger than the
-            number of other classes, or a gradient is 0. Image `i` has its own.
+        seed: Seed of the random directions that replace such a start if `starts` is larger than the
+            number of other classes or a gradient is 0. Image `i` has its own.
         starts: Descents per image.
-        iterations: Iterations of each, one gradient per image.
+        iterations: Iterations of each descent, one gradient per image each.
         batch_size: Images per batch; changes speed and memory, not the result.
         progress: Called with the number of images done since the last call, of `N` in all.
 
     Returns:
-        Distances `[N]`, NaN where the image itself is misclassified, infinite where no adversarial
-        image was found; and the adversarial images, float32 `[N, *in]`, NaN where there is none.
+        Distances `[N]` in pixel units, NaN where the image itself is misclassified, infinity where
+        no adversarial image was found; and the adversarial images, float32 `[N, *in]`, NaN where
+        there is none.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -229,9 +230,9 @@ def _check(seed: int, progress: Progress | None, **counts: int) -> None:
 def _correct(
     checked: CheckedClassifier, batch_size: int, progress: Progress | None
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Yields the numbers of the images that are classified correctly, a batch at a time.
+    """Yields the indices of the images that are classified correctly, a batch at a time.
 
-    `progress` is told of the others at once, and of these when their batch is done.
+    `progress` is called for the other images at once, and for each batch when it is done.
     """
     classes = predict(checked, batch_size=batch_size).argmax(axis=1)
     correct = np.flatnonzero(classes == checked.y)

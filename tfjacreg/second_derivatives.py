@@ -1,17 +1,18 @@
-"""Whether the gradient of a penalty is right in one layer, by first derivatives alone.
+"""Checks the second derivatives of one layer, which training needs, by first derivatives alone.
 
 A penalty of the Jacobian is made of products `<u, J v>`, and training takes their gradient in the
-weights: a second derivative of the network. The same gradient is that of a difference,
+weights: a second derivative of the network. This gradient also follows from a difference,
 
     <u, f(x + e v) - f(x - e v)> / 2e,
 
-which needs first derivatives only. Both are taken here of one call of a layer, in its weights and
-in the tensor that it takes, in double precision wherever the layer can run so: the difference then
-takes a step of a millionth of the input, hardly any kink lies within it, and rounding is far below.
+which needs first derivatives only. Here both are taken for one call of a layer, in its weights and
+in the tensor that it takes. If the layer can run in double precision it does: the step of the
+difference is then a millionth of the input, hardly any kink lies within it, and rounding is far
+below.
 
-The difference is the oracle, so it has to agree with itself: only where two steps e give the same,
-and training another, is the layer refused. What a kink or rounding adds grows as the step shrinks;
-what a wrong derivative adds stays.
+The difference is the reference, so it has to agree with itself: a layer is refused only if two
+steps e agree and training's gradient differs from both. The error from a kink or from rounding
+grows as the step shrinks; the error of a wrong derivative stays.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.layer_calls import LayerCall
 from tfjacreg.vectors import inner, length, unit
 
-# Steps relative to the length of each example's input: in double precision, and where the layer
-# computes something in single precision all the same.
+# Steps relative to the length of each example's input: in double precision, and for layers that
+# compute something in single precision.
 _FINE_STEPS = (1e-6, 2.5e-7)
 _COARSE_STEPS = (1e-2, 4e-3)
-# The largest relative error of a right layer at those steps. How far right layers stay below it,
-# and how small an error is still seen: `benchmarks/second_derivative_check.py`.
+# The largest relative error of a right layer at those steps. How far right layers stay below it and
+# how small an error is still found: `benchmarks/second_derivative_check.py`.
 TOLERANCE = 1e-4
 _COARSE_TOLERANCE = 1e-3
-_AGREES = 0.25  # How far, relative to the error, the oracle may differ from itself.
-# A gradient counts as one of this part of its natural size at least: below is only rounding.
+_AGREES = 0.25  # How far, relative to the error, the two differences may differ from each other.
+# A gradient counts as at least this part of its natural size: anything smaller is only rounding.
 _SMALLEST = 1e-3
 
 
 class Comparison(NamedTuple):
-    """What the two gradients of one call of a layer say.
+    """The comparison of the two gradients of one call of a layer.
 
     Attributes:
-        error: How far they differ, relative to the larger of them: the larger of that in all
-            weights together and that in the input. NaN if the gradient that training takes is not
-            finite where the difference's is.
+        error: How far they differ, relative to the larger of them. There is one such number for all
+            weights together and one for the inputs; this is the larger. NaN if the gradient that
+            training takes is not finite where the difference's is.
         is_certain: Whether the difference agrees with itself, so that the error counts.
-        tolerance: How large the error of a right layer may be.
+        tolerance: The largest error that a right layer may have.
     """
 
     error: float
@@ -64,7 +65,7 @@ class Comparison(NamedTuple):
 
 
 class _DoublePrecision(keras.DTypePolicy):
-    """Computes in float64 with variables of any dtype: Keras casts them when they are used."""
+    """Computes in float64 with variables of any dtype, which Keras casts when they are used."""
 
     def __init__(self) -> None:
         super().__init__("float64")
@@ -79,14 +80,14 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
 
     Args:
         call: The call.
-        position: Which of the tensors that it took is varied.
+        position: Which of its tensors is varied.
         training: Whether the layer runs in training mode.
-        in_graph: Whether to differentiate it as a graph, since it has loops, branches or functions
-            that are other operations there.
+        in_graph: Whether to differentiate the layer as a graph, because it has loops, branches or
+            functions that are other operations there.
 
     Returns:
-        None where there is nothing to say: the layer mixes random draws with statistics of the
-        batch, or what it is given has no derivative.
+        None if nothing can be said: the layer mixes random draws with statistics of the batch, or
+        what it is given has no derivative.
 
     Raises:
         LookupError: If TensorFlow has no derivative of the layer's derivative.
@@ -95,7 +96,7 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
         subject = _Subject(call, position, training, in_double, in_graph)
         try:
             return subject.compared()
-        except Exception as error:  # It computes with constants in single precision, say.
+        except Exception as error:  # For example, it has constants in single precision.
             raise_an_interrupt(error)
             if came_from(error, LookupError) and not in_double:
                 raise
@@ -117,12 +118,12 @@ class _Subject:
         self.weights = [v.value for v in getattr(call.layer, "trainable_variables", [])]
         self.others = call.others(position)
         self.holds = self.draws = False
-        # Differences need first derivatives only: the values say them eagerly too.
+        # Differences need first derivatives only, which are the same eagerly.
         product = self._of_the_product
         self._product = tf.function(product, autograph=False) if in_graph else product
 
     def compared(self) -> Comparison | None:
-        """The verdict, at a point beside the layer's own input: kinks and ties lie at zeros."""
+        """The verdict, near the layer's own input: at the input's zeros lie kinks and ties."""
         for x in (_beside(self.own), self.own):  # A square root may have no value beside it.
             found = self._compared_at(x)
             if found is not None:
@@ -132,7 +133,7 @@ class _Subject:
         return found
 
     def _is_finite_at_zeros(self) -> bool:
-        """Whether the gradient that training takes is finite where the own input has zeros."""
+        """Whether the gradient that training takes is finite where the layer's input has zeros."""
         if not tf.reduce_any(self.own == 0):
             return True
         *_, of_weights, of_inputs = self._run(self._product, self.own, is_recorded=True)
@@ -149,7 +150,7 @@ class _Subject:
         found = None
         for steps in (_FINE_STEPS, _COARSE_STEPS) if self.in_double else (_COARSE_STEPS,):
             wanted = []
-            for step in steps:  # The second is needed only where the first one differs.
+            for step in steps:  # The second step is needed only if the first one differs.
                 wanted.append(self._run(self._of_the_difference, x, u, v, step))
                 tolerance = TOLERANCE if steps is _FINE_STEPS else _COARSE_TOLERANCE
                 found = _verdict(taken, wanted, scales, tolerance)
@@ -158,7 +159,7 @@ class _Subject:
         return found
 
     def _of_the_product(self, x: tf.Tensor) -> list[Any]:
-        """`u`, `v`, `<J^T u, v>` and, last, its gradients: as training takes them."""
+        """Returns `u`, `v`, `<J^T u, v>` and its gradients, as training takes them."""
         with tf.GradientTape() as tape:
             tape.watch([x, *self.others])
             jacobian = JacobianOperator(self.function, x, training=self.training)
@@ -188,7 +189,7 @@ class _Subject:
     def _gradients(
         self, tape: tf.GradientTape, total: tf.Tensor, x: tf.Tensor
     ) -> list[list[tf.Tensor]]:
-        """In all weights, and in all inputs; 0 where there is no path."""
+        """The gradients in all weights and in all inputs; 0 where there is no path."""
         sources = [self.weights, [x, *self.others]]
         zero = tf.UnconnectedGradients.ZERO
         found = tape.gradient(total, sources, unconnected_gradients=zero)
@@ -197,8 +198,9 @@ class _Subject:
     def _values(self, forward: tf.Tensor, backward: tf.Tensor) -> list[tf.Tensor]:
         """The layer's values at two points, with the same draws or the same statistics.
 
-        What a layer takes from the batch, as a mean over examples, is at both together what it is
-        at the point between them, up to the square of the step.
+        Statistics that a layer takes from the batch, such as a mean over examples, are computed
+        over both points together. They equal the statistics at the point between, up to the square
+        of the step.
         """
 
         def values(x: tf.Tensor) -> tf.Tensor:
@@ -212,7 +214,7 @@ class _Subject:
     def _run(
         self, function: Callable[..., list[Any]], *args: Any, is_recorded: bool = False
     ) -> list[Any]:
-        """What the function returns, in the precision asked for and without a trace."""
+        """Calls the function in the precision asked for, and undoes its traces in the layer."""
 
         def run() -> list[Any]:
             with recording.without_trace(self.layer) as scope:
@@ -221,7 +223,7 @@ class _Subject:
             return result
 
         def rewritten() -> list[Any]:
-            # A pass that is recorded rewrites the layer itself.
+            # A recorded pass rewrites the layer itself.
             return run() if is_recorded else rewrites.active(self.layer, run)
 
         if not self.in_double:
@@ -230,7 +232,7 @@ class _Subject:
 
 
 def _in_double_precision(layer: keras.Operation) -> list[rewrites.Place]:
-    """Has every layer in it compute in double precision, if it computes with floats at all."""
+    """Makes all floating layers inside compute in double precision."""
     return [
         rewrites.Place(part, "_dtype_policy", view=lambda _: _DOUBLE_PRECISION)
         for part in _keras.layers_of(layer)
@@ -243,7 +245,7 @@ _DOUBLE_PRECISION = _DoublePrecision()
 
 
 def _beside(x: tf.Tensor) -> tf.Tensor:
-    """A point a hundredth away, on the same side of 0 where all of x is."""
+    """A point at a distance of a hundredth, on the same side of 0 if all of x is on one side."""
     noise = _noise(x.shape, x.dtype)
     if tf.reduce_min(x) >= 0:
         noise = tf.abs(noise)
@@ -252,7 +254,7 @@ def _beside(x: tf.Tensor) -> tf.Tensor:
 
 def _noise(shape: Any, dtype: tf.DType) -> tf.Tensor:
     """Standard normal numbers, the same each time."""
-    # A draw of TensorFlow's is made of fifty operations, and takes longer.
+    # NumPy's: a draw of TensorFlow is made of fifty operations and takes longer.
     values = np.random.default_rng(0).normal(size=shape)
     return tf.constant(values, dtype)
 
@@ -263,7 +265,7 @@ def _verdict(
     scales: list[float],
     tolerance: float,
 ) -> Comparison | None:
-    """Of the gradients in the weights and those in the input, what differs more."""
+    """The worse of two verdicts: for the gradients in the weights, and for those in the inputs."""
     found = []
     for kind, scale in enumerate(scales):
         got, others = taken[kind], [gradients[kind] for gradients in wanted]
@@ -285,7 +287,7 @@ def _verdict(
     wrong = [comparison for comparison in found if comparison.is_wrong]
     if wrong:
         return wrong[0]
-    # One part without a verdict is none for the whole.
+    # If one part is without a verdict, so is the whole.
     worst = max((comparison.error for comparison in found), default=0.0)
     is_certain = all(comparison.is_certain for comparison in found)
     return Comparison(worst, is_certain, tolerance)

@@ -1,4 +1,4 @@
-"""Which of the tensors that a network takes and gives the Jacobian is of."""
+"""The input that the Jacobian is taken with respect to, and the output that it is taken of."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import tensorflow as tf
 
 from tfjacreg import _keras
 
-# How `input=` and `output=` name a tensor: by position, or by name or key.
+# How `input=` and `output=` name a tensor: by position, by key or by name.
 Name = int | str | None
 
 
 class NotOne(ValueError):
-    """What the Jacobian is to be of is not one tensor with a row for each example.
+    """The Jacobian is not the one of a single tensor with a row for each example.
 
-    `input` or `output` names no floating tensor, or none is named where there are several; or the
-    output has other rows than the examples.
+    Either `input` or `output` names no floating tensor, or none is named although there are
+    several, or the number of output rows is not the number of examples.
     """
 
 
 class NetworkInput(NamedTuple):
-    """What a network takes, as tensors, and the one that the Jacobian is taken in.
+    """What a network takes, as tensors, and which of them is the input of the Jacobian.
 
     Attributes:
         structure: As given: a tensor, or a list, tuple or dict of them.
-        leaves: Its tensors in order.
-        position: Where among them the input of the Jacobian is.
+        leaves: Its tensors in order; None for an optional `Input` that is left out.
+        position: The index of the Jacobian's input among the leaves.
     """
 
     structure: Any
@@ -42,11 +42,11 @@ class NetworkInput(NamedTuple):
         return self.leaves[self.position]
 
     def tensors(self) -> list[Any]:
-        """The leaves but for what is left out: an optional `Input` takes None."""
+        """The leaves without the None of optional inputs that are left out."""
         return [leaf for leaf in self.leaves if leaf is not None]
 
     def with_tensors(self, tensors: Sequence[Any]) -> NetworkInput:
-        """The same with others in the places of `tensors()`."""
+        """The same with other tensors in place of `tensors()`."""
         rest = iter(tensors)
         return self._replace(leaves=[None if leaf is None else next(rest) for leaf in self.leaves])
 
@@ -58,15 +58,15 @@ class NetworkInput(NamedTuple):
 def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInput:
     """Casts what a network takes as Keras casts it, and finds the input of the Jacobian.
 
-    A floating tensor keeps its dtype, but for half precision, which becomes float32: norms of
-    thousands of squares overflow it. Any other is cast to the dtype of its `Input`; the only one of
-    a network that declares none becomes float32, if it holds integers (pixels).
+    A floating tensor keeps its dtype, except half precision, which becomes float32: norms of
+    thousands of squares would overflow it. Any other tensor is cast to the dtype of its `Input`. If
+    the network declares no `Input` and takes one tensor of integers (pixels), it becomes float32.
 
     Args:
         network: The network.
         x: A tensor or array, or a list, tuple or dict of them.
-        name: Which one the Jacobian is taken in: a position, a key, or the name of an `Input`. None
-            stands for the only one that is floating.
+        name: The input that the Jacobian is taken with respect to: a position, a key, or the name
+            of an `Input`. None means the only floating one.
 
     Raises:
         TypeError: If there is no floating tensor.
@@ -85,7 +85,7 @@ def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInp
     specs = _specs(x, paths, inputs)
     leaves = [_as_keras_takes(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
     if not inputs and len(leaves) == 1 and _is_integer(leaves[0]):
-        # Pixels, say: a layer that computes with them casts them itself.
+        # These may be pixels: a layer that computes with them casts them itself.
         leaves = [tf.cast(leaves[0], tf.float32)]
     names = [_names(path, spec) for path, spec in zip(paths, specs, strict=True)]
     declares = any(spec is not None for spec in specs)
@@ -110,7 +110,7 @@ def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInp
 
 
 def refuse_ragged(leaves: Sequence[Any]) -> None:
-    """Raises TypeError if there is a ragged tensor among these."""
+    """Raises TypeError if one of the leaves is a ragged tensor."""
     if any(isinstance(leaf, tf.RaggedTensor) for leaf in leaves):
         raise TypeError(
             "A ragged tensor has no Jacobian of one shape for each example. Give batches of one "
@@ -120,13 +120,13 @@ def refuse_ragged(leaves: Sequence[Any]) -> None:
 
 
 def select_output(network: keras.Layer, outputs: Any, name: Name = None) -> tf.Tensor:
-    """The output that the Jacobian is of.
+    """Returns the output that the Jacobian is taken of.
 
     Args:
         network: The network.
-        outputs: What it returned.
-        name: Which output: a position, a key, or the name of the network's output. None stands for
-            the only one that is floating.
+        outputs: What the network returned.
+        name: Which output: a position, a key, or the name of the network's output. None means the
+            only floating one.
 
     Raises:
         TypeError: If there is no dense floating tensor.
@@ -149,10 +149,10 @@ def select_output(network: keras.Layer, outputs: Any, name: Name = None) -> tf.T
 
 
 def refuse_folded(network: keras.Layer, x: tf.Tensor, output: tf.Tensor) -> None:
-    """Refuses an output whose rows are not one for each example.
+    """Refuses an output that does not have one row for each example.
 
     Raises:
-        ValueError: If there are more or fewer rows than examples, as far as the shapes say.
+        ValueError: If the shapes say that there are more or fewer rows than examples.
     """
     rows = output.shape[0] if output.shape.rank else 1
     if rows and x.shape[0] and rows != x.shape[0]:
@@ -164,24 +164,24 @@ def refuse_folded(network: keras.Layer, x: tf.Tensor, output: tf.Tensor) -> None
         if rows < x.shape[0]:
             way_out = "Nothing may be reduced over the batch axis: that belongs into the loss"
         raise NotOne(
-            f"The output must have one row for each example, whose Jacobian it is. {way_out}. "
+            f"The output must have one row for each example. {way_out}. "
             f"Received: network {network.name!r}, which returns {tuple(output.shape)} for x of "
             f"shape {tuple(x.shape)}"
         )
 
 
 def example(network: keras.Layer, specs: Any) -> Any:
-    """Random examples of what a network takes, for a check of it; zeros where it takes integers.
+    """Makes random examples for the check of a network; zeros for inputs that are integers.
 
     Args:
         network: The network.
-        specs: `tf.TensorSpec`s of the data, in its structure; or None, for what the network's
-            `Input`s say.
+        specs: `tf.TensorSpec`s of the data, in the structure of the data; or None, for what the
+            network's `Input`s declare.
 
     Returns:
-        Tensors of two examples, or of as many as the network's `Input` fixes. Axes of unknown size
-        have the first of a few lengths that the network takes. None where a rank is not known, the
-        network takes none of these lengths, or it takes one example at a time.
+        Tensors of two examples, or of as many as the network's `Input` fixes. An axis of unknown
+        size gets the first of a few lengths that the network takes. None if a rank is not known, if
+        the network takes none of these lengths, or if it takes one example at a time.
     """
     inputs = list(getattr(network, "inputs", None) or [])
     specs = _specs_of_data(network, specs)
@@ -203,7 +203,7 @@ def example(network: keras.Layer, specs: Any) -> Any:
 
 
 def leaves_lengths_open(network: keras.Layer, specs: Any) -> bool:
-    """Whether the data leave the size of an axis open, so that a graph of a step does not know it.
+    """Whether the data leave the size of an axis open, which the graph of a step then lacks.
 
     Args:
         network: The network.
@@ -214,7 +214,7 @@ def leaves_lengths_open(network: keras.Layer, specs: Any) -> bool:
 
 
 def _specs_of_data(network: keras.Layer, specs: Any) -> Any:
-    """The specs that are given, or what the network's `Input`s say."""
+    """The given specs, or what the network's `Input`s declare."""
     inputs = list(getattr(network, "inputs", None) or [])
     if specs is None:
         specs = _keras.input_structure(network)

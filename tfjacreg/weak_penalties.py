@@ -1,7 +1,7 @@
-"""Penalties that cannot act: what the layers of a network, its loss and a first step say of them.
+"""Penalties that cannot act: warnings from the layers of a network, its loss and the first step.
 
-Nothing here runs the network; one whose end no layer shows is traced. Each warning is told once for
-a model.
+The network is not run; it is traced if no layer shows what its outputs are. Each warning is given
+once per model.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import tensorflow as tf
 from tfjacreg import _keras, graph_search, recording, signature
 from tfjacreg.error_causes import raise_an_interrupt
 
-# A penalty below this part of the loss in the first step trains nothing. Fresh weights give a small
-# slope that grows: with the default factor LeNet begins at 9e-4 of its loss on the digits. Behind a
-# Rescaling by 1/255 that is 4e-6.
+# A penalty below this part of the loss in the first step trains nothing. Fresh weights have a small
+# slope that grows: with the default factor LeNet begins at 9e-4 of its loss on the digits, and
+# behind a Rescaling by 1/255 at 4e-6.
 _LEAST_PART = 3e-5
-# Pixels in 0..255 are scaled by 1/255, or by one through their deviation: 1/60, say.
+# Pixels in 0..255 are scaled by 1/255, or by one over their standard deviation, about 1/60.
 _SHRINKS = 0.1
 _SATURATING = ("softmax", "sigmoid", "hard_sigmoid", "sparsemax", "sparse_sigmoid")
-# A layer that passes the values of its input on, all or some, perhaps in other places.
+# Layers that pass on the values of their input, all or some, perhaps in other places.
 _PASSING = (
     *(keras.layers.Reshape, keras.layers.Flatten, keras.layers.Permute, keras.layers.Identity),
     *(keras.layers.RepeatVector, keras.layers.Dropout, keras.layers.ActivityRegularization),
@@ -35,12 +35,12 @@ _PASSING = (
     *(keras.layers.ZeroPadding1D, keras.layers.ZeroPadding2D, keras.layers.ZeroPadding3D),
     *(keras.layers.Cropping1D, keras.layers.Cropping2D, keras.layers.Cropping3D),
 )
-# Likewise in keras.ops, by the names of their classes.
+# The same in keras.ops, by the names of the operations' classes.
 _OPERATIONS = (
     *("Cast", "Clip", "Reshape", "Squeeze", "ExpandDims", "Transpose", "Swapaxes", "Moveaxis"),
     *("GetItem", "Flip", "Identity", "Resize", "Pad"),
 )
-# Of probabilities they make probabilities.
+# Layers that make probabilities from probabilities.
 _MIXING = (
     *(keras.layers.Average, keras.layers.Concatenate, keras.layers.Maximum, keras.layers.Minimum),
     *(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalAveragePooling2D),
@@ -53,13 +53,13 @@ _OF_PROBABILITIES = (
 
 
 class PenaltyWarning(UserWarning):
-    """A penalty of the Jacobian that cannot act, or acts in other units than it seems.
+    """A penalty of the Jacobian that cannot act, or is measured in other units than it seems.
 
-    `RegularizedModel` gives it once, at the first training step or before: for outputs that are
-    probabilities, for inputs that the network scales down itself, and where factor times penalty is
-    below 3e-5 of the loss in the first step. `docs/troubleshooting.md` says what to do.
-    With `warnings.filterwarnings("ignore", category=tfjacreg.PenaltyWarning)` you hear of none;
-    `message=` of that function leaves out one kind.
+    `RegularizedModel` gives each warning once, before or at the first training step: for outputs
+    that are probabilities, for inputs that the network itself scales down, and if factor times
+    penalty is below 3e-5 of the loss in the first step. `docs/troubleshooting.md` says what to do.
+    `warnings.filterwarnings("ignore", category=tfjacreg.PenaltyWarning)` silences all of them; with
+    its argument `message=` it silences one kind.
     """
 
 
@@ -70,14 +70,14 @@ def warn_of_layers(
     output: signature.Name,
     example: Any = None,
 ) -> None:
-    """Warns of what the layers and the loss show before anything is computed.
+    """Warns about what the layers and the loss show before anything is computed.
 
     Args:
         network: The network.
-        loss: That of `compile`.
-        input: Which input the Jacobian is taken in.
-        output: Which output it is of.
-        example: What the network takes, for a look at what code of one's own ends with; or None.
+        loss: The loss given to `compile`.
+        input: The input that the Jacobian is taken with respect to.
+        output: The output that the Jacobian is taken of.
+        example: What the network takes, to trace what custom code ends with; or None.
     """
     saturating = _saturating_end(network, loss, output, example)
     if saturating is None and _takes_probabilities(loss, network, output):
@@ -102,15 +102,15 @@ def warn_of_layers(
 
 
 def warn_of_first_step(network: keras.Layer, factor: float, penalty: float, loss: float) -> None:
-    """Warns of a penalty that is nothing beside the loss.
+    """Warns if the penalty is negligible beside the loss.
 
-    Not of one that is 0, as it is at first where a last layer starts at 0.
+    A penalty of exactly 0 gives no warning: it starts at 0 if a last layer does.
 
     Args:
         network: The network.
-        factor: That of the penalty.
+        factor: The factor of the penalty.
         penalty: The penalty of the first step, without its factor.
-        loss: The loss of that step, the penalty in it.
+        loss: The loss of that step, including the penalty.
     """
     part, rest = abs(factor * penalty), abs(loss - factor * penalty)
     if math.isfinite(rest) and 0 < part < _LEAST_PART * rest:
@@ -123,14 +123,17 @@ def warn_of_first_step(network: keras.Layer, factor: float, penalty: float, loss
 
 
 def shrinking_start(network: keras.Layer, input: signature.Name) -> tuple[str, float] | None:
-    """The layer with which a network scales its input down, in words, and by how much; or None.
+    """Finds the layer by which a network scales its input down, and by how much.
 
-    Of several scales in a row it is the last one, by what they make together. None where a part of
-    the network takes the input as it comes.
+    If several scales follow each other, it is the last one, with the product of all.
 
     Args:
-        network: The network. Where the order of its layers is not known, any of them counts.
+        network: The network. If the order of its layers is not known, any layer counts.
         input: Which input is meant: a position, key or name; None for all.
+
+    Returns:
+        The layer, in words, and the scale. None if the scale is at least 0.1, or if a part of the
+        network takes the input unscaled.
     """
     graph = _keras.graph_of(network)
     if graph is None:
@@ -145,12 +148,12 @@ def shrinking_start(network: keras.Layer, input: signature.Name) -> tuple[str, f
 
 
 def _scales_taken(graph: Any, reached: dict[int, tuple[str, float]]) -> list[tuple[str, float]]:
-    """By how much the input is scaled where operations of a functional graph compute with it.
+    """The scales of the input at the operations of a functional graph that compute with it.
 
     Args:
         graph: The graph.
-        reached: The tensors in it that are the input, scaled, with the last scale in words and the
-            product of all; those that follow are added.
+        reached: The tensors of the graph that are the scaled input, by id, with the last scale in
+            words and the product of all; those that follow are added.
     """
     taken = []
     for node in _keras.nodes_in_order(graph):
@@ -176,7 +179,7 @@ def _scales_taken(graph: Any, reached: dict[int, tuple[str, float]]) -> list[tup
 
 
 def _passes_on(node: Any) -> bool:
-    """Whether an operation passes the values of its one tensor on, or adds a constant to them."""
+    """Whether an operation passes on the values of its one tensor, or adds a constant to them."""
     if len(node.input_tensors) != 1:
         return False
     kind = type(node.operation)
@@ -186,7 +189,7 @@ def _passes_on(node: Any) -> bool:
 
 
 def _scale(operation: Any) -> tuple[str, float] | None:
-    """By how much a layer of Keras' scales its input."""
+    """The name of a Keras layer that scales its input, and by how much; None for other layers."""
     if isinstance(operation, keras.layers.Rescaling):
         scale = operation.scale
     elif isinstance(operation, keras.layers.Normalization) and not operation.invert:
@@ -195,13 +198,13 @@ def _scale(operation: Any) -> tuple[str, float] | None:
         scale = 1 / np.maximum(np.sqrt(np.asarray(operation.variance)), keras.config.epsilon())
     else:
         return None
-    # A channel that never varies says nothing of the others.
+    # The median: a channel that never varies says nothing about the others.
     size = float(np.median(np.abs(np.asarray(scale, float))))
     return (f"layer {operation.name!r} ({type(operation).__name__})", size) if size else None
 
 
 def _scale_of_numbers(node: Any) -> tuple[str, float] | None:
-    """By how much `x / number` or `number * x`, written out, scales x; or an array of numbers."""
+    """The scale of x in `x / number` or `number * x`, written out; or with an array of numbers."""
     kind = type(node.operation).__name__
     size = _constant(node)
     if not size or kind not in ("TrueDivide", "Divide", "Multiply"):
@@ -210,7 +213,7 @@ def _scale_of_numbers(node: Any) -> tuple[str, float] | None:
 
 
 def _constant(node: Any) -> float | None:
-    """The size of the one constant that an operation takes beside a tensor, by its median."""
+    """The median size of the one constant that an operation takes beside a tensor, or None."""
     found = [
         part
         for part in (*node.arguments.args, *node.arguments.kwargs.values())
@@ -220,7 +223,7 @@ def _constant(node: Any) -> float | None:
 
 
 def _inputs_meant(graph: Any, name: signature.Name) -> list[Any]:
-    """The inputs that a name stands for; all floating ones, if it is none of theirs."""
+    """The inputs that a name stands for; all floating inputs if it is none of their names."""
     inputs = list(graph.inputs)
     keys = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(graph.input)]
     named = [
@@ -232,7 +235,7 @@ def _inputs_meant(graph: Any, name: signature.Name) -> list[Any]:
 
 
 def _outputs_meant(network: keras.Layer, graph: Any, name: signature.Name) -> list[int]:
-    """The positions of the outputs that a name stands for; all, if it is none of theirs."""
+    """The positions of the outputs that a name stands for; all if it is none of their names."""
     keys = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(graph.output)]
     names = getattr(network, "output_names", None) or keys
     named = [
@@ -246,13 +249,13 @@ def _outputs_meant(network: keras.Layer, graph: Any, name: signature.Name) -> li
 def _saturating_end(
     network: keras.Layer, loss: Any, output: signature.Name, example: Any
 ) -> str | None:
-    """The last operation of the output that is meant, in words, if it makes probabilities."""
+    """The last operation of the output that is meant, in words, if it gives probabilities."""
     graph = _keras.graph_of(network)
     is_own = example is not None and any(map(_is_own_code, _keras.layers_of(network)))
     if graph is None:
         if is_own:
             return _traced_end(network, loss, output, example)
-        # Which layer runs last is not known: the loss may say that it is another one.
+        # Which layer runs last is not known; a loss with from_logits speaks against probabilities.
         last = (getattr(network, "layers", None) or [network])[-1]
         is_of_logits = any(getattr(one, "from_logits", False) for one in keras.tree.flatten(loss))
         return None if is_of_logits else _saturation(last)
@@ -272,18 +275,18 @@ def _saturating_end(
 
 
 def _is_image(shape: Any, taken: list[Any], are_numbers: bool) -> bool:
-    """Whether a sigmoid's outputs are pixels, which it bounds, and that is all.
+    """Whether the outputs of a sigmoid are pixels, which a sigmoid may well bound.
 
     Args:
-        shape: That of the outputs.
-        taken: The shapes of the inputs: an image may be made of one of its shape.
+        shape: The shape of the outputs.
+        taken: The shapes of the inputs: an output of the same shape as an input is an image.
         are_numbers: Whether the loss compares numbers, not probabilities.
     """
     return tuple(shape) in map(tuple, taken) or (len(shape) == 4 and are_numbers)
 
 
 def _is_own_code(layer: keras.Layer) -> bool:
-    """Whether a layer runs code that is not Keras' own, which may end in anything."""
+    """Whether a layer runs custom code, which may end in anything."""
     function = getattr(layer, "activation", None)
     names = [type(layer).__module__, getattr(function, "__module__", None) or "keras."]
     is_known = all(name.startswith(("keras.", "tensorflow.")) for name in names)
@@ -293,7 +296,7 @@ def _is_own_code(layer: keras.Layer) -> bool:
 def _traced_end(
     network: keras.Layer, loss: Any, output: signature.Name, example: Any
 ) -> str | None:
-    """Likewise by the graph of a pass, of a network with code of one's own."""
+    """The same, from the graph of a pass, for a network with custom code."""
 
     def forward(x: Any) -> tf.Tensor:
         with recording.without_trace(network):
@@ -301,7 +304,7 @@ def _traced_end(
 
     try:
         traced = tf.function(forward, autograph=False).get_concrete_function(example)
-    except Exception as error:  # The check that follows says what it is.
+    except Exception as error:  # The check of the network that follows reports it.
         raise_an_interrupt(error)
         return None
     (made,) = traced.outputs
@@ -330,7 +333,7 @@ def _end(graph: Any, tensor: Any) -> str | None:
 
 
 def _saturation(operation: Any) -> str | None:
-    """What an operation ends with, in words, if its outputs are probabilities."""
+    """What gives an operation's outputs, in words, if they are probabilities; otherwise None."""
     if isinstance(operation, keras.layers.TimeDistributed):
         return _saturation(operation.layer)
     named = f"{operation.name!r} ({type(operation).__name__})"
@@ -341,7 +344,7 @@ def _saturation(operation: Any) -> str | None:
     elif isinstance(operation, keras.layers.Layer):
         function = getattr(operation, "activation", None)
     else:
-        function = type(operation)  # keras.ops.softmax, say, in a functional network.
+        function = type(operation)  # For example keras.ops.softmax in a functional network.
     name = getattr(function, "__name__", type(function).__name__).lower()
     for kind in _SATURATING:
         if name in (kind, f"{kind}_v2", kind.replace("_", "")):
@@ -350,7 +353,7 @@ def _saturation(operation: Any) -> str | None:
 
 
 def _takes_probabilities(loss: Any, network: keras.Layer, output: signature.Name) -> bool:
-    """Whether the compiled loss of the output that is meant is one of probabilities."""
+    """Whether the compiled loss of the output that is meant takes probabilities."""
     losses = loss
     if isinstance(loss, dict) and output is not None:
         losses = loss.get(output)
@@ -370,7 +373,7 @@ def _is_of_probabilities(loss: Any) -> bool:
     if isinstance(loss, str):
         try:
             loss = keras.losses.get(loss)
-        except ValueError:  # Keras says so itself.
+        except ValueError:  # Keras reports an unknown loss itself.
             return False
     if isinstance(loss, keras.losses.Loss):
         kind = type(loss).__name__
@@ -380,12 +383,12 @@ def _is_of_probabilities(loss: Any) -> bool:
 
 
 def _warn(text: str) -> None:
-    """Warns at the line of the caller outside of Keras and this package."""
+    """Gives the warning for the line of the caller outside Keras and this package."""
     warnings.warn(f"{text}.", PenaltyWarning, stacklevel=_outside())
 
 
 def _outside() -> int:
-    """How many frames up the first one is that belongs to neither Keras nor this package."""
+    """The number of frames up to the first one outside Keras and this package."""
     level, frame = 2, sys._getframe(2)
     while frame.f_back is not None:
         if frame.f_globals.get("__name__", "").split(".")[0] not in ("keras", "tfjacreg"):

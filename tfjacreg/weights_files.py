@@ -1,6 +1,6 @@
-"""Weights files of a model around a network, which the network alone reads and writes as well.
+"""Weights files of a model around a network, which the network can also read and write alone.
 
-h5py, in which they are written, comes with Keras and TensorFlow.
+They are written with h5py, which comes with Keras and TensorFlow.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import keras
 
 from tfjacreg import _keras
 
-# Where in the file stands what the network does not have: the optimizer, the penalty's state.
+# The group in the file for what the network does not have: the optimizer, the penalty's state.
 _OWN = "regularized_model"
 
 
 def is_one(path: Any) -> bool:
-    """Whether a path is that of a local `.weights.h5` file."""
+    """Whether a path names a local `.weights.h5` file."""
     return str(path).endswith(".weights.h5") and "://" not in str(path)
 
 
 def stamp(path: Any) -> tuple[int, int] | None:
-    """What changes when a file is written anew; None where there is none."""
+    """A value that changes when the file is written anew; None if there is no file."""
     with contextlib.suppress(OSError):
         found = Path(path).stat()
         return found.st_mtime_ns, found.st_ino
@@ -34,7 +34,7 @@ def stamp(path: Any) -> tuple[int, int] | None:
 
 
 def put_network_first(path: Any, network: keras.Layer) -> None:
-    """Moves the network of a file that Keras wrote for the model around it to the file's root.
+    """Moves the network to the root of a file that Keras wrote for the model around it.
 
     Args:
         path: The file.
@@ -52,7 +52,7 @@ def put_network_first(path: Any, network: keras.Layer) -> None:
 
 @contextlib.contextmanager
 def own_part(path: Any) -> Iterator[str | None]:
-    """A file for the time being of all but the network; None in a file of the network alone."""
+    """Yields a temporary file with all but the network; None for a file of the network alone."""
     with h5py.File(path, "r") as file, tempfile.TemporaryDirectory() as folder:
         if _OWN not in file:
             yield None

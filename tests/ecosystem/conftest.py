@@ -2,6 +2,6 @@
 
 import importlib.util
 
-# Where the extra is installed all of them are collected, and a package that is missing is an error.
+# If the extra is installed all of them are collected, and a missing package is an error.
 if importlib.util.find_spec("keras_hub") is None:
     collect_ignore_glob = ["test_*.py"]

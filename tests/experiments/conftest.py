@@ -21,7 +21,7 @@ def server():
         if os.environ.get("CI"):
             pytest.fail("PostgreSQL is not installed: apt-get install postgresql")
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    # Not in tmp_path: that is for its owner alone.
+    # Not in tmp_path, which only its owner can read.
     with tempfile.TemporaryDirectory(prefix="tfjacreg-postgresql-") as name:
         prefix = []
         if os.getuid() == 0:
@@ -47,7 +47,7 @@ def server():
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request):
-    """What --storage says: nothing, or a database of its own for each test."""
+    """The value of --storage: None, or a database of its own for each test."""
     if request.param == "sqlite":
         return None
     server = sqlalchemy.make_url(request.getfixturevalue("server"))

@@ -1,4 +1,4 @@
-"""Evaluations with numbers that a test can count."""
+"""Evaluations with numbers that are easy to compute by hand."""
 
 from tfjacreg.experiments.curves import Evaluation
 
@@ -14,7 +14,7 @@ def judged(clean=0.9, drops=(0.1, 0.5), distances=(1.0, None, 3.0), wrong=(1,), 
 
 
 def measured_at_points(distances, sigma, margin, wrong=(), nearer=0.5):
-    """Of one run, with the nearest image found at a share of the distance along directions."""
+    """The entries of one run, with the nearest image at a share of the distance in directions."""
     return judged(distances=distances, wrong=wrong) | {
         "minimal_distance": [None if d is None else nearer * d for d in distances],
         "distance": {"misclassified": list(wrong), "not_found": []},

@@ -1,8 +1,8 @@
-"""Starts train.py, evaluate.py and sweeps many times over: each a fork of one process.
+"""Starts train.py, evaluate.py and sweeps many times: each is a fork of one process.
 
 TensorFlow is imported once, and does not compute anything before the fork. The data set is a part
-of the digits and the network one dense layer, so that a run takes a second. As a program it takes
-orders as lines of JSON and answers each with a line.
+of the digits and the network one dense layer, so that a run takes a second. As a program this file
+takes orders as lines of JSON and answers each with a line.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ class Nursery:
         Args:
             argv: The command line.
             log: The file that its output goes to.
-            dies_at: Signals itself before the change of files of that number, counted from 0; -1
-                only counts them, for the last line of the log.
+            dies_at: The number, counted from 0, of the change of files before which the command
+                signals itself; -1 only counts the changes, for the last line of the log.
             dies_by: The signal.
             full_at: The name of a file, and another file that grows until the disk is full when
                 the first is to be written.
@@ -112,9 +112,9 @@ def shrink(set_attribute=setattr):
     """Makes runs small: few digits, one dense layer, a short plan for evaluate.py.
 
     Args:
-        set_attribute: `setattr`, or a fixture's that takes it back.
+        set_attribute: `setattr`, or a fixture's version of it that is undone afterwards.
     """
-    # Only here: the process that forks must be told where TensorFlow is to be found first.
+    # Imported here: the process that forks must first be told where to find TensorFlow.
     import keras
     import numpy as np
     from keras import layers
@@ -123,7 +123,7 @@ def shrink(set_attribute=setattr):
     from tfjacreg import datasets, networks, published
     from tfjacreg.experiments import measures
 
-    # Without TensorFlow's resizing: it must not compute anything before a fork.
+    # Without TensorFlow's resizing, since it must not compute anything before a fork.
     images, labels = load_digits(return_X_y=True)
     x = np.kron(images.reshape(-1, 8, 8) / 16, np.ones((3, 3))).astype("float32")
     x = np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None]
@@ -146,7 +146,7 @@ def shrink(set_attribute=setattr):
 
 
 class _Forked:
-    """Stands for `subprocess.Popen` in a sweep's worker: the process of a run is a fork of it."""
+    """Replaces `subprocess.Popen` in a sweep's worker: the process of a run is a fork of it."""
 
     def __init__(self, _command, *, stdout, **_):
         from tfjacreg.experiments import workers
@@ -210,7 +210,7 @@ def _main():
     # A worker forks its runs: TensorFlow must not have computed anything in it.
     workers._test_images = lambda config: len(datasets.load(config.dataset).test.y)
     commands = {"train": train.main, "evaluate": evaluate.main, "tfjacreg": __main__.main}
-    # As in tests/conftest.py. What is not searched is not copied in the forks either.
+    # As in tests/conftest.py. Objects that are not searched are not copied in the forks either.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
@@ -254,11 +254,11 @@ def _main():
 
 
 def _die_at(number, by, seen):
-    """Signals this process before the change of files of that number, and counts them."""
+    """Signals this process before the change of files with that number, and counts changes."""
     process = os.getpid()
 
     def count(event, arguments):
-        if os.getpid() != process:  # That of a run, which a worker has started.
+        if os.getpid() != process:  # A run that a worker has started.
             return
         changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
         if event == "open" and isinstance(arguments[2], int):

@@ -1,10 +1,10 @@
-"""Wrong values for every field of a file of JSON, of TOML or of numbers in lines."""
+"""Wrong values for every field of a file in JSON, in TOML or with numbers in lines."""
 
 import copy
 import json
 import math
 
-# At least eight for each kind of field; each is of the wrong type or beyond what can be meant.
+# At least eight for each kind of field; each has the wrong type or exceeds any sensible limit.
 WRONG = {
     "null": None,
     "true": True,
@@ -33,7 +33,7 @@ for _ in range(300):
 
 
 def fields(content, path=()):
-    """Every field of JSON content, objects and lists too: the keys on the way to each."""
+    """Every field of JSON content, including objects and lists, as the keys that lead to it."""
     items = content.items() if isinstance(content, dict) else enumerate(content[:1])
     for key, value in items:
         yield (*path, key)
@@ -62,7 +62,7 @@ def without(content, path):
 
 
 def in_json(content):
-    """A name and the text of a file for every wrong value of every field, and for none of it."""
+    """A name and a file's text for every field with every wrong value, and without the field."""
     for path in fields(content):
         name = ".".join(map(str, path))
         yield f"without {name}", json.dumps(without(content, path))
@@ -71,7 +71,7 @@ def in_json(content):
 
 
 def in_lines(text):
-    """The same for every column of numbers in lines, in the first line and in the last."""
+    """The same for every column of numbers in lines, in the first and last line."""
     head, *rows = text.splitlines()
     for line in (0, len(rows) - 1):
         cells = rows[line].split(",")
@@ -90,7 +90,7 @@ def in_lines(text):
 
 
 def in_toml(value):
-    """A value of JSON as TOML writes it; None where it has no such value."""
+    """A value of JSON as TOML writes it; None if TOML has no such value."""
     if value is None:
         return None
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""Wrong data sets, networks and classifiers, and a part of the sentence that each gets.
+"""Wrong data sets, networks and classifiers, and a part of the message that each causes.
 
-Each is `(what is wrong, make, sentence)`: `make(folder)` gives the settings of a run, or for
+Each is `(what is wrong, make, sentence)`: `make(folder)` returns the settings of a run, or for
 `CLASSIFIERS` the arguments of evaluate.py. `docs/own_data.md` has the table.
 """
 
@@ -16,7 +16,7 @@ SHAPE = (12, 12, 1)
 
 
 def arrays(n=60, classes=3, shape=SHAPE):
-    """A data set in which everything is right."""
+    """A data set without faults."""
     x = RNG.integers(0, 256, size=(n, *shape), dtype="uint8")
     test = RNG.integers(0, 256, size=(n // 2, *shape), dtype="uint8")
     return {
@@ -59,7 +59,7 @@ def changed(key, function):
 
 
 def both(name, function):
-    """A change of the images or of the labels of both splits."""
+    """A change of the images or of the labels in both splits."""
     return npz(lambda a: a | {f"{name}_{s}": function(a[f"{name}_{s}"]) for s in ("train", "test")})
 
 
@@ -259,7 +259,7 @@ TFDS = [
 
 
 def saved(*stack, shape=SHAPE):
-    """A network out of a file, on data in which everything is right."""
+    """A network from a file, with a data set without faults."""
 
     def make(folder):
         keras.Sequential([keras.Input(shape), *(kind() for kind in stack)]).save(

@@ -1,1 +1,1 @@
-"""The paper's experiment: runs, sweeps, evaluations and reports. The library never imports it."""
+"""The paper's experiment: runs, sweeps, evaluations, reports. The library does not import it."""

@@ -1,4 +1,4 @@
-"""What the report says first: which method is best, by how much, and at what cost."""
+"""The first lines of a report: which method is best, by how much, and at what cost."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.selection import LABELS, CellResults, Statistic, SweepResults
 from tfjacreg.experiments.tables import code, number, p_value, percent, plain
 
-# A difference counts where its p, times the number of differences, is below this.
+# A difference counts as real if its p, times the number of differences, is below this.
 LEVEL = 0.05
-# The attack whose accuracy is shown, and the noise.
+# The attack and the noise whose accuracies are shown.
 ATTACK, NOISE = "pgd_margin", "noise"
 
 
 class Answer(NamedTuple):
-    """The first words of a report about one data set.
+    """The first lines of a report about one data set.
 
     Attributes:
         sentence: The answer.
         robust: What the penalty does under attack, or nothing.
-        table: The methods beside each other, in Markdown.
-        notes: What belongs below the table.
-        more: What else there is to know before a decision.
+        table: A comparison of the methods, in Markdown.
+        notes: The notes below the table.
+        more: What else to know before deciding.
     """
 
     sentence: str
@@ -47,11 +47,11 @@ class _Robustness(NamedTuple):
 def answer(
     results: SweepResults, others: Sequence[SweepResults], judged: Mapping[Path, dict[str, Any]]
 ) -> Answer:
-    """Says which method is best.
+    """Answers which method is best.
 
     Args:
-        results: The sweep that answers.
-        others: All sweeps of the report: the grid that its cells were chosen from may be one.
+        results: The sweep that gives the answer.
+        others: All sweeps of the report; one may be the grid that this sweep's cells come from.
         judged: The evaluations of its runs, by run folder.
     """
     accuracy = {m: comparison.accuracies(cell) for m, cell in results.chosen.items()}
@@ -71,7 +71,7 @@ def answer(
 
 
 def evaluations(results: SweepResults, judged: Mapping[Path, dict[str, Any]]) -> list[Evaluation]:
-    """The evaluations of the runs that stand for the methods, an empty one where there is none."""
+    """The evaluations of the chosen cells' runs; empty for a run without an evaluation."""
     return [
         Evaluation(results.label, LABELS[method], judged.get(run.folder.path, {}))
         for method, cell in results.chosen.items()
@@ -80,7 +80,7 @@ def evaluations(results: SweepResults, judged: Mapping[Path, dict[str, Any]]) ->
 
 
 def named(method: str, cell: CellResults) -> str:
-    """A method with the factor that was chosen for it."""
+    """A method with its chosen factor."""
     factor = cell.cell.factor
     return LABELS[method] if factor is None else f"{LABELS[method]}, {factor:g}"
 
@@ -147,7 +147,7 @@ def _probability(difference: Difference, count: int) -> str:
 def _robustness(
     results: SweepResults, judged: Mapping[Path, dict[str, Any]], name: str
 ) -> _Robustness | None:
-    """At the middle one of the strengths."""
+    """Gathers the accuracies at the middle one of the strengths."""
     values: dict[str, dict[int, float]] = {}
     title = ""
     for method, cell in results.chosen.items():
@@ -182,7 +182,7 @@ def _robust(found: _Robustness | None) -> str:
 
 
 def _cost(results: SweepResults) -> list[str]:
-    """The time of an epoch: steps of different batch sizes do not compare."""
+    """Compares the times of an epoch: times of steps with different batch sizes do not compare."""
     times = {
         method: cell.statistic("step_seconds").mean / cell.cell.batch_size
         for method, cell in results.chosen.items()
@@ -196,7 +196,7 @@ def _cost(results: SweepResults) -> list[str]:
 
 
 def _grid(results: SweepResults, others: Sequence[SweepResults], method: str) -> list[CellResults]:
-    """The cells that a method's was chosen from."""
+    """The cells from which the cell of a method was chosen."""
     settings = ("dataset", "network")
     config = results.sweep.any_config
     same = [
@@ -226,7 +226,7 @@ def _at_the_edge(results: SweepResults, others: Sequence[SweepResults]) -> list[
 
 
 def _not_shown(results: SweepResults, others: Sequence[SweepResults]) -> list[str]:
-    """Methods that were planned and have nothing to show, here or in the sweep that chose."""
+    """Methods that were planned and have no result, here or in the sweep of the grid."""
     config = results.sweep.any_config
     texts: list[str] = []
     for other in others:

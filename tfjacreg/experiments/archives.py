@@ -1,7 +1,7 @@
-"""What a `.keras` file may hold, checked before any of it is made an object.
+"""Checks what a `.keras` file holds before any object is made from it.
 
-Keras makes objects of whatever class a file names; how much it refuses by itself depends on its
-version. Here a file may name Keras' own layers, and what belongs to them, and nothing else.
+Keras makes objects of whatever class a file names; how much it refuses depends on its version.
+Here a file may name Keras' own layers and what belongs to them, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from tfjacreg import _keras, graph_search
 from tfjacreg.model import RegularizedModel
 from tfjacreg.printable import shown
 
-PARTS = 1000  # Keras writes three, and this project one more.
-# What the parts of an archive may have, unpacked. Keras does not compress them.
+PARTS = 1000  # Keras writes three, and this project adds one.
+# Limits on the unpacked size of an archive's parts. Keras does not compress them.
 UNPACKED = 4 << 30
 RATIO = 100
-_SMALL = 64 << 20  # Up to here the ratio does not matter.
+_SMALL = 64 << 20  # Up to this size the ratio does not matter.
 DESCRIPTION = 64 << 20  # Bytes of a part that is JSON.
-DEPTH = 200  # Of lists and objects in each other. A model in a model takes about six.
+DEPTH = 200  # Of nested lists and objects. A model in a model takes about six.
 OBJECTS = 1_000_000  # Lists and objects in a description.
 
-# Beyond what the file has as weights, a layer may make some when it is built.
+# Numbers that layers may make when they are built, beyond the weights in the file.
 _SPARE = 1_000_000
-OUTPUT = 1 << 27  # Numbers that a layer may give for an example.
+OUTPUT = 1 << 27  # Numbers that a layer may return for an example.
 
 _SPACES = (
     *("layers", "models", "initializers", "regularizers", "constraints", "optimizers"),
     *("optimizers.schedules", "losses", "metrics", "dtype_policies", "random", "quantizers"),
 )
-# Keras writes a function as its name alone, of one of these.
+# Keras writes only the name of a function, which is in one of these modules.
 _FUNCTIONS = ("activations", "losses", "metrics", "initializers", "regularizers", "constraints")
-# They hold Python code, or read files whose names are in the description.
+# These hold Python code, or read files that the description names.
 _REFUSED = (
     *("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
     *("StringLookup", "IntegerLookup", "TextVectorization", "MelSpectrogram"),
@@ -66,11 +66,11 @@ def check(file: BinaryIO) -> int:
         file: The archive, open.
 
     Returns:
-        How many numbers its weights are.
+        How many numbers its weights hold.
 
     Raises:
-        ValueError: If one is not allowed.
-        OSError: If the file is no archive or cannot be read.
+        ValueError: If something in it is not allowed.
+        OSError: If the file is not an archive or cannot be read.
     """
     numbers = 0
     with zipfile.ZipFile(file) as archive:
@@ -88,13 +88,13 @@ def check(file: BinaryIO) -> int:
 
 
 def check_parts(archive: zipfile.ZipFile) -> None:
-    """Checks number, names, kinds and sizes of the parts of a zip file, of which none is unpacked.
+    """Checks number, names, kinds and sizes of the parts of a zip file without unpacking it.
 
     Args:
-        archive: The file, open; a `.npz` is one too.
+        archive: The file, open; an `.npz` file is one too.
 
     Raises:
-        ValueError: If one is not allowed.
+        ValueError: If a part is not allowed.
     """
     parts = archive.infolist()
     if len(parts) > PARTS:
@@ -148,7 +148,7 @@ def _check_description(text: bytes) -> None:
 
 
 def _objects(content: Any) -> Iterator[dict[str, Any]]:
-    """All objects in a description, however deep."""
+    """All objects in a description, however deeply nested."""
     waiting, seen = [(content, 1)], 0
     while waiting:
         item, depth = waiting.pop()
@@ -169,7 +169,7 @@ def _objects(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _named(item: dict[str, Any]) -> str:
-    """A class or function, as the description names it, for a message."""
+    """A class or function as the description names it, for a message."""
     name = item.get("config") if item["class_name"] == "function" else item["class_name"]
     if not isinstance(name, str):
         name = item["class_name"]
@@ -184,7 +184,7 @@ def _allowed(item: dict[str, Any]) -> bool:
         return True
     if name == "function":
         function = item.get("config")
-        # Old versions look for any other in the module itself: exec, in builtins.
+        # For other names old versions look into the module itself, such as exec in builtins.
         return (
             module == "builtins"
             and registered in (None, "function", function)
@@ -206,7 +206,7 @@ def _is_keras_own(module: str | None, name: str) -> bool:
             space = getattr(space, part, None)
         spaces = [getattr(space, name, None)]
     elif module.startswith(("keras.src.models.", "keras.src.ops.", "keras.src.layers.")):
-        # What is not loaded by now is not loaded for a file.
+        # A module that is not loaded yet is not loaded for a file.
         spaces = [vars(sys.modules[module]).get(name)] if module in sys.modules else []
     else:
         spaces = []
@@ -220,21 +220,21 @@ def _is_keras_own(module: str | None, name: str) -> bool:
 
 
 def check_weights(file: Any, size: int) -> int:
-    """Checks that weights lie in their file: HDF5 can refer to others, or to room it does not have.
+    """Checks that weights lie in their file: HDF5 can refer to other files, or claim more room.
 
     Args:
         file: The HDF5 file, open.
-        size: How many bytes it has.
+        size: Its size in bytes.
 
     Returns:
-        How many numbers there are in it.
+        How many numbers it holds.
 
     Raises:
-        ValueError: If they do not, or it cannot be read.
+        ValueError: If the weights lie elsewhere, or cannot be read.
     """
     total, numbers, most = 0, 0, min(UNPACKED, max(RATIO * size, _SMALL))
 
-    def problem(name: str, link: Any) -> str | None:  # Raised in here, h5py would lose it.
+    def problem(name: str, link: Any) -> str | None:  # h5py would lose an error raised in here.
         nonlocal total, numbers
         elsewhere = f"lie in it. Received: {name!r}, in another file"
         if isinstance(link, h5py.ExternalLink):
@@ -259,10 +259,10 @@ def check_weights(file: Any, size: int) -> int:
 
 @contextlib.contextmanager
 def layers_limited(numbers: int) -> Iterator[None]:
-    """Has layers that are built have no more weights, together, than a file has for them.
+    """Limits the weights of the layers that are built to what the file holds, all together.
 
     Args:
-        numbers: How many numbers the file's weights are.
+        numbers: How many numbers the weights in the file hold.
     """
     original, left = keras.Layer.add_weight, numbers + _SPARE
 
@@ -284,13 +284,13 @@ def layers_limited(numbers: int) -> Iterator[None]:
 
 
 def check_outputs(model: keras.Model) -> None:
-    """Refuses a model in which an operation gives more numbers than an example can take up.
+    """Refuses a model with an operation that returns more numbers for an example than is allowed.
 
     Args:
-        model: What was loaded; nothing has been computed with it.
+        model: The loaded model, with which nothing has been computed yet.
 
     Raises:
-        ValueError: If one does.
+        ValueError: If there is such an operation.
     """
     for layer in model._flatten_layers():
         outputs = []
@@ -306,13 +306,13 @@ def check_outputs(model: keras.Model) -> None:
 
 
 def _check_operations(model: keras.Model) -> None:
-    """Looks at operations between layers, and at layers inside of others, which have no `output`.
+    """Checks operations between layers, and layers inside layers, which have no `output`.
 
     The model is traced for one example, which computes nothing.
     """
     if isinstance(model, RegularizedModel):
         model = model.network
-    if not getattr(model, "inputs", None):  # As long as it is not built nothing is known of it.
+    if not getattr(model, "inputs", None):  # Nothing is known of a model that is not built.
         return
     structure = _keras.input_structure(model)
     specs = keras.tree.map_structure(
@@ -331,6 +331,6 @@ def _check_operations(model: keras.Model) -> None:
 
 
 def _size(shape: Any) -> int:
-    """How many numbers a tensor has, of one example; sizes that are not known count as 1."""
+    """How many numbers a tensor holds for one example; sizes that are not known count as 1."""
     known = tf.TensorShape(shape)
     return math.prod(n or 1 for n in known) if known.rank else 1

@@ -1,4 +1,4 @@
-"""What happens around the epochs of a run: they are timed, checked, tested, kept and shown."""
+"""Callbacks of a run: they time, check and test each epoch, save its state and show its figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tfjacreg.experiments.config import RunError
 from tfjacreg.experiments.folder import RunFolder
 
 EVALUATION_BATCH = 500
-# The figures of an epoch that a terminal shows, and in how many columns each.
+# The figures of an epoch that a terminal shows, and the width of each in columns.
 _SHOWN = ("loss", "accuracy", "penalty", "val_loss", "val_accuracy")
 _WIDTH = 8
 
@@ -26,8 +26,8 @@ class EpochClock(keras.callbacks.Callback):
     """Numbers the epochs for the pipeline and times their training steps.
 
     Attributes:
-        epoch: The number of the present epoch, counted from 0.
-        step_seconds: The mean time of a step of the present epoch, validation left out.
+        epoch: The number of the current epoch, counted from 0.
+        step_seconds: The mean seconds of a step in the current epoch, without validation.
     """
 
     def __init__(self, first_epoch: int) -> None:
@@ -48,9 +48,9 @@ class EpochClock(keras.callbacks.Callback):
 
 
 class StopAtNaN(keras.callbacks.Callback):
-    """Ends the run where the loss or a weight is no longer a finite number.
+    """Ends the run if the loss or a weight is no longer a finite number.
 
-    Comes before `Recorder`, so that no such state is kept.
+    It comes before `Recorder`, so that such a state is not saved.
     """
 
     def __init__(self, folder: RunFolder, history: list[dict[str, float]]) -> None:
@@ -63,7 +63,7 @@ class StopAtNaN(keras.callbacks.Callback):
         self._check(logs["loss"])
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Checks the figures of the epoch, validation among them, and all that a step changes."""
+        """Checks the figures of the epoch, with validation, and everything that a step changes."""
         self._check(*logs.values())
         for variable in (*self.model.variables, *self.model.optimizer.variables):
             value = keras.ops.convert_to_numpy(variable)
@@ -71,12 +71,12 @@ class StopAtNaN(keras.callbacks.Callback):
                 self._check(value.astype("float64"))
 
     def _check(self, *values: Any) -> None:
-        # NaN is not below it; in double precision numbers may be finite that no file of a run has.
+        # NaN fails the comparison too. Double precision has finite numbers that no file may hold.
         if not all(np.all(np.abs(np.asarray(value, float)) <= records.LARGEST) for value in values):
             raise self.diverged()
 
     def diverged(self) -> RunError:
-        """What to raise in the present epoch."""
+        """The error to raise in the current epoch."""
         done = len(self._history)
         kept = (
             f"the state after epoch {done} is in {self._folder.reader.checkpoint_file}"
@@ -90,7 +90,7 @@ class StopAtNaN(keras.callbacks.Callback):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Tests the network after each epoch, and keeps a line of figures and the whole state."""
+    """Tests the network after each epoch, and saves a line of figures and the whole state."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Recorder(keras.callbacks.Callback):
 
 
 class EpochTable(keras.callbacks.Callback):
-    """Shows a line of figures per epoch, and a bar of the present one, in 80 columns of a terminal.
+    """Shows a line of figures per epoch, and a bar for the current one, in 80 terminal columns.
 
-    Comes after `Recorder`: an epoch that has its line is kept.
+    It comes after `Recorder`: an epoch whose line is shown has been saved.
     """
 
     def __init__(self, clock: EpochClock) -> None:
@@ -134,7 +134,7 @@ class EpochTable(keras.callbacks.Callback):
         self._has_head = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begins a bar."""
+        """Starts a bar."""
         self._bar = tqdm(
             desc=f"epoch {epoch + 1}/{self.params['epochs']}",
             total=self.params["steps"],
@@ -149,7 +149,7 @@ class EpochTable(keras.callbacks.Callback):
         self._bar.update(_steps_done(batch, self.params["steps"]) - self._bar.n)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Puts the line in the place of the bar."""
+        """Replaces the bar by the line."""
         self.close()
         names = [n for n in _SHOWN if n in logs]
         widths = {name: max(len(name), _WIDTH) for name in names}
@@ -162,7 +162,7 @@ class EpochTable(keras.callbacks.Callback):
         print(f"{counted:>7}{figures}  {1e3 * self._clock.step_seconds:7.1f}", flush=True)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Checkpoints: Keras' own files, with a note inside that says which run and epochs they are of."""
+"""Checkpoints: Keras files with a note inside that names the run and the epochs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import keras
 from tfjacreg.experiments import archives, reading
 from tfjacreg.printable import printable
 
-_NOTE = "run.json"  # Keras leaves members that it does not know alone.
+_NOTE = "run.json"  # Keras ignores parts of an archive that it does not know.
 
 
 def save(model: keras.Model, path: Path, note: dict[str, Any]) -> None:
@@ -21,7 +21,7 @@ def save(model: keras.Model, path: Path, note: dict[str, Any]) -> None:
     Args:
         model: The model.
         path: The file, with the ending `.keras`.
-        note: What JSON can represent.
+        note: Content that JSON can represent.
     """
     model.save(path)
     with zipfile.ZipFile(path, "a") as archive:
@@ -29,7 +29,7 @@ def save(model: keras.Model, path: Path, note: dict[str, Any]) -> None:
 
 
 def load(path: Path, **options: Any) -> keras.Model:
-    """Loads a `.keras` file after a look at every byte of it; runs no code that it holds.
+    """Loads a `.keras` file after checking every byte of it; runs no code that it holds.
 
     Args:
         path: The file.
@@ -38,7 +38,7 @@ def load(path: Path, **options: Any) -> keras.Model:
     Raises:
         ValueError: If that fails, for whatever reason.
     """
-    # Keras jumps about in a file, past the checksums, and names one that is cut "not found".
+    # Keras skips the checksums of a file, and reports a truncated one as "not found".
     numbers = check_whole(path)
     try:
         with archives.layers_limited(numbers):
@@ -46,7 +46,7 @@ def load(path: Path, **options: Any) -> keras.Model:
         archives.check_outputs(model)
         return model
     except Exception as error:
-        # Keras answers a broken file with errors of many kinds.
+        # Keras raises errors of many kinds for a broken file.
         reason = printable(" ".join(str(error).split()), limit=1000) or type(error).__name__
         raise ValueError(f"{path} cannot be loaded as a Keras model: {reason}") from error
 
@@ -55,7 +55,7 @@ def check_whole(path: Path) -> int:
     """Checks that a `.keras` file is whole and may be loaded: see `archives`; raises ValueError.
 
     Returns:
-        How many numbers its weights are.
+        How many numbers its weights hold.
     """
     try:
         with reading.open_regular(path) as file:
@@ -67,7 +67,7 @@ def check_whole(path: Path) -> int:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """The note in a checkpoint; raises ValueError where there is none."""
+    """Reads the note in a checkpoint; raises ValueError if there is none."""
     check_whole(path)
     with zipfile.ZipFile(path) as archive:
         try:

@@ -1,4 +1,4 @@
-"""Anybody's classifiers: what a file is, which pixels it takes, what it is taken for."""
+"""Classifier files from anywhere: which pixels they take, and whether these fit the data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Scale:
     """The scale of the pixels that a classifier takes.
 
     Attributes:
-        low: What black is.
-        high: What white is.
+        low: The value of black.
+        high: The value of white.
         mean: What is then subtracted, per channel or for all; empty for nothing.
-        std: What is then divided by; of the length of `mean`.
+        std: What is then divided by; as many numbers as `mean`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -53,15 +53,15 @@ class Scale:
 
     @classmethod
     def of(cls, pixels: str | None, mean: Sequence[float], std: Sequence[float]) -> Scale:
-        """The scale that the options mean.
+        """The scale that the options describe.
 
         Args:
             pixels: `"LOW..HIGH"`, such as `"0..255"`; None for `"0..1"`.
-            mean: Of each channel, or one number.
+            mean: One number, or one per channel.
             std: Likewise.
 
         Raises:
-            ValueError: If a number is out of range, or `pixels` is no such text.
+            ValueError: If a number is out of range, or `pixels` has another form.
         """
         number = r"([+-]?\d+(?:\.\d+)?)"
         match = re.fullmatch(rf"{number}\.\.{number}", pixels or "0..1")
@@ -71,7 +71,7 @@ class Scale:
 
     @property
     def is_plain(self) -> bool:
-        """Whether pixels go in as they are."""
+        """Whether pixels in [0, 1] go in as they are."""
         return self == Scale()
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Scale:
         return text
 
     def in_front_of(self, classifier: keras.Model) -> keras.Model:
-        """The classifier of pixels in [0, 1] that this one is; raises ValueError."""
+        """The classifier as one of pixels in [0, 1]; raises ValueError if the scale is unfit."""
         if self.is_plain:
             return classifier
         shape = classifier.input_shape[1:]
@@ -102,7 +102,7 @@ class Scale:
 
 
 def refuse_other_formats(path: Path) -> None:
-    """Refuses what is a model, but in a format whose content is not checked; raises ValueError."""
+    """Refuses models in formats whose content cannot be checked; raises ValueError."""
     if path.suffix.lower() in (".h5", ".hdf5") and path.is_file():
         raise ValueError(
             f"{path} is an HDF5 file, which Keras loads without a check of the code in it. Convert "
@@ -119,7 +119,7 @@ def refuse_other_formats(path: Path) -> None:
 
 
 def described(path: Path, classifier: keras.Model, scale: Scale, accuracy: float, n: int) -> str:
-    """What a classifier is taken for, in a line."""
+    """One line on how a classifier is understood: its images, scale, classes and accuracy."""
     shape = "x".join(map(str, classifier.input_shape[1:]))
     classes = classifier.output_shape[-1]
     return (
@@ -131,14 +131,14 @@ def described(path: Path, classifier: keras.Model, scale: Scale, accuracy: float
 def warn_of_scale(
     path: Path, classifier: keras.Model, scale: Scale, accuracy: float, n: int
 ) -> None:
-    """Warns of a classifier that seems to have been made for other pixels.
+    """Warns if a classifier seems to have been made for pixels on another scale.
 
     Args:
         path: Its file.
-        classifier: What is in it.
-        scale: What its pixels are taken for.
-        accuracy: On the images, as they are taken.
-        n: How many images these are.
+        classifier: The classifier in it.
+        scale: The scale on which it gets its pixels.
+        accuracy: Its accuracy on the images on this scale.
+        n: The number of images.
     """
     layer = network_sources.leading_scale(classifier)
     begins: Any = ""

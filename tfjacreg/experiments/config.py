@@ -1,4 +1,4 @@
-"""The settings of a run, and what the paper sets where nothing is said (appendix A.2)."""
+"""The settings of a run, with the paper's as defaults (appendix A.2)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "vgg16": {"epochs": 100, "batch_size": 128, "learning_rate": 0.1, "schedule": "cosine"},
     "resnet20": {"epochs": 100, "batch_size": 128, "learning_rate": 0.1, "schedule": "cosine"},
 }
-# A network of one's own starts from LeNet's.
+# A network of your own has LeNet's defaults.
 OWN_DEFAULTS = DEFAULTS["lenet"]
 SCHEDULES = ("constant", "cosine")
-# Crops and flips are for natural images: digits and clothes know left from right.
+# Crops and flips suit natural images: digits and clothes are not symmetric.
 AUGMENTED_DATASETS = ("cifar10",)
-# What a config.json means that was written before the setting existed.
+# The values of settings for a config.json that was written before they existed.
 EARLIER: dict[str, Any] = {
     "whole_training_set": False,
     "initialization": "keras",
@@ -33,12 +33,13 @@ EARLIER: dict[str, Any] = {
     "data_digest": None,
     "network_digest": None,
 }
-# What names a file, and the digest of what is in it: that counts, not how the file is called.
+# Settings that name a file, and the setting with the digest of its content: the digest counts, not
+# the name.
 _DIGESTS = {"dataset": "data_digest", "image_size": "data_digest", "network": "network_digest"}
 
 
 class RunError(ValueError):
-    """A run cannot start or go on, or its folder cannot be used; the message says what to do."""
+    """A run cannot start or continue, or its folder cannot be used; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class RunConfig:
     Attributes:
         dataset: A name in `datasets.NAMES`, `FILE.npz`, a folder or `tfds:NAME`.
         network: A name in `networks.NAMES`, `FILE.keras` or `MODULE:FUNCTION`.
-        pretrained: Whether the weights of `FILE.keras` are kept as the start.
+        pretrained: Whether the run starts from the weights in `FILE.keras`.
         image_size: `(H, W)` that the images of a folder or of `tfds:NAME` are resized to; None if
             they are of one size.
         width: Width of vgg16 and resnet20 relative to the published network.
@@ -57,16 +58,17 @@ class RunConfig:
         factor: The weight lambda of the penalty.
         epochs: Passes over the training split.
         batch_size: Examples in a step.
-        learning_rate: Of SGD with momentum 0.8; where a cosine schedule starts.
+        learning_rate: Of SGD with momentum 0.8; for a cosine schedule the initial one.
         schedule: `"constant"` or `"cosine"` (annealed to 0 over the run).
-        augment: Random crops (4 pixels of padding) and horizontal flips.
+        augment: Whether to use random crops (4 pixels of padding) and horizontal flips.
         whole_training_set: Whether to train on the validation split too. Then there are no
-            validation figures, and nothing but the test split to choose an epoch or a cell by.
-        seed: Of the initial weights, the order of the examples and the random vectors.
-        data_dir: Where tensorflow-datasets keeps its data; None is its own default.
-        data_digest: The SHA-256 of the images and labels of a data set of one's own; None for the
-            project's, or as long as nobody has looked (`identified`).
-        network_digest: That of the file of a network of one's own, or of its function's module.
+            validation figures, and only the test split is left to choose an epoch or a cell by.
+        seed: Seed of the initial weights, the order of the examples and the random vectors.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
+        data_digest: The SHA-256 of the images and labels of a data set of your own; None for one in
+            `datasets.NAMES`, and before `identified` is called.
+        network_digest: The SHA-256 of the file of a network of your own, or of its function's
+            module; None likewise.
 
     Raises:
         ValueError: If a setting is out of range; the message lists what is valid.
@@ -93,7 +95,7 @@ class RunConfig:
 
     @classmethod
     def of(cls, **given: Any) -> Self:
-        """The settings given, and for the others the defaults of the network and the data set.
+        """Takes the given settings, and for the others the defaults of network and data set.
 
         Args:
             given: Settings by their names.
@@ -134,7 +136,7 @@ class RunConfig:
             "learning_rate": arguments.positive("learning_rate", self.learning_rate),
             "augment": arguments.boolean("augment", self.augment),
             "whole_training_set": arguments.boolean("whole_training_set", self.whole_training_set),
-            "seed": arguments.fixed_seed(self.seed, below=2**32),  # NumPy's own limit.
+            "seed": arguments.fixed_seed(self.seed, below=2**32),  # NumPy's limit.
         }
         checked["pretrained"] = arguments.boolean("pretrained", self.pretrained)
         if self.image_size is not None:
@@ -169,12 +171,12 @@ class RunConfig:
                 f"Received: initialization={self.initialization!r}"
             )
         for name, value in checked.items():
-            object.__setattr__(self, name, value)  # As Python's own numbers, for JSON.
+            object.__setattr__(self, name, value)  # As Python numbers, for JSON.
 
     def identified(self) -> Self:
-        """The same settings with the digests of data and network of one's own.
+        """The same settings with the digests of your own data and network.
 
-        A digest stays None where the data or the file is not there.
+        A digest stays None if the data or the file is not there.
 
         Raises:
             ValueError: If the data set is there and something in it is wrong.
@@ -186,23 +188,23 @@ class RunConfig:
         )
 
     def make_regularizer(self) -> regularizers.Regularizer | None:
-        """The penalty that the settings mean."""
+        """Makes the penalty that the settings describe."""
         if self.regularizer == "none":
             return None
         penalty = regularizers.BY_NAME[self.regularizer]
-        # Weight decay draws nothing at random.
+        # Weight decay has no random vectors.
         seed = {} if penalty is regularizers.WeightDecay else {"seed": self.seed}
         return penalty(factor=self.factor, **seed)
 
     def make_network(self, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-        """The network that the settings mean, with new weights.
+        """Makes the network that the settings describe, with new weights or `pretrained` ones.
 
         Args:
             input_shape: `(H, W, C)`.
-            num_classes: How many logits it gives.
+            num_classes: The number of logits.
 
         Raises:
-            ValueError: If a network of one's own cannot be loaded or does not fit.
+            ValueError: If a network of your own cannot be loaded or does not fit.
         """
         if self.network not in networks.NAMES:
             return network_sources.make(
@@ -214,13 +216,13 @@ class RunConfig:
         return networks.get(self.network, input_shape, num_classes, **options)
 
     def differences(self, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ from those of a `config.json`: its value and this one's.
+        """The settings that differ from a `config.json`: the value there and the value here.
 
-        Where the data lies does not count, nor how a file is called that has the same digest: it
-        does not change what the run is. A digest that is None here has not been looked at.
+        Where the data lies does not count, and neither does the name of a file with the same
+        digest: they do not change the run. A digest that is None here is not compared.
 
         Args:
-            settings: What `FolderReader.read_config` reads.
+            settings: What `FolderReader.read_config` returns.
         """
         different = {}
         for name, value in dataclasses.asdict(self).items():
@@ -234,7 +236,7 @@ class RunConfig:
         return different
 
     def described(self) -> str:
-        """The settings in two lines, for whoever starts the run."""
+        """The settings in two lines, to print when the run starts."""
         penalty = self.regularizer
         if penalty != "none":
             penalty += f", factor {self.factor:g}"
@@ -259,7 +261,7 @@ class RunConfig:
         return f"{first}\n  {', '.join(parts)}"
 
     def default_folder(self) -> Path:
-        """Where the run goes if nothing else is said."""
+        """The folder of the run if none is given."""
         method = self.regularizer
         if method != "none":
             method += f"-{self.factor:g}"
@@ -274,7 +276,7 @@ class RunConfig:
 
 
 def file_name(name: str) -> str:
-    """A data set's or network's name as a part of the name of a folder."""
+    """The name of a data set or network as a part of a folder's name."""
     return re.sub(r"\W+", "-", Path(name).stem).strip("-") or "own"
 
 

@@ -1,4 +1,4 @@
-"""The numbers behind tables and figures of judged runs, and the tables."""
+"""The numbers behind the tables and figures of evaluated runs, and the tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TITLES = {
     "square": "Square",
 }
 _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
-# Where the gradient has faded on so many of the images, and they are still right, the accuracy is
-# marked: the attack has not tested it.
+# An accuracy is marked as not tested if the attack has lost its gradient on at least this share of
+# the images and they are still classified correctly.
 FADED = 0.01
-# Where evaluation.json has the distances: at random directions, and to the nearest image found.
+# The entries of evaluation.json with the distances: in random directions, to the nearest image.
 DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
 _MEANINGS = {
     "boundary": "distance to the decision boundary along random directions",
@@ -36,7 +36,7 @@ _HEAD = [f"{100 * q:g} %" for q in _QUANTILES]
 
 
 class Evaluation(NamedTuple):
-    """One judged run.
+    """One evaluated run.
 
     Attributes:
         dataset: Name of the data set.
@@ -50,13 +50,13 @@ class Evaluation(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table before it is text or Markdown.
+    """A table before it is turned into text or Markdown.
 
     Attributes:
         title: What it shows.
         head: The names of the columns.
-        rows: As many cells each; the first names the method.
-        note: What belongs below it, or nothing.
+        rows: Rows with a cell for each column; the first cell names the method.
+        note: The note below it, or nothing.
     """
 
     title: str
@@ -69,10 +69,10 @@ class Table(NamedTuple):
         return self.text()
 
     def text(self, width: int | None = None) -> str:
-        """The table in columns; those that do not fit follow below, beside the methods' names.
+        """The table in columns; columns that do not fit follow below, with the methods' names.
 
         Args:
-            width: How many characters a line has at most; None for any number.
+            width: The most characters in a line; None for any number.
         """
         rows = [self.head, *self.rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -97,8 +97,8 @@ class Curve(NamedTuple):
         strength: Strengths `[S]`.
         clean: Clean accuracy of each run, `[R]`.
         accuracy: Accuracy of each run at each strength, `[R, S]`.
-        faded: Share of the images that were still right there although the attack had lost its
-            gradient, `[R, S]`; 0 where it was not recorded.
+        faded: Share of the images that were still classified correctly although the attack had lost
+            its gradient, `[R, S]`; 0 if it was not recorded.
     """
 
     strength: npt.NDArray[np.float64]
@@ -113,10 +113,10 @@ class Curve(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Distances to the boundary of the points that every run classifies correctly.
+    """Distances to the boundary at the points that every run classifies correctly.
 
     Attributes:
-        values: Distances of each run, `[R, P]`; infinite where none was found.
+        values: Distances of each run, `[R, P]`, in pixel units; infinite where none was found.
         points: Number of points in the test set.
     """
 
@@ -129,7 +129,7 @@ class Slopes(NamedTuple):
 
     Attributes:
         sigma: Logits per pixel unit, of each run, `[R, P]`.
-        margin: The logit of the label less the largest other, `[R, P]`.
+        margin: The logit of the label minus the largest other, `[R, P]`.
     """
 
     sigma: npt.NDArray[np.float64]
@@ -140,15 +140,15 @@ def curves(evaluations: Sequence[Evaluation], name: str) -> dict[str, dict[str, 
     """Gathers the curves of one perturbation by data set and method.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         name: One of the keys of `TITLES`.
 
     Returns:
-        Curve of each method of each data set, in the order of the runs; of those that were judged
-        by this perturbation.
+        The curve of each method of each data set, in the order of the runs; without those that were
+        not evaluated under this perturbation.
 
     Raises:
-        ValueError: If runs of one method were judged at different strengths.
+        ValueError: If runs of one method were evaluated at different strengths.
     """
     gathered: dict[str, dict[str, Curve]] = {}
     judged = [e for e in evaluations if name in e.result]
@@ -172,14 +172,14 @@ def distances(
     """Gathers the distances to the boundary by data set and method.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         name: "boundary", along random directions, or "distance", to the nearest image found.
 
     Returns:
-        Distances of each method of each data set, for the points all its runs get right.
+        The distances of each method of each data set, at the points that all runs get right.
 
     Raises:
-        ValueError: If runs on one data set were judged on different numbers of points, or share
+        ValueError: If runs on one data set were evaluated on different numbers of points, or share
             no correctly classified one.
     """
     gathered: dict[str, dict[str, Distances]] = {}
@@ -196,13 +196,13 @@ def slopes(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Slopes]]:
     """Gathers sigma and the margin at all points by data set and method.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
 
     Returns:
-        Those of each method of each data set.
+        Sigma and margin for each method of each data set.
 
     Raises:
-        ValueError: If runs on one data set were judged on different numbers of points.
+        ValueError: If runs on one data set were evaluated on different numbers of points.
     """
     gathered: dict[str, dict[str, Slopes]] = {}
     for dataset, runs in _by_dataset(evaluations).items():
@@ -246,31 +246,31 @@ def _shared(dataset: str, runs: Sequence[Evaluation], name: str) -> npt.NDArray[
 
 
 def _distances(runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.float64]:
-    # null marks the misclassified and those where none was found.
+    # null marks images that are misclassified, and those where no distance was found.
     listed = [e.result[DISTANCES[name]] for e in runs]
     return np.array([[np.inf if d is None else d for d in row] for row in listed], float)
 
 
 def strength(name: str) -> str:
-    """What a perturbation calls its strength in evaluation.json."""
+    """The name of a perturbation's strength in evaluation.json."""
     return "variance" if name == "noise" else "iterations"
 
 
 def unit(name: str) -> str:
-    """What a strength is of, after its number or before."""
+    """The unit of a strength, to be written after or before its number."""
     return {"noise": "(variance)", "square": "queries"}.get(name, "steps")
 
 
 def axis(name: str) -> str:
-    """What the strength of a perturbation counts."""
+    """The name of the axis of a perturbation's strength."""
     return _AXES.get(name, "iterations")
 
 
 def robustness_tables(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Table]:
-    """The accuracies, in percent: a table per data set and perturbation.
+    """The accuracies in percent: a table per data set and perturbation.
 
-    An accuracy is marked where the attack had lost its gradient on images that are still right, and
-    a row below says on how many.
+    An accuracy is marked if the attack had lost its gradient on images that are still classified
+    correctly; a row below says for how many.
     """
     blocks = []
     for name in names:
@@ -296,8 +296,8 @@ def distance_tables(evaluations: Sequence[Evaluation], name: str = "boundary") -
     """Distances to the boundary: a table per data set.
 
     Args:
-        evaluations: The judged runs.
-        name: That of `distances`.
+        evaluations: The evaluated runs.
+        name: "boundary" or "distance", as for `distances`.
     """
     blocks = []
     for dataset, methods in distances(evaluations, name).items():
@@ -320,7 +320,7 @@ def distance_tables(evaluations: Sequence[Evaluation], name: str = "boundary") -
 
 
 def sigma_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """How sigma is distributed over all points: a table per data set."""
+    """Quantiles of sigma over all points: a table per data set."""
     blocks = []
     for dataset, methods in slopes(evaluations).items():
         rows = [
@@ -340,10 +340,11 @@ def sigma_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
 
 
 def ratio_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """How the distances compare at each point: two tables per data set.
+    """Ratios of the distances at each point: two tables per data set.
 
-    Along random directions to the nearest image found, and the latter to the distance that the
-    margin and sigma alone would give, `margin / (sqrt(2) sigma)`.
+    One compares the distance along random directions with the distance to the nearest image found.
+    The other compares the latter with the distance that the margin and sigma alone would give,
+    `margin / (sqrt(2) sigma)`.
     """
     blocks = []
     for dataset, runs in _by_dataset(evaluations).items():
@@ -354,8 +355,8 @@ def ratio_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
                 _distances(repeats, name)[:, shared] for name in ("boundary", "distance")
             )
             slope = slopes(repeats)[dataset][method]
-            # The margin is positive where an image is classified correctly, and so is sigma where
-            # its class can change nearby.
+            # The margin is positive where an image is classified correctly; sigma is where the
+            # class can change nearby.
             with np.errstate(divide="ignore"):
                 linear = slope.margin[:, shared] / (math.sqrt(2) * slope.sigma[:, shared])
                 found = {_AGAINST_SPHERES: spheres / nearest, _AGAINST_SIGMA: nearest / linear}
@@ -379,5 +380,5 @@ def _spread(values: npt.NDArray[np.float64]) -> str:
 
 
 def _quantiles(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    # Not interpolated: some distances may be infinite.
+    # Without interpolation: some distances may be infinite.
     return np.quantile(values, _QUANTILES, method="inverted_cdf")

@@ -1,4 +1,4 @@
-"""What images and labels of one's own must be, each fault in one sentence."""
+"""Checks of your own images and labels; each fault is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LARGEST = 1 << 31  # Numbers in an array.
 
 
 def split(where: str, x: Any, y: Any) -> Split:
-    """Checks the images and labels of a split, and gives them their one form.
+    """Checks the images and labels of a split, and brings them into one form.
 
     Args:
-        where: What the two are called in messages, such as `"mine.npz: x_train"`.
+        where: The name of the two in messages, such as `"mine.npz: x_train"`.
         x: Images, `[N, H, W]` or `[N, H, W, C]`: uint8, or floats in [0, 1].
         y: Labels: integers `[N]` or `[N, 1]`, or one-hot rows `[N, K]`.
 
@@ -31,7 +31,7 @@ def split(where: str, x: Any, y: Any) -> Split:
 
 
 def pixels(where: str, x: np.ndarray) -> np.ndarray:
-    """The images of a split, as `split` returns them."""
+    """Checks the images of a split and returns them as `split` does."""
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4:
@@ -123,13 +123,13 @@ def classes(where: str, train: Split, others: dict[str, Split], names: tuple[str
     """Checks that the splits have the same classes, 0 to K - 1; returns K.
 
     Args:
-        where: What the data set is called in messages.
+        where: The name of the data set in messages.
         train: The training images.
         others: The other splits, by name.
-        names: The names of the classes; none if they have none.
+        names: The names of the classes; empty if they have none.
 
     Raises:
-        ValueError: If one is missing, or there is only one.
+        ValueError: If a class is missing, or there is only one.
     """
     found = np.unique(train.y)
     if len(found) == 1:

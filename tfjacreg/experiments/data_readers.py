@@ -1,6 +1,6 @@
-"""Reads images and labels of one's own: from an .npz file, from class folders, from a tfds set.
+"""Reads your own images and labels: from an .npz file, from class folders, from a tfds set.
 
-What comes out is as it was stored: `data_checks` says what is wrong with it.
+They are returned as they were stored: `data_checks` says what is wrong with them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tensorflow as tf
 from tfjacreg import hosts, optional_packages
 
 TFDS = "tfds:"
-# What keras.utils.image_dataset_from_directory takes.
+# The endings that keras.utils.image_dataset_from_directory accepts.
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 SPLITS = ("train", "val", "test")
 _KEYS = (*(f"{axis}_{name}" for name in SPLITS for axis in "xy"), "class_names")
@@ -28,7 +28,7 @@ Size = tuple[int, int] | None
 
 
 class Raw(NamedTuple):
-    """What was read.
+    """Images and labels as they were read.
 
     Attributes:
         splits: Images and labels by `"train"`, `"val"`, `"test"`; only the first is always there.
@@ -40,8 +40,8 @@ class Raw(NamedTuple):
 
 
 def is_own(name: Any) -> bool:
-    """Whether a data set's name is that of an .npz file, a folder or a set of tfds."""
-    # Unlike `Path.is_dir`, this takes "" for no folder, and names that no file can have too.
+    """Whether the name of a data set is an .npz file, a folder or a set of tfds."""
+    # Unlike `Path.is_dir`, this accepts names that no file can have, and takes "" for no folder.
     return isinstance(name, str) and (
         name.startswith(TFDS) or name.endswith(".npz") or "/" in name or os.path.isdir(name)
     )
@@ -52,12 +52,12 @@ def read(name: str, data_dir: str | Path | None, image_size: Size) -> Raw:
 
     Args:
         name: `FILE.npz`, a folder or `tfds:NAME`.
-        data_dir: Where tensorflow-datasets keeps its data; None is its own default.
-        image_size: What images are resized to; None if they are of one size.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
+        image_size: `(H, W)` that images are resized to; None if they are of one size.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it cannot be read, or not as a data set; the message says what to do.
+        FileNotFoundError: If there is no such data set.
+        ValueError: If it cannot be read, or is not a data set; the message says what to do.
     """
     if name.startswith(TFDS):
         return _tfds(name, data_dir, image_size)
@@ -86,7 +86,7 @@ def _npz(path: Path) -> Raw:
         raise ValueError(f"{path}: it must be a file. Received: a folder")
     arrays: dict[str, np.ndarray] = {}
     try:
-        # Object arrays are pickles, which run code.
+        # Object arrays are pickles, which run code when they are read.
         opened = np.load(path, allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError(f"it holds a single array. Write it with {_EXAMPLE}")
@@ -108,7 +108,7 @@ def _npz(path: Path) -> Raw:
         raise ValueError(f"{path} is empty. Write it with {_EXAMPLE}") from error
     except ValueError as error:
         reason = str(error)
-        if "allow_pickle" in reason:  # What is no NumPy file is taken for a pickle.
+        if "allow_pickle" in reason:  # NumPy takes a file that is not its own for a pickle.
             reason = f"it is no .npz file. Write it with {_EXAMPLE}"
         raise ValueError(f"{path}: {reason}") from error
     names = arrays.pop("class_names", np.array([], str))
@@ -174,7 +174,7 @@ def _folders(root: Path, image_size: Size) -> Raw:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; not what is hidden."""
+    """The entries of a folder by name, without hidden ones."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
@@ -222,7 +222,7 @@ def _decoded(file: Path) -> np.ndarray:
 def _same_form(
     where: Any, images: Sequence[np.ndarray], names: Sequence[str], image_size: Size
 ) -> np.ndarray:
-    """Images as one array: of one size, and in colour where one of them is."""
+    """Images as one array: of one size, and in colour if one of them is."""
     for image, name in zip(images, names, strict=True):
         if image.ndim != 3 or image.shape[-1] not in (1, 3):
             raise ValueError(
@@ -240,7 +240,7 @@ def _same_form(
     colours = max(image.shape[-1] for image in images)
     images = [np.repeat(i, colours, axis=-1) if i.shape[-1] < colours else i for i in images]
     if image_size is not None and any(image.shape[:2] != image_size for image in images):
-        # Floats in [0, 1], not rounded again.
+        # As floats in [0, 1], which are not rounded again.
         images = [_resized(image, image_size) for image in images]
     return np.stack(images)
 
@@ -252,7 +252,7 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _tfds(name: str, data_dir: str | Path | None, image_size: Size) -> Raw:
     own = name.removeprefix(TFDS)
-    # Not what else the library takes: a namespace of code on the internet.
+    # The library also accepts a namespace of code on the internet, which is refused here.
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", own):
         raise ValueError(
             "A data set of tensorflow-datasets must be named tfds:NAME or tfds:NAME/CONFIG. "

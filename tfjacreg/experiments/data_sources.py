@@ -1,7 +1,7 @@
-"""Data sets by name, of the project's own or of the user's, in three splits.
+"""Data sets by name, the project's or your own, in three splits.
 
-What a data set of one's own comes to depends on its images alone: not on the order in which they
-lie in a file, nor on the kind of file.
+The splits of your own data depend on its images alone: not on their order in a file, nor on the
+kind of file.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from tfjacreg.datasets import Dataset, Split
 from tfjacreg.experiments import data_checks, data_readers
 from tfjacreg.printable import is_one_line
 
-TEST_FRACTION = 0.2  # Of all images, where there is no test split.
-VALIDATION_FRACTION = 0.1  # Of the training images, where there is no validation split.
-# Public sets have a few images twice. More of them are a mistake in splitting.
+TEST_FRACTION = 0.2  # Of all images, if there is no test split.
+VALIDATION_FRACTION = 0.1  # Of the training images, if there is no validation split.
+# Public sets have a few images twice. More than this share are a mistake in splitting.
 _SHARED = 0.01
 
 
 def is_valid(name: object) -> bool:
-    """Whether a data set may have this name; that it exists is not asked."""
+    """Whether a data set may have this name; it need not exist."""
     if not is_one_line(name) or ("://" in name and tfjacreg_startup.redacted(name) != name):
-        return False  # A password in a name would be kept in the settings of every run.
+        return False  # A password in a name would be stored in the settings of every run.
     return name in datasets.NAMES or data_readers.is_own(name)
 
 
@@ -37,19 +37,20 @@ def load(
     data_dir: str | Path | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Dataset:
-    """Loads a data set in three splits, standardization not applied.
+    """Loads a data set in three splits, with pixels in [0, 1], not standardized.
 
-    Without test images a fifth of each class is held out as such; without validation images a
-    tenth of each class of the training images; both chosen with seed 0.
+    If there are no test images, a fifth of each class is held out as the test split. If there are
+    no validation images, a tenth of each class of the training images is. Both are drawn with seed
+    0.
 
     Args:
         name: A name in `datasets.NAMES`, `FILE.npz`, a folder or `tfds:NAME`.
-        data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
         image_size: `(H, W)` that images of folders and tfds are resized to; None if they are of
             one size.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no such data set.
         ValueError: If anything in it is wrong; the message says what to do.
     """
     if name in datasets.NAMES:
@@ -58,16 +59,16 @@ def load(
 
 
 def _stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
-    """Path, time and size of every file of a data set: one that is written anew is read anew.
+    """Path, time and size of every file of a data set, so that changed files are read again.
 
-    Those of tensorflow-datasets have none here: it never writes a prepared set anew.
+    Empty for tensorflow-datasets, which never changes a prepared set.
     """
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     stats = [(str(file), file.stat()) for file in files]
     return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
 
 
-# A run asks for its data twice, for their digest and to train on them.
+# A run asks for its data twice: for the digest, and to train.
 @functools.lru_cache(maxsize=1)
 def _load(
     name: str,
@@ -118,7 +119,7 @@ def digest(data: Dataset) -> str | None:
 
 
 def digest_of(name: str, data_dir: str | None, image_size: tuple[int, int] | None) -> str | None:
-    """As `digest`, of a data set by name; None too if it is not there."""
+    """As `digest`, of a data set by name; also None if it is not there."""
     if name in datasets.NAMES:
         return None
     try:
@@ -132,14 +133,14 @@ def _hashes(split: Split) -> list[bytes]:
 
 
 def _ordered(split: Split) -> Split:
-    """The examples in an order that is that of their content."""
+    """The examples in an order that depends on their content alone."""
     hashes = _hashes(split)
     order = sorted(range(len(hashes)), key=lambda number: (hashes[number], split.y[number]))
     return Split(split.x[order], split.y[order])
 
 
 def _held_out(name: str, split: Split, fraction: float, what: str) -> tuple[Split, Split]:
-    """Takes a part of each class out of a split, by seed 0: what is left, and that part."""
+    """Takes a part of each class out of a split, by seed 0; returns the rest and that part."""
     generator = np.random.default_rng(0)
     held = np.zeros(len(split.y), bool)
     for label in np.unique(split.y):

@@ -1,4 +1,4 @@
-"""The pictures of how distances to the decision boundary and slopes are distributed over points."""
+"""The figures of the distributions of distances to the boundary, and of sigma, over points."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tfjacreg.experiments import curves
 from tfjacreg.experiments.curves import Distances, Evaluation
 from tfjacreg.experiments.figures import PANEL, Style, legend_below, panels, save, styles
 
-# Share of the values that are left out at either end of an axis, so that its middle has room.
+# The share of the values that an axis leaves out at either end, to have room for the middle.
 _TAIL = 0.005
 _MOST = 400
 
 
 def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
-    """Draws how the distances to the decision boundary are distributed (Figure 4).
+    """Draws the distribution of the distances to the decision boundary (Figure 4).
 
     One panel per data set: for each method the share of points, over all its runs, that have a
     boundary within the given distance. Only points that every run classifies correctly count.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         path: File to write, `.svg` or `.png`.
     """
     gathered = curves.distances(evaluations)
@@ -50,10 +50,10 @@ def distance_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
     """Draws the distances to the nearest image found, beside those along random directions.
 
     One panel per data set, as in `boundary_figure`, with a logarithmic axis. The distances along
-    random directions are there if all runs have them.
+    random directions are drawn if all runs have them.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         path: File to write, `.svg` or `.png`.
     """
     names = ["distance"]
@@ -86,13 +86,13 @@ def distance_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
 
 
 def sigma_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None:
-    """Draws how the spectral norm of the Jacobian is distributed, on a logarithmic axis.
+    """Draws the distribution of the spectral norm of the Jacobian, on a logarithmic axis.
 
-    One panel per data set: for each method the share of all points, over all its runs, where sigma
+    One panel per data set: for each method the share of all points, over all its runs, whose sigma
     is at most the given number.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         path: File to write, `.svg` or `.png`.
     """
     gathered = curves.slopes(evaluations)
@@ -127,18 +127,18 @@ def _title(dataset: str, methods: dict[str, Distances]) -> str:
 
 
 def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], style: Style, **options: Any) -> None:
-    """The share of the values that are at most the one on the axis; infinite ones are not drawn."""
+    """Draws the share of the values up to each value on the axis, without infinite ones."""
     ordered = np.sort(values, axis=None)
     share = 100 * np.arange(1, len(ordered) + 1) / len(ordered)
     kept = np.flatnonzero(np.isfinite(ordered))
-    # More points than this are not seen, and make a large file.
+    # More points cannot be seen, and make a large file.
     kept = kept[np.linspace(0, len(kept) - 1, min(len(kept), _MOST)).round().astype(int)]
     options |= {**style._asdict(), "ms": 4, "markevery": 0.15}
     ax.step(ordered[kept], share[kept], where="post", **options)
 
 
 def _logarithmic(ax: Axes, drawn: Sequence[npt.NDArray[np.float64]]) -> None:
-    """Makes the axis logarithmic, from where the curves begin to where they end."""
+    """Makes the axis logarithmic, over the range of the curves."""
     ax.set_xscale("log")
     values = np.concatenate([values.ravel() for values in drawn])
     values = values[np.isfinite(values) & (values > 0)]

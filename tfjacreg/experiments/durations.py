@@ -1,4 +1,4 @@
-"""How long a sweep will take: by its finished runs, and by guess for what has none yet."""
+"""How long a sweep will take: from its finished runs, and by a guess for methods without one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tfjacreg.experiments import measures
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.ledger import Ledger
 
-# The time of a run beside one without a penalty, as long as no run of the method was timed. Most of
-# it are steps; docs/cost.md has their times.
+# The time of a run relative to one without a penalty, until a run of the method was timed. Most of
+# it is steps; docs/cost.md has their times.
 _GUESSED = {
     "none": 1.0,
     "weight_decay": 1.0,
@@ -23,7 +23,7 @@ _GUESSED = {
 
 
 def timed(ledger: Ledger) -> dict[str, float]:
-    """The mean seconds of a run of each method that has one which was made in one go."""
+    """The mean seconds of a run, for each method with a run that was not interrupted."""
     found: dict[str, list[float]] = {}
     for name, trial in ledger.latest().items():
         if trial.state == TrialState.COMPLETE and "seconds" in trial.user_attrs:
@@ -33,24 +33,24 @@ def timed(ledger: Ledger) -> dict[str, float]:
 
 
 def of_runs(methods: Iterable[str], known: Mapping[str, float]) -> dict[str, float]:
-    """The seconds of a run of each method: those that are known, and for the others a guess.
+    """The seconds of a run of each method: known ones, and guesses for the others.
 
     Args:
         methods: The methods.
-        known: What `timed` gives; at least one method.
+        known: What `timed` returns; at least one method.
     """
     plain = statistics.fmean(seconds / _GUESSED[method] for method, seconds in known.items())
     return {method: known.get(method, plain * _GUESSED[method]) for method in methods}
 
 
 def left(ledger: Ledger, test_images: int) -> float | None:
-    """The seconds until all runs of the sweep, its second stage among them, are finished.
+    """The seconds until all runs of the sweep are finished, including its second stage.
 
-    With as many workers as there are now. None as long as no run was timed.
+    It assumes the current number of workers. None until a run was timed.
 
     Args:
         ledger: The runs.
-        test_images: How many images the test split has.
+        test_images: The number of images in the test split.
     """
     known = timed(ledger)
     if not known:
@@ -74,7 +74,7 @@ def left(ledger: Ledger, test_images: int) -> float | None:
 
 
 def _seconds_per_image(ledger: Ledger) -> float:
-    """Of a training step of the method whose steps are the fastest so far."""
+    """The seconds per image of a training step, for the method with the fastest steps so far."""
     return min(
         trial.user_attrs["step_seconds"] / ledger.configs[name].batch_size
         for name, trial in ledger.latest().items()
@@ -83,7 +83,7 @@ def _seconds_per_image(ledger: Ledger) -> float:
 
 
 def shown(seconds: float) -> str:
-    """A time that is only known about: `"less than a minute"`, `"12 minutes"`, `"3.5 hours"`."""
+    """A rough time: `"less than a minute"`, `"12 minutes"`, `"3.5 hours"`."""
     minutes = seconds / 60
     if minutes < 1:
         return "less than a minute"

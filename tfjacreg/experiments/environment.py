@@ -1,4 +1,4 @@
-"""The versions and the hardware that a result was made with."""
+"""The versions and the hardware of a result."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PACKAGES = ("tensorflow", "keras", "numpy", "cleverhans")
 
 
 def environment() -> dict[str, str]:
-    """What runs, evaluations and benchmarks write beside their numbers.
+    """The environment that runs, evaluations and benchmarks write beside their numbers.
 
     Returns:
         `python` and the versions of the packages that are installed; `device`: the names of the
-        GPUs, or the processor where there is none; `onednn`: whether TensorFlow was told to use it;
-        `floatx` and `image_data_format`: Keras' own settings.
+        GPUs, or the processor if there is none; `onednn`: whether TensorFlow was told to use it;
+        `floatx` and `image_data_format`: Keras' settings.
     """
     versions = {}
     for package in _PACKAGES:
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor and the number of its cores."""
+    """The name of the processor and the number of its cores."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -54,14 +54,14 @@ def processor() -> str:
 
 
 def differences(before: dict[str, Any], now: dict[str, str]) -> dict[str, tuple[Any, str]]:
-    """The entries in which two environments differ: the earlier value and the present one.
+    """The entries in which two environments differ: the earlier value and the current one.
 
-    What only one of them names is not compared: evaluations of version 0.1.0 do not name `onednn`,
-    and where there is no GPU their `device` is `"CPU"`, whichever processor it was.
+    An entry that only one of them has is not compared. Evaluations of version 0.1.0 have no
+    `onednn`, and without a GPU their `device` is `"CPU"`, whichever processor it was.
 
     Args:
         before: An environment from a file.
-        now: The present one.
+        now: The current one.
     """
     shared = [name for name in now if name in before]
     if before.get("device") == "CPU" and now["device"] == processor():

@@ -1,4 +1,4 @@
-"""Judges trained classifiers: run folder or `.keras` file in, `evaluation.json` out."""
+"""Evaluates trained classifiers: a run folder or `.keras` file in, `evaluation.json` out."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from tfjacreg.printable import printable, shown
 
 
 class Target(NamedTuple):
-    """A classifier to judge.
+    """A classifier to evaluate.
 
     Attributes:
         classifier: The `.keras` file.
-        folder: Where `evaluation.json` goes.
+        folder: The folder of `evaluation.json`.
         dataset: Name of the data set.
         data_dir: Folder of the data set, or None for the default.
-        method: Name of the training method; runs that differ in the seed alone share it.
+        method: Name of the training method; runs that differ only in the seed share it.
         seed: Seed of the training run, or None if not known.
         image_size: `(H, W)` that the images are resized to, or None.
-        data_digest: That of the data that a run was trained on, if it is one's own.
+        data_digest: The digest of the data that a run was trained on, if the data is your own.
         scale: The scale of the pixels that a bare file takes; None for a run's classifier.
     """
 
@@ -60,11 +60,11 @@ class Target(NamedTuple):
 
 @contextlib.contextmanager
 def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -> Iterator[None]:
-    """Keeps other processes out of the folders where the evaluations go.
+    """Keeps other processes out of the folders of the evaluations.
 
     Args:
-        paths: Those of `find_targets`.
-        out: That of `find_targets`.
+        paths: As for `find_targets`.
+        out: As for `find_targets`.
         wait: Whether to wait for a process that works in one of them.
 
     Raises:
@@ -72,17 +72,17 @@ def owned(paths: Sequence[str | Path], out: str | Path, *, wait: bool = False) -
     """
     there = {folder.resolve() for folder in folders(paths, out)}
     with contextlib.ExitStack() as stack:
-        for folder in sorted(there):  # In one order, so that no two wait for each other.
+        for folder in sorted(there):  # In a fixed order, so that no two wait for each other.
             stack.enter_context(RunFolder(folder).owned(wait=wait))
         yield
 
 
 def folders(paths: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Where the evaluations of those classifiers go that are there.
+    """The folders of the evaluations of those classifiers that exist.
 
     Args:
-        paths: Those of `find_targets`.
-        out: That of `find_targets`.
+        paths: As for `find_targets`.
+        out: As for `find_targets`.
     """
     return [
         Path(out) / path.stem if path.suffix == ".keras" else path
@@ -104,9 +104,9 @@ def find_targets(
 
     Args:
         paths: Finished run folders and bare `.keras` files.
-        dataset: Data set of the bare files; run folders know theirs.
+        dataset: Data set of the bare files; run folders name theirs.
         data_dir: Folder of the data sets, instead of the one in a run's configuration.
-        out: Folder under which bare files get a folder of their name for `evaluation.json`.
+        out: Folder in which each bare file gets a folder of its name for `evaluation.json`.
         image_size: `(H, W)` that the images for bare files are resized to, or None.
         scale: The scale of the pixels that the bare files take; None for [0, 1].
 
@@ -191,17 +191,17 @@ def judge(
         out: Folder of the figures: `robustness.png`, and one named after each of `pointwise`.
         perturbations: Some of `measures.PERTURBATIONS`.
         pointwise: Some of `measures.POINTWISE`.
-        limit: How many test images to judge on; None for all.
-        examples: How many images to draw before and after PGD, beside each `evaluation.json`.
+        limit: The number of test images to use, from the first; None for all.
+        examples: The number of images to draw before and after PGD, beside each `evaluation.json`.
         seed: Seed of everything random.
-        overwrite: Start afresh instead of going on with the files that are there.
+        overwrite: Whether to start anew instead of extending existing files.
 
     Returns:
         The tables.
 
     Raises:
-        ValueError: If data is missing, a file that is there was made with other settings, or a
-            classifier cannot be loaded or judged.
+        ValueError: If data is missing, an existing file was made with other settings, or a
+            classifier cannot be loaded or evaluated.
         OSError: If a file cannot be written.
     """
     drawn = [*(["robustness"] if perturbations else []), *pointwise]
@@ -249,18 +249,18 @@ def judge(
 
 
 def judge_run(path: Path, names: Sequence[str], *, limit: int | None = None) -> dict[str, Any]:
-    """Evaluates a finished run in a folder that this process owns already; draws nothing.
+    """Evaluates a finished run in a folder that this process already owns; draws nothing.
 
     Args:
         path: The run folder.
         names: Some of `measures.PERTURBATIONS` and `measures.POINTWISE`.
-        limit: How many test images to judge on; None for all.
+        limit: The number of test images to use, from the first; None for all.
 
     Returns:
         The content of `evaluation.json`.
 
     Raises:
-        ValueError: As `judge`.
+        ValueError: As for `judge`.
         OSError: If the file cannot be written.
     """
     (target,) = find_targets([path])
@@ -279,7 +279,7 @@ def _place(target: Target) -> tuple[Any, ...]:
 
 
 def test_images(target: Target) -> Split:
-    """The images that a classifier is judged on.
+    """The test images of a classifier's data set.
 
     Raises:
         ValueError: If they cannot be read, or are not of the data that the run was trained on.
@@ -304,7 +304,7 @@ def evaluate(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measures what is asked for and not yet there, writing the file after each measurement.
+    """Measures what is asked for and missing, and writes the file after each measurement.
 
     Args:
         target: The classifier.
@@ -313,14 +313,14 @@ def evaluate(
         perturbations: Some of `measures.PERTURBATIONS`.
         pointwise: Some of `measures.POINTWISE`.
         seed: Seed of everything random.
-        overwrite: Start afresh instead of going on with the file that is there.
+        overwrite: Whether to start anew instead of extending the existing file.
 
     Returns:
         The content of `evaluation.json`.
 
     Raises:
-        ValueError: If the file that is there was made with other settings, or the classifier
-            cannot be loaded or judged.
+        ValueError: If the existing file was made with other settings, or the classifier cannot be
+            loaded or evaluated.
         OSError: If the file cannot be written.
     """
     scale = target.scale or Scale()
@@ -350,7 +350,7 @@ def evaluate(
             about = target.classifier, stored, scale, result["clean_accuracy"], len(x)
             cli.say(classifier_files.described(*about))
             classifier_files.warn_of_scale(*about)
-        # A file of an earlier version does not name the settings of measures that came later.
+        # A file of an earlier version lacks the settings of measures that were added later.
         result["settings"] = {**result["settings"], **header["settings"]}
         for name in (*perturbations, *pointwise):
             if name not in result:
@@ -379,7 +379,7 @@ def adversarial_examples(
         The clean images, the perturbed ones, and the classes predicted for each.
 
     Raises:
-        ValueError: If the classifier cannot be loaded or judged, or gets no image right.
+        ValueError: If the classifier cannot be loaded or evaluated, or gets no image right.
     """
     classifier = (target.scale or Scale()).in_front_of(load(target.classifier))
     correct = np.flatnonzero(predict(check_classifier(classifier, x, y)).argmax(axis=1) == y)[
@@ -394,17 +394,17 @@ def adversarial_examples(
 
 
 def load(path: Path) -> keras.Model:
-    """Loads a classifier without its training state; raises ValueError where that fails."""
+    """Loads a classifier without its training state; raises ValueError if that fails."""
     return checkpoint.load(_file(path), compile=False)
 
 
 def _file(path: Path) -> Path:
-    """A bare file may be named by a link; in a run folder a link was refused before."""
+    """Resolves a link to a bare file; in a run folder links have been refused already."""
     return path.resolve() if path.is_symlink() else path
 
 
 def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
-    """Names the regularizer, its factor and any other setting that sets runs apart."""
+    """A name made of the regularizer, its factor and any other setting in which runs differ."""
     name = str(config["regularizer"])
     if name != "none":
         name += f" {config['factor']:g}"
@@ -439,5 +439,5 @@ def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, An
 
 
 def _unquoted(value: Any) -> str:
-    """A setting in one line, a name without its quotes."""
+    """A setting in one line, without the quotes of a name."""
     return printable(repr(value)[1:-1], limit=200) if isinstance(value, str) else shown(value)

@@ -1,4 +1,4 @@
-"""What an `evaluation.json` must look like, before a table or a figure is made of it."""
+"""Checks the form of an `evaluation.json` before a table or figure is made from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = 4096  # Characters of a data set's name, which may be a path.
 
 
 def check_evaluation(content: dict[str, Any]) -> None:
-    """Checks whatever an evaluation has; what it lacks may not be measured yet.
+    """Checks the entries of an evaluation; a missing entry may not have been measured yet.
 
     Args:
         content: Content of `evaluation.json`.

@@ -1,4 +1,4 @@
-"""The pictures: of judged runs, of training, and of what the benchmarks measure."""
+"""The figures of evaluated runs, of training, and of the benchmarks' results."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _BLACK, _ORANGE, _SKY_BLUE, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 
-# Inches, at which figures are shown: a panel by itself fills a phone, and of the small ones a page
-# has three beside each other. Type is 9 points or more.
+# Inches at which figures are shown: a single panel fills a phone, and three small ones fit beside
+# each other on a page. Type is 9 points or more.
 PANEL, SMALL_PANEL = (3.7, 3.5), (3.25, 3.3)
 _TYPE: dict[Any, Any] = {
     "font.size": 9,
@@ -34,11 +34,11 @@ _TYPE: dict[Any, Any] = {
     "ytick.labelsize": 9,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    # As text: it can be searched and read aloud, and the page's dark mode changes its colour.
+    # As text, which can be searched and read aloud, and whose colour the dark mode can change.
     "svg.fonttype": "none",
     "svg.hashsalt": "tfjacreg",  # Equal figures are equal files.
 }
-# An SVG file follows the reader's choice of light or dark itself, wherever it is shown.
+# An SVG file follows the reader's choice of light or dark by itself, wherever it is shown.
 _DARK = f"""<style>
 @media (prefers-color-scheme: dark) {{
  text {{ fill: #e6e6e6 !important; }}
@@ -53,7 +53,7 @@ _DARK = f"""<style>
 
 
 class Style(NamedTuple):
-    """How a line is drawn: the colour is never all that tells two apart."""
+    """How a line is drawn: two lines never differ in colour alone."""
 
     color: str
     marker: str
@@ -68,7 +68,7 @@ METHODS = {
     "Weight decay": Style(_GREEN, "^", "-."),
     "None": Style(_BLACK, "o", (0, (6, 1.5))),
 }
-# Methods of other names take these in turn.
+# Other methods take these styles in turn.
 _OTHERS = (
     METHODS["None"],
     Style(_VERMILION, "s", "--"),
@@ -79,9 +79,9 @@ _OTHERS = (
     Style(_SKY_BLUE, "*", "-."),
 )
 _OPEN = f"open marks: gradient lost on {100 * curves.FADED:g} % of\nthe images or more, still right"
-# A range of losses beyond which the axis is logarithmic.
+# The ratio of losses above which the axis is logarithmic.
 _LOGARITHMIC = 8
-# The steps that are drawn, out of those timed, and the estimators.
+# The steps to draw, out of those that were timed, and the estimators.
 _STEPS = {
     "plain": ("plain", METHODS["None"]),
     "spectral_bound": ("SpectralBound", METHODS["Spectral-Bound"]),
@@ -103,12 +103,12 @@ def robustness_figure(
 ) -> None:
     """Draws the accuracy drop against the strength (Figure 3).
 
-    One column per perturbation, one row per data set; mean over the runs of a method, and a band
-    of one standard deviation where there are several. A mark is open where the attack has lost its
-    gradient on images that are still right.
+    One column per perturbation, one row per data set: the mean over the runs of a method, and a
+    band of one standard deviation if there are several. A mark is open if the attack has lost its
+    gradient on images that are still classified correctly.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         names: The perturbations.
         path: File to write, `.svg` or `.png`.
     """
@@ -152,13 +152,13 @@ def robustness_figure(
 
 
 def accuracy_figure(evaluations: Sequence[Evaluation], name: str, path: str | Path) -> None:
-    """Draws the accuracy against the strength of one perturbation, from the clean images on.
+    """Draws the accuracy against the strength of one perturbation, starting at clean images.
 
-    One panel, for one data set: mean over the runs of a method, and a band of one standard
-    deviation where there are several.
+    One panel, for one data set: the mean over the runs of a method, and a band of one standard
+    deviation if there are several.
 
     Args:
-        evaluations: The judged runs.
+        evaluations: The evaluated runs.
         name: The perturbation.
         path: File to write, `.svg` or `.png`.
     """
@@ -211,7 +211,7 @@ def training_figure(
         ax.set_title(title)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        # The first epochs would leave no room for what sets the methods apart.
+        # With the first epochs there would be no room for the differences between the methods.
         low, high = (
             f(np.min(m) if f is min else np.max(m) for m in methods.values()) for f in (min, max)
         )
@@ -231,7 +231,7 @@ def adversarial_figure(
     title: str,
     path: str | Path,
 ) -> None:
-    """Draws images beside their perturbed selves, the difference and the predicted classes.
+    """Draws images, their perturbed versions, the differences and the predicted classes.
 
     Args:
         clean: Images in [0, 1], `[N, H, W, C]`.
@@ -271,7 +271,7 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
         path: File to write, `.svg` or `.png`.
 
     Raises:
-        ValueError: If there is no content, or one without any of the steps that are drawn.
+        ValueError: If there is no content, or one without any of the steps to draw.
     """
     if not contents:
         raise ValueError("Step times need at least one content to draw. Received: none")
@@ -311,10 +311,10 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
 def estimator_error_figure(content: Mapping[str, Any], path: str | Path) -> None:
     """Draws the relative error of sigma against the products spent (Figure 5, right).
 
-    Above: networks trained with `SpectralNorm`, N = 1, and the error of the product of the layers'
-    norms on networks trained with `SpectralBound`. Below: networks trained without penalty as
-    lines, and as single points each estimator on the networks trained with that very estimator.
-    Lines are means over points and seeds, bands reach from the lowest to the highest seed.
+    The upper panel shows networks trained with `SpectralNorm`, N = 1, and the error of the product
+    of the layers' norms on networks trained with `SpectralBound`. The lower panel shows networks
+    trained without penalty as lines, and each estimator on the networks trained with it as single
+    points. Lines are means over points and seeds, bands reach from the lowest to the highest seed.
 
     Args:
         content: Content of a JSON file that `benchmarks/estimator_error.py` wrote.
@@ -387,13 +387,13 @@ def _mean_errors(
 def panels(
     rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """A figure of panels `[rows, columns]`, whose type is of the size that it is read at.
+    """A figure of panels `[rows, columns]`, with type of the size in which it will be read.
 
     Args:
-        rows: How many panels below each other.
-        columns: How many beside each other.
-        size: Inches.
-        options: Of matplotlib's `subplots`.
+        rows: The number of rows.
+        columns: The number of columns.
+        size: Width and height of the figure in inches.
+        options: For matplotlib's `subplots`.
     """
     with rc_context(_TYPE):
         figure = Figure(figsize=size, dpi=130, layout="constrained")
@@ -401,17 +401,17 @@ def panels(
 
 
 def legend_below(figure: Figure, note: str = "") -> None:
-    """One legend for all panels, below them; what several panels draw is named once.
+    """Adds one legend for all panels, below them, with each entry once.
 
     The figure needs `layout="constrained"`, which makes room for it.
 
     Args:
         figure: The figure.
-        note: What is written above the entries.
+        note: Text above the entries.
     """
     found = [ax.get_legend_handles_labels() for ax in figure.axes]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    # Of an entry the line takes about 0.6 inches, and a letter 0.07.
+    # The line of an entry takes about 0.6 inches, and a letter 0.07.
     columns = int(figure.get_size_inches()[0] / (0.6 + 0.07 * max(map(len, handles))))
     columns = max(1, min(columns, len(handles)))
     with rc_context(_TYPE):
@@ -433,7 +433,7 @@ def _environment(content: Mapping[str, Any]) -> str:
 
 
 def styles(evaluations: Sequence[Evaluation]) -> dict[str, Style]:
-    """How each method is drawn."""
+    """The style of each method."""
     methods = dict.fromkeys(e.method for e in evaluations)
     return {
         method: METHODS.get(method, _OTHERS[i % len(_OTHERS)]) for i, method in enumerate(methods)
@@ -450,7 +450,7 @@ def _mark(ax: Axes, x: Any, y: Any, style: Style) -> None:
 
 
 def _show_as_written(figure: Figure) -> None:
-    """Names may be anybody's: no formulas, which may not even be drawn. Ticks are ours."""
+    """Shows names as they are, not as formulas, which may be invalid; ticks stay formulas."""
     legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
     texts = [text for legend in legends for text in legend.get_texts()]
     for axes in figure.axes:
@@ -461,7 +461,7 @@ def _show_as_written(figure: Figure) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as SVG or PNG, by the ending; what was there before stays until it is whole.
+    """Writes a figure as SVG or PNG, by the ending; an existing file stays until it is complete.
 
     An SVG has no background and follows the reader's choice of light or dark.
     """

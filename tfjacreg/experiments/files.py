@@ -1,4 +1,4 @@
-"""JSON files, written whole or not at all, with a digest of what they hold."""
+"""JSON files, written whole or not at all, with a digest of their content."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SEAL = "sha256"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content`, and makes the file's folder if it is not there.
+    """Writes `content`; makes the folder of the file if it does not exist.
 
     Args:
         path: The file.
-        content: What JSON can represent.
+        content: Content that JSON can represent.
 
     Raises:
-        OSError: If the file cannot be written; what was there before is then untouched.
+        OSError: If the file cannot be written; an existing file is then untouched.
     """
     with atomic_files.replacing(path) as file:
         file.write_text(json_text(content), encoding="utf-8")
@@ -31,7 +31,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def json_text(content: dict[str, Any]) -> str:
     """`content` as JSON, indented, with every list of numbers on one line."""
     text = json.dumps(content, indent=2)
-    # Inside a JSON string there is no line break, so that no string can match.
+    # A JSON string has no line break in it, so no string can match.
     return re.sub(r'\[\n\s+([^][{}"]+?)\n\s+\]', _on_one_line, text) + "\n"
 
 
@@ -46,13 +46,14 @@ def read_json(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ValueError: If the file cannot be read or is no JSON object; the message names it.
+        ValueError: If the file cannot be read or does not hold a JSON object; the message names
+            it.
     """
     try:
         content = json.loads(reading.read_bytes(path, reading.TEXT).decode())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # Of the decoder or of JSON.
+    except (ValueError, RecursionError) as error:  # From decoding the text, or from JSON.
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object. Received: {type(content).__name__}.")
@@ -67,14 +68,14 @@ def sha256(path: Path) -> str:
 
 def tree_sha256(folder: Path) -> str:
     """The SHA-256 of the names and contents of all files in a folder; raises OSError."""
-    # A link is read as a file, and refused as such, wherever it leads to.
+    # A link is read as a file, wherever it leads, and refused as one.
     inside = folder.rglob("*")
     files = sorted(path for path in inside if path.is_symlink() or not path.is_dir())
     return content_sha256({str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 def content_sha256(content: dict[str, Any]) -> str:
-    """The SHA-256 of what JSON represents, whatever the order of its keys."""
+    """The SHA-256 of content that JSON can represent, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -84,21 +85,21 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(path: Path, content: dict[str, Any]) -> None:
-    """Checks that content that was sealed is what it was then; older files have no seal.
+    """Checks that sealed content has not changed since; older files have no seal.
 
     Args:
         path: Where it was read.
-        content: What `read_json` read there.
+        content: What `read_json` returned.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it has changed.
     """
     if _SEAL in content and content[_SEAL] != _seal(content):
         raise ValueError(f"{path} is damaged or was changed: its content and its sha256 differ.")
 
 
 def _seal(content: dict[str, Any]) -> str:
-    # The machine is no figure: what names it is compared where that matters.
+    # The environment is not a result: its entries are compared where they matter.
     names = content.keys() - {_SEAL, "environment"}
     return content_sha256({name: content[name] for name in names})
 

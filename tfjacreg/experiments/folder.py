@@ -1,9 +1,9 @@
 """Writes a run folder.
 
-`config.json` is written first and says whose the folder is. After each epoch `history.csv` gets a
-line and `checkpoint.keras` the whole training state, with the history that belongs to it.
-`metrics.json` comes last, after `classifier.keras` and `saved_model/`, with the digests of all of
-them: a folder that has it is that of a finished run.
+`config.json` is written first and names the run that the folder belongs to. After each epoch
+`history.csv` gets a line and `checkpoint.keras` the whole training state, with the history that
+belongs to it. `metrics.json` comes last, after `classifier.keras` and `saved_model/`, with the
+digests of all of them: a folder that has it holds a finished run.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from tfjacreg.experiments.folder_reader import CLEARING, SETTINGS_DIGEST, Folder
 
 
 class RunFolder:
-    """The folder of one run: who may write it, and its writers.
+    """The folder of one run: its lock, and the writers of its files.
 
     Attributes:
         path: The folder.
-        reader: What is in it.
+        reader: The reader of its files.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.reader = FolderReader(path)
 
-    # --- whose the folder is ---
+    # --- which run the folder belongs to ---
 
     @contextlib.contextmanager
     def owned(self, *, wait: bool = False) -> Iterator[None]:
-        """Keeps every other process out, and clears what a killed one left.
+        """Keeps every other process out, and removes what a killed one left.
 
         Args:
             wait: Whether to wait for a process that has the folder.
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def untidy(self) -> bool:
-        """Whether a process that worked here was killed, or is here now."""
+        """Whether a process that worked here was killed, or is still at work."""
         begun = any(file.exists() for file in atomic_files.left_in(self.path))
         spent = self.reader.finished and self.reader.checkpoint_file.exists()
         return begun or spent or folder_lock.left_in(self.path)
@@ -68,12 +68,12 @@ class RunFolder:
     def claim(self, config: RunConfig, *, overwrite: bool = False) -> None:
         """Makes it the folder of this configuration. It must be `owned`.
 
-        With `overwrite` the files of the run that was there go, and nothing else that may lie in
-        the folder. At every moment it is either the folder of that run, whole, or of this one.
+        With `overwrite` the files of the run that was there are removed, and nothing else in the
+        folder. At every moment the folder belongs as a whole to that run or to this one.
 
         Args:
             config: The settings.
-            overwrite: Whether to start anew, whosever the folder is.
+            overwrite: Whether to start anew, whichever run the folder belongs to.
 
         Raises:
             RunError: If it is the folder of another run, or cannot be written.
@@ -92,25 +92,25 @@ class RunFolder:
                 files.write_json(reader.config_file, settings)
 
     def note_environment(self) -> None:
-        """Makes the environment in the settings this process's; raises RunError.
+        """Writes this process's environment into the settings; raises RunError.
 
-        Of a run without a finished epoch: all of it will be made here.
+        This is for a run without a finished epoch: all of its epochs will be trained here.
         """
         settings = self.reader.read_config()
         if settings.get("environment") != environment():
             with self._write_errors_as_run_errors():
-                # As it is in the file: what was no setting then must not become one.
+                # Of the file as it is: a setting that did not exist then must not be added.
                 content = files.read_json(self.reader.config_file)
                 files.write_json(self.reader.config_file, {**content, "environment": environment()})
 
-    # --- writers: what was there before stays until the new file is whole ---
+    # --- writers: an existing file stays until the new one is complete ---
 
     def write_epoch(self, history: Sequence[dict[str, float]], model: keras.Model) -> None:
-        """Keeps the figures and the training state of a finished epoch.
+        """Saves the figures and the training state of a finished epoch.
 
         Args:
             history: A row per epoch so far.
-            model: The model that is trained.
+            model: The model in training.
 
         Raises:
             RunError: If a file cannot be written.
@@ -118,7 +118,7 @@ class RunFolder:
         text = records.history_text(history)
         note = {"settings": self.reader.settings_digest, "history": text}
         with self._write_errors_as_run_errors():
-            # The checkpoint comes last: rows beyond it are dropped when a run goes on.
+            # The checkpoint comes last: rows beyond it are dropped when a run continues.
             with atomic_files.replacing(self.reader.history_file) as file:
                 file.write_bytes(text.encode())
             with atomic_files.replacing(self.reader.checkpoint_file) as file:
@@ -152,29 +152,29 @@ class RunFolder:
         return content
 
     def tidy(self) -> None:
-        """Clears a finished run's folder of what a killed process left, unless one is here now."""
+        """Removes what a killed process left in a finished run's folder, unless one is at work."""
         with contextlib.suppress(RunError), self.owned():
             if self.reader.finished:
                 self.reader.checkpoint_file.unlink(missing_ok=True)
 
     def write_evaluation(self, content: dict[str, Any]) -> None:
-        """Keeps what evaluate.py has measured so far; raises OSError if that fails."""
+        """Saves what evaluate.py has measured so far; raises OSError if that fails."""
         files.write_json(self.reader.evaluation_file, files.sealed(content))
 
     def write_error(self, log: str) -> None:
-        """Keeps the log of a failed run; raises OSError if that fails."""
+        """Saves the log of a failed run; raises OSError if that fails."""
         with atomic_files.replacing(self.reader.error_file) as file:
             file.write_text(log)
 
     def clear_error(self) -> None:
-        """Forgets an earlier failure."""
+        """Removes the log of an earlier failure."""
         self.reader.error_file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _write_errors_as_run_errors(self) -> Iterator[None]:
         try:
             yield
-        # TensorFlow's writers have errors of their own.
+        # TensorFlow's writers raise errors of their own kinds.
         except (OSError, tf.errors.OpError) as error:
             raise RunError(
                 f"Cannot write the run folder {self.path}: {error}. Choose a writable --out."

@@ -1,6 +1,6 @@
-"""The one owner of a folder: a lock on a file in it, which the kernel frees when its owner dies.
+"""Locks a folder for one process, by a file in it; the kernel releases the lock when it ends.
 
-The file names its owner while there is one, and goes when the owner lets go of it.
+The file names the owner, who removes it on release.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tfjacreg.experiments import reading
 from tfjacreg.experiments.config import RunError
 
 _LOCK = ".lock"
-_NAMED_WITHIN = 1.0  # Seconds that an owner has to write its name.
+_NAMED_WITHIN = 1.0  # Seconds within which an owner writes its name.
 
 
 @contextlib.contextmanager
 def owned(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keeps every other process out of a folder, which is made if it is not there.
+    """Keeps every other process out of a folder, which is made if it does not exist.
 
     Args:
         folder: The folder.
@@ -53,18 +53,18 @@ def owned(folder: Path, *, wait: bool = False) -> Iterator[None]:
         if lock is not None:
             release(folder, lock)
         if not was_there:
-            with contextlib.suppress(OSError):  # Something is in it.
+            with contextlib.suppress(OSError):  # It is not empty.
                 folder.rmdir()
 
 
 def acquire(folder: Path, *, wait: bool = False) -> int | None:
-    """Takes the lock of a folder, which is made if it is not there.
+    """Takes the lock of a folder, which is made if it does not exist.
 
     A process that inherits the descriptor owns the folder too.
 
     Args:
         folder: The folder.
-        wait: Whether to wait for the present owner's end.
+        wait: Whether to wait until the current owner ends.
 
     Returns:
         The descriptor of the lock, or None if another process has it.
@@ -76,9 +76,9 @@ def acquire(folder: Path, *, wait: bool = False) -> int | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            if os.path.lexists(folder):  # Something else bears the name.
+            if os.path.lexists(folder):  # Something else has this name.
                 raise
-            continue  # It was there, and the last owner has removed it since.
+            continue  # The folder existed, and its last owner has removed it since.
         try:
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # The last owner has just removed the folder.
@@ -98,7 +98,7 @@ def acquire(folder: Path, *, wait: bool = False) -> int | None:
 
 
 def release(folder: Path, descriptor: int) -> None:
-    """Lets go of a folder, and removes the lock's file unless another process owns it by now."""
+    """Releases a folder, and removes the lock's file unless another process owns it by now."""
     os.close(descriptor)
     with contextlib.suppress(OSError):
         # A process that inherited the lock may still have it.
@@ -111,7 +111,7 @@ def release(folder: Path, descriptor: int) -> None:
 
 
 def _locked(folder: Path, descriptor: int, *, wait: bool) -> bool:
-    """Locks an open file; False if it was removed meanwhile, so that the lock is of no use."""
+    """Locks an open file; False if it was removed meanwhile, which makes the lock useless."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(folder / _LOCK))
@@ -120,12 +120,12 @@ def _locked(folder: Path, descriptor: int, *, wait: bool) -> bool:
 
 
 def left_in(folder: Path) -> bool:
-    """Whether a lock's file is there, whose owner may be alive or not."""
+    """Whether a lock's file is there, whether its owner is alive or not."""
     return (folder / _LOCK).exists()
 
 
 def owner(folder: Path) -> str:
-    """Who owns a folder, for a message: `process 123`, with its machine if it is another."""
+    """The owner of a folder, for a message: `process 123`, with its machine if it is another."""
     deadline = time.monotonic() + _NAMED_WITHIN
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""Reads a run folder: the names of its files, and what is wrong with one that is not as written."""
+"""Reads a run folder: the names of its files, and checks that they are as they were written."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tfjacreg.experiments.config import EARLIER, RunConfig, RunError
 from tfjacreg.printable import printable, shown
 
 CLEARING = "clearing"  # In config.json while the files of an earlier run are being removed.
-SETTINGS_DIGEST = "settings"  # Beside those of the files in metrics.json.
+SETTINGS_DIGEST = "settings"  # In metrics.json, beside the digests of the files.
 _NAME = 1000  # Characters of a version or a device.
 _AGAIN = "Train that run again, with train.py --overwrite."
 _ANEW = "Put the file back as it was, or use --overwrite to start anew."
-# What every config.json says, since the first version.
+# The settings that every config.json has had since the first version.
 _SETTINGS = {"dataset", "network", "regularizer", "factor", "seed", "data_dir"}
 
 
 class FolderReader:
-    """Reads the files of one run; raises `RunError` where a file is not what was written.
+    """Reads the files of one run; raises `RunError` if a file is not what was written.
 
     Attributes:
         path: The folder.
         config_file: Settings and environment.
         history_file: A line of figures per epoch.
         checkpoint_file: The training state after the last finished epoch, until the run finishes.
-        classifier_file: From pixels in [0, 1] to logits.
+        classifier_file: The network from pixels in [0, 1] to logits.
         saved_model: The same as a TensorFlow SavedModel; a folder.
         metrics_file: The figures of the finished run.
         evaluation_file: What evaluate.py measured.
@@ -53,12 +53,12 @@ class FolderReader:
 
     @classmethod
     def all_in(cls, path: Path) -> list[Self]:
-        """The run folders that lie in a folder, by name."""
+        """The run folders in a folder, by name."""
         return sorted((f for f in map(cls, path.glob("*")) if f.claimed), key=lambda f: f.path)
 
     @property
     def products(self) -> tuple[Path, ...]:
-        """What a run and its evaluation may put beside `config.json`."""
+        """The files that a run and its evaluation may write beside `config.json`."""
         return (
             self.metrics_file,
             self.evaluation_file,
@@ -70,28 +70,28 @@ class FolderReader:
         )
 
     def refuse_link(self) -> None:
-        """Refuses a folder of a sweep that is elsewhere; raises RunError."""
+        """Refuses a link in place of a folder of a sweep; raises RunError."""
         if self.path.is_symlink():
             raise RunError(
                 f"{self.path} must be a folder in that of its sweep. Received: a symbolic link. "
                 "Put the run itself there."
             )
 
-    # --- whose the folder is, and how far the run has come ---
+    # --- which run the folder belongs to, and how far that run has come ---
 
     @property
     def claimed(self) -> bool:
-        """Whether it is the folder of some run."""
+        """Whether it is the folder of a run."""
         return self.config_file.exists()
 
     @property
     def finished(self) -> bool:
-        """Whether the run is over."""
+        """Whether the run has finished."""
         return self.metrics_file.exists() and not self.is_clearing
 
     @property
     def problem(self) -> str | None:
-        """None if the run has finished; else why not, in a few words."""
+        """None if the run has finished; otherwise why not, in a few words."""
         if self.claimed and self.finished:
             return None
         if self.metrics_file.exists() and not self.claimed:
@@ -101,7 +101,7 @@ class FolderReader:
                 log = reading.read_end(self.error_file, reading.ERROR).decode(errors="replace")
             except OSError as error:
                 return f"failed: {self.error_file.name} cannot be read: {error}"
-            # Of a traceback the last line is the error itself.
+            # The last line of a traceback is the error itself.
             lines = log.strip().splitlines()
             return f"failed: {lines[-1] if lines else 'error.txt is empty'}"
         if self.classifier_file.exists() and not self.checkpoint_file.exists():
@@ -110,17 +110,17 @@ class FolderReader:
 
     @property
     def is_clearing(self) -> bool:
-        """Whether --overwrite was killed as it removed the files of an earlier run."""
+        """Whether --overwrite was killed while it removed the files of an earlier run."""
         try:
             return CLEARING in files.read_json(self.config_file)
-        except ValueError:  # Missing or damaged, which other readers report.
+        except ValueError:  # The file is missing or damaged, which other readers report.
             return False
 
     def check_kinds(self) -> None:
-        """Refuses a folder that is named like a file that a run writes, and the other way round.
+        """Refuses folders where a run writes files, and files where it writes folders.
 
         Raises:
-            RunError: If one is there: the run would end when it comes to it.
+            RunError: If there is one: the run would fail when it writes there.
         """
         for path in (self.config_file, *self.products, self.error_file):
             if path == self.saved_model:
@@ -131,7 +131,7 @@ class FolderReader:
                 raise RunError(f"{path} must be {kind} of that name. Move it out of the way.")
 
     def check_claim(self, config: RunConfig) -> None:
-        """Refuses the folder of another run.
+        """Refuses a folder that belongs to another run.
 
         Args:
             config: The settings.
@@ -154,11 +154,11 @@ class FolderReader:
             )
 
     def check_settings(self, config: RunConfig, way_out: str) -> None:
-        """Refuses the folder of another configuration.
+        """Refuses a folder that belongs to another configuration.
 
         Args:
             config: The settings that are expected.
-            way_out: What to do if they are not those of the folder; ends the message.
+            way_out: What to do if the folder's settings differ; ends the message.
 
         Raises:
             RunError: If a setting differs or the file is damaged.
@@ -173,10 +173,10 @@ class FolderReader:
                 f"{way_out}"
             )
 
-    # --- what its files say ---
+    # --- the content of its files ---
 
     def read_config(self) -> dict[str, Any]:
-        """The settings, and `environment`.
+        """Reads the settings, and `environment`.
 
         Raises:
             RunError: If the file is missing or damaged.
@@ -208,11 +208,11 @@ class FolderReader:
             )
 
     def read_metrics(self) -> dict[str, Any]:
-        """The figures of the finished run.
+        """Reads the figures of the finished run.
 
         Raises:
-            RunError: If the file is missing or damaged, a number in it is not finite, or it is not
-                of the settings and the history that are beside it.
+            RunError: If the file is missing or damaged, a number in it is not finite, or it does
+                not belong to the settings and the history beside it.
         """
         metrics = self._read_json(self.metrics_file, _AGAIN, sealed=True)
         with self._value_errors_as_run_errors(self.metrics_file, _AGAIN):
@@ -221,7 +221,7 @@ class FolderReader:
         return metrics
 
     def read_history(self) -> list[dict[str, float]]:
-        """A row of figures per epoch.
+        """Reads a row of figures per epoch.
 
         Raises:
             RunError: If the file is missing or damaged.
@@ -230,15 +230,15 @@ class FolderReader:
             return records.read_history(self.history_file, validated=self._validated)[1]
 
     def count_epochs(self) -> int:
-        """How many epochs the history has, at a glance; 0 if there is none."""
+        """The number of epochs in the history, without a check; 0 if there is none."""
         try:
             text = reading.read_bytes(self.history_file, reading.TEXT)
             return max(text.count(b"\n") - 1, 0)
-        except OSError:  # Other readers say what is wrong with it.
+        except OSError:  # Other readers report what is wrong with it.
             return 0
 
     def read_evaluation(self) -> dict[str, Any] | None:
-        """What evaluate.py has measured so far; None if there is nothing.
+        """Reads what evaluate.py has measured so far; None if there is nothing.
 
         Raises:
             RunError: If the file is damaged.
@@ -259,7 +259,7 @@ class FolderReader:
         return files.unsealed(content)
 
     def _check_dataset(self, judged: str | None) -> None:
-        """Compares the data set of the settings with the one that an evaluation was made on."""
+        """Compares the data set of the settings with the one of the evaluation."""
         trained = self.read_config()["dataset"]
         if judged not in (None, trained):
             raise RunError(
@@ -281,7 +281,7 @@ class FolderReader:
             alone: Whether the figures may be kept alone, without classifier and SavedModel.
 
         Raises:
-            RunError: If one is missing or another than the one that was written.
+            RunError: If a file is missing or is not the one that was written.
         """
         self.read_metrics()
         kept = [self.history_file, self.classifier_file, self.saved_model]
@@ -291,7 +291,7 @@ class FolderReader:
             self._check_digest(file)
 
     def require_classifier(self) -> None:
-        """Checks that a finished run with its classifier is here.
+        """Checks that the folder holds a finished run with its classifier.
 
         Raises:
             RunError: If not; the message says what is missing.
@@ -309,7 +309,7 @@ class FolderReader:
         self._check_digest(self.classifier_file)
 
     def _check_digest(self, file: Path) -> None:
-        """Compares settings and a file with what `metrics.json` says of them, if it does."""
+        """Compares the settings and a file with their digests in `metrics.json`, if it has them."""
         metrics = self._read_json(self.metrics_file, _AGAIN, sealed=True)
         with self._value_errors_as_run_errors(self.metrics_file, _AGAIN):
             digests = records.digests(metrics)
@@ -317,7 +317,7 @@ class FolderReader:
             raise RunError(
                 f"{self.metrics_file} is not of the settings in {self.config_file.name}. {_AGAIN}"
             )
-        if file.name not in digests:  # Of a run of version 0.1.0.
+        if file.name not in digests:  # The run is from version 0.1.0.
             return
         with self._value_errors_as_run_errors(file, _AGAIN):
             if not file.exists():
@@ -329,17 +329,17 @@ class FolderReader:
                 )
 
     def read_state(self, steps_per_epoch: int) -> tuple[keras.Model | None, list[dict[str, float]]]:
-        """The model and the history as they were after the last finished epoch, if there is one.
+        """Loads the model and the history after the last finished epoch, if there is one.
 
         Args:
-            steps_per_epoch: How many steps of the optimizer an epoch takes.
+            steps_per_epoch: The number of optimizer steps in an epoch.
 
         Raises:
-            RunError: If a file is damaged, or they are not of one run.
+            RunError: If a file is damaged, or they do not belong to one run.
         """
         file = self.checkpoint_file
         if not file.exists():
-            # The first epoch's is written after its line, and the last one's stays to the end.
+            # A checkpoint is first written after the first line, and kept until the run finishes.
             exported = self.classifier_file.exists() or self.saved_model.exists()
             if exported or self.count_epochs() > 1:
                 also = f" and {self.metrics_file.name} are" if exported else " is"
@@ -374,9 +374,9 @@ class FolderReader:
 
     @property
     def settings_digest(self) -> str:
-        """Of what the run is: not of where its data lies, nor of the machine."""
+        """The digest of what the run is, without the place of its data and the machine."""
         self.read_config()
-        # What is not in the file was no setting then, and must not change the digest.
+        # A setting that is not in the file did not exist then, and must not change the digest.
         content = files.read_json(self.config_file)
         names = content.keys() & set(RunConfig.names()) - {"data_dir"}
         return files.content_sha256({name: content[name] for name in names})
@@ -392,7 +392,7 @@ class FolderReader:
 
     @contextlib.contextmanager
     def _value_errors_as_run_errors(self, path: Path, way_out: str) -> Iterator[None]:
-        """Errors that say what a file must be, after its name."""
+        """Turns errors that say what a file must be into RunErrors that begin with its name."""
         try:
             yield
         except RunError:

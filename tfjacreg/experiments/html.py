@@ -1,4 +1,4 @@
-"""One self-contained HTML page from Markdown and the pictures beside it."""
+"""Makes one self-contained HTML page from Markdown and the pictures beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from tfjacreg.experiments import reading
 
-# The policy forbids every request: what is not in the page is not shown.
+# The policy forbids every request: only what is in the page is shown.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -84,12 +84,12 @@ def render(markdown: str, folder: Path) -> str:
 
     Args:
         markdown: The text, CommonMark with tables; its first line is the title, as a heading. HTML
-            in it is shown as text. Before the first heading of the second level comes a list of
-            contents.
-        folder: Where its pictures are, SVG or PNG files.
+            in it is shown as text. A list of contents is put before the first heading of the second
+            level.
+        folder: The folder of its pictures, SVG or PNG files.
 
     Raises:
-        ValueError: If it names a picture that is not in that folder itself.
+        ValueError: If it names a picture that is not directly in that folder.
         OSError: If a picture cannot be read.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -99,13 +99,13 @@ def render(markdown: str, folder: Path) -> str:
     for before, token in itertools.pairwise(tokens):
         for child in token.children or []:
             if child.type == "text" and before.type == "td_open":
-                # A number stays with what is before it, such as its sign of plus or minus.
+                # A number stays on the line of what is before it, such as a plus or minus sign.
                 child.content = re.sub(
                     r"(?<=[\w±<]) (?=[\d<])", "\N{NO-BREAK SPACE}", child.content
                 )
             if child.type == "image":
                 child.attrs["src"] = _embedded(str(child.attrs["src"]), folder)
-    # A heading is an opening, its text and a closing.
+    # A heading is three tokens: its opening, its text and its closing.
     titles = [
         (opening, "".join(child.content for child in inline.children or []))
         for opening, inline in itertools.pairwise(tokens)

@@ -1,4 +1,4 @@
-"""Reads what `evaluate.py` measured on the runs that stand for the methods of a sweep."""
+"""Reads what `evaluate.py` measured on the runs of a sweep's chosen cells."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tfjacreg.experiments.selection import SweepResults
 
 
 def read(results: SweepResults) -> dict[Path, dict[str, Any]]:
-    """The evaluations of the finished runs of the chosen cells, by run folder.
+    """Reads the evaluations of the finished runs of the chosen cells, by run folder.
 
     Raises:
-        ValueError: If one is damaged, is of another classifier, or has other settings than the
+        ValueError: If one is damaged, belongs to another classifier, or has other settings than the
             others; the message names the file.
     """
     judged = {}
@@ -29,13 +29,13 @@ def read(results: SweepResults) -> dict[Path, dict[str, Any]]:
 
 
 def limits(result: dict[str, Any]) -> list[str]:
-    """The options of `evaluate.py` that an evaluation was made with."""
+    """The options of `evaluate.py` with which an evaluation was made."""
     settings = result["settings"]
     return ["--limit", f"{settings['images']:d}", "--seed", f"{settings['seed']:d}"]
 
 
 def _refuse_other_settings(judged: dict[Path, dict[str, Any]]) -> None:
-    """Compares the settings that evaluations share; earlier versions had fewer measures."""
+    """Compares the settings that all evaluations have; earlier versions had fewer measures."""
     for folder, other in itertools.combinations(judged, 2):
         one, two = judged[folder]["settings"], judged[other]["settings"]
         shared = one.keys() & two.keys() - {"classifier_sha256"}

@@ -1,10 +1,10 @@
-"""Which runs of a sweep were taken, and what came of them: a study of Optuna.
+"""The runs of a sweep and their results, kept in a study of Optuna.
 
-The first worker makes a trial for each run, waiting, with the run's cell and repeat as parameters.
-All changes are made under one lock, and a run is worked on under a lock of its own. Both vanish
-with their owner: locks of files are freed by the kernel, and those of PostgreSQL by its server when
-the connection ends. A trial that is running and unlocked is a dead worker's, and the next one to
-look takes it up.
+The first worker makes a waiting trial for each run, with the run's cell and repeat as parameters.
+All changes are made under one lock, and each run has a lock of its own. Locks end with their owner:
+the kernel releases locks of files, and a PostgreSQL server releases its own when the connection
+ends. A trial that is running and not locked belonged to a worker that has ended; the next worker
+that looks takes it over.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tfjacreg.experiments.storage_errors import DatabaseFile, Server
 from tfjacreg.experiments.sweep import Cell, Sweep
 
 DATABASE = "sweep.sqlite3"
-_PATIENCE = 60.0  # Seconds to wait for another program that has locked it.
+_PATIENCE = 60.0  # Seconds to wait for another program that has locked the database.
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of the repeats of a cell.
+    """The results of the repeats of a cell.
 
     Attributes:
         cell: The cell.
@@ -52,11 +52,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came of a sweep.
+    """The results of a sweep.
 
     Attributes:
-        repeats: How many each cell was to have.
-        results: A line for each cell, in the sweep's order.
+        repeats: The number of repeats that each cell is to have.
+        results: One for each cell, in the sweep's order.
         failures: The errors of the failed runs, by the names of their folders.
     """
 
@@ -80,12 +80,12 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A run that this worker has the lock of.
+    """A run whose lock this worker has.
 
     Attributes:
         name: The name of its folder.
         trial: Its trial.
-        descriptor: That of the lock's file: a process that inherits it has the lock too.
+        descriptor: The descriptor of the lock's file; a process that inherits it has the lock too.
     """
 
     name: str
@@ -128,16 +128,16 @@ class Ledger:
 
         Args:
             sweep: The sweep.
-            out: Its folder, where `sweep.sqlite3` is without `storage`.
+            out: Its folder, which holds `sweep.sqlite3` if there is no `storage`.
             storage: A `postgresql://` URL, or None.
-            data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+            data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
 
         Raises:
             ValueError: If the URL is not valid.
             RunError: If a run folder is a link, or the database is damaged.
-            OSError: If the database is no file.
+            OSError: If the database is not a file.
         """
-        # All runs have the same data and network: they are read once.
+        # All runs have the same data and network, so their digests are computed once.
         known = dataclasses.replace(sweep.any_config, data_dir=data_dir).identified()
         digests = {n: getattr(known, n) for n in ("data_digest", "network_digest")}
         configs = {
@@ -166,11 +166,11 @@ class Ledger:
                 study = optuna.create_study(
                     study_name=name,
                     storage=tables,
-                    sampler=optuna.samplers.RandomSampler(),  # Nothing is left to sample.
+                    sampler=optuna.samplers.RandomSampler(),  # Unused: there is nothing to sample.
                     load_if_exists=True,
                 )
                 ledger = cls(sweep, out, configs, locks, study, database)
-                # All of them at first; later what a first worker did not come to before it died.
+                # All runs at first; later those that a first worker did not add before it ended.
                 ledger._add(configs.keys() - ledger.latest().keys())
             try:
                 yield ledger
@@ -179,14 +179,14 @@ class Ledger:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Around every look at the study: its file is still the one that was opened."""
+        """Surrounds every read of the study: its file must still be the one that was opened."""
         self._database.check()
         with self._database.errors_named():
             yield
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Around every change of the study."""
+        """Surrounds every change of the study."""
         with self.locks.exclusive(), self._reading():
             yield
 
@@ -207,21 +207,22 @@ class Ledger:
                 )
 
     def latest(self) -> dict[str, FrozenTrial]:
-        """The last trial of each run. A run tried again has several."""
+        """The last trial of each run; a run that is tried again has several."""
         with self._reading():
             named = {_name(trial): trial for trial in self._study.get_trials(deepcopy=False)}
             return {name: trial for name, trial in named.items() if name is not None}
 
     def finished(self) -> bool:
-        """Whether every run is, by success or by failure."""
+        """Whether every run has ended, by success or by failure."""
         return all(trial.state.is_finished() for trial in self.latest().values())
 
     def reopen(self, *, failed: bool, lost: bool) -> None:
-        """Puts runs back that were finished.
+        """Puts ended runs back among the waiting ones.
 
         Args:
-            failed: Those that failed.
-            lost: Those that succeeded and whose folder, or the evaluation in it, was removed since.
+            failed: Whether to put back runs that failed.
+            lost: Whether to put back runs that succeeded, but whose folder or evaluation was
+                removed since.
         """
         with self._changing():
             again = set()
@@ -235,23 +236,23 @@ class Ledger:
             self._add(again)
 
     def unjudged(self, reader: FolderReader) -> list[str]:
-        """What the sweep measures on each run and is not in a run's `evaluation.json` yet."""
+        """What the sweep measures on each run and is missing in a run's `evaluation.json`."""
         names = self.sweep.judgement.names
         if not names:
             return []
         try:
             found = reader.read_evaluation() or {}
-        except RunError:  # Who judges the run says what is wrong with the file.
+        except RunError:  # The evaluation of the run reports what is wrong with the file.
             return list(names)
         return [name for name in names if name not in found]
 
     def check_folders(self) -> None:
-        """Compares what runs came to with their folders, where those are here and finished.
+        """Compares the results of runs with their folders, if those are here and finished.
 
-        Before `summary`, which takes every result for granted.
+        This comes before `summary`, which relies on every result.
 
         Raises:
-            RunError: If a folder is another run's, is damaged, or has other figures.
+            RunError: If a folder belongs to another run, is damaged, or has other figures.
         """
         for name, trial in self.latest().items():
             folder = FolderReader(self.out / name)
@@ -274,7 +275,7 @@ class Ledger:
                 )
 
     def take(self) -> Claim | None:
-        """A run that a dead worker left or nobody has begun; None if there is none."""
+        """Takes a run that an ended worker left or nobody has begun; None if there is none."""
         with self._changing():
             running = (TrialState.RUNNING,)
             for trial in self._study.get_trials(deepcopy=False, states=running):
@@ -298,13 +299,13 @@ class Ledger:
     def succeed(
         self, claim: Claim, metrics: dict[str, Any], *, seconds: float | None = None
     ) -> None:
-        """Records what a run came to.
+        """Records the result of a run.
 
         Args:
             claim: The run.
             metrics: Content of its `metrics.json`.
-            seconds: How long it took, from the start of its process to its end; None if it was not
-                made in one go.
+            seconds: How long it took, from the start of its process to its end; None if it was
+                interrupted.
         """
         known = {"seconds": seconds}
         names = ("test_accuracy", "val_accuracy", "step_seconds")
@@ -313,7 +314,7 @@ class Ledger:
             for name, value in known.items():
                 if value is not None:
                     claim.trial.set_user_attr(name, value)
-            # A trial needs a value, and runs on the whole training set have no validation loss.
+            # A trial needs a value; runs on the whole training set have no validation loss.
             loss = metrics.get("val_loss", metrics["test_loss"])
             # A worker killed inside `tell` may have recorded the result already.
             self._study.tell(claim.trial, loss, skip_if_finished=True)
@@ -325,7 +326,7 @@ class Ledger:
             self._study.tell(claim.trial, state=TrialState.FAIL)
 
     def epochs(self) -> int:
-        """How many epochs of the sweep are done with, as far as the run folders are seen here."""
+        """The number of finished epochs of the sweep, as far as the run folders are here."""
         latest = self.latest()
         return sum(
             config.epochs
@@ -335,7 +336,7 @@ class Ledger:
         )
 
     def summary(self) -> Summary:
-        """The sweep as it is now."""
+        """The current results of the sweep."""
         results = {cell: Result(cell, [], [], []) for cell in self.sweep.cells}
         failures = {}
         latest = self.latest()
@@ -364,6 +365,6 @@ def database_of(out: Path, storage: str | None) -> DatabaseFile | Server:
 
 
 def _name(trial: FrozenTrial | Trial) -> str | None:
-    """The run of a trial; None where a worker of version 0.1.0 died as it asked for one."""
+    """The run of a trial; None if a worker of version 0.1.0 ended while it asked for a run."""
     params = trial.params
     return f"{params['cell']}-seed{params['repeat']}" if len(params) == 2 else None

@@ -1,4 +1,4 @@
-"""Locks that die with their owner: among the processes of one machine, and among machines."""
+"""Locks that end with their owner, among the processes of one machine or of several machines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import tfjacreg_startup
 from tfjacreg import optional_packages
 from tfjacreg.experiments import folder_lock
 
-# A worker whose machine or network is gone notices within 15 seconds and stops, before the server,
-# after 60, hands its run to another.
+# A worker that has lost its machine's network notices within 15 seconds and stops; the server gives
+# its run to another worker only after 60 seconds.
 _CONNECTION = {
     "keepalives_idle": 5,
     "keepalives_interval": 5,
@@ -28,9 +28,9 @@ _CONNECTION = {
 
 
 class FileLocks:
-    """Locks among the processes of one machine, freed by the kernel when their owner dies.
+    """Locks among the processes of one machine, released by the kernel when their owner ends.
 
-    The lock of a run is that of its folder, which train.py and evaluate.py take too.
+    The lock of a run is the lock of its folder, which train.py and evaluate.py take too.
     """
 
     def __init__(self, out: Path) -> None:
@@ -39,32 +39,32 @@ class FileLocks:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger."""
-        # Neither through a link, nor waiting for the other end of a pipe.
+        # Without following a link or waiting for the other end of a pipe.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         with os.fdopen(os.open(self._out / ".sweep.lock", flags, 0o666), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def acquire(self, name: str) -> int | None:
-        """The descriptor of the lock of a run, or None if somebody has it.
+        """The descriptor of the lock of a run, or None if another process has the lock.
 
         A process that inherits the descriptor has the lock too.
         """
         return folder_lock.acquire(self._out / name)
 
     def release(self, name: str, descriptor: int) -> None:
-        """Frees the lock of a run."""
+        """Releases the lock of a run."""
         folder_lock.release(self._out / name, descriptor)
 
     def ensure_alive(self) -> None:
-        """Raises if the locks may be lost, which the kernel does to no living process."""
+        """Raises if the locks may be lost; the kernel never takes them from a living process."""
 
     def close(self) -> None:
-        """Frees what is not the kernel's."""
+        """Releases what the kernel does not release."""
 
 
 class PostgresLocks(FileLocks):
-    """Locks among machines too: PostgreSQL's advisory locks, which live as long as a connection."""
+    """Locks among machines too: PostgreSQL's advisory locks, which last as long as a connection."""
 
     def __init__(self, out: Path, url: sqlalchemy.URL, study: str) -> None:
         super().__init__(out)
@@ -84,7 +84,7 @@ class PostgresLocks(FileLocks):
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Waits for the one lock on all changes of the ledger, on all machines."""
-        # One for all studies: Optuna's tables, which the first worker makes, are theirs in common.
+        # One lock for all studies, since they share Optuna's tables, which the first worker makes.
         with super().exclusive():
             self._call("pg_advisory_lock", "tfjacreg")
             try:
@@ -93,7 +93,7 @@ class PostgresLocks(FileLocks):
                 self._call("pg_advisory_unlock", "tfjacreg")
 
     def acquire(self, name: str) -> int | None:
-        """As for files; None too if a worker on another machine has the lock."""
+        """As for files; also None if a worker on another machine has the lock."""
         if not self._call("pg_try_advisory_lock", f"{self._study}/{name}"):
             return None
         descriptor = super().acquire(name)
@@ -102,16 +102,16 @@ class PostgresLocks(FileLocks):
         return descriptor
 
     def release(self, name: str, descriptor: int) -> None:
-        """Frees the lock of a run."""
+        """Releases the lock of a run."""
         super().release(name, descriptor)
         self._call("pg_advisory_unlock", f"{self._study}/{name}")
 
     def ensure_alive(self) -> None:
-        """Raises if the connection, and the locks with it, is lost."""
+        """Raises if the connection is lost, and the locks with it."""
         self._connection.execute(sqlalchemy.text("SELECT 1"))
 
     def close(self) -> None:
-        """Ends the connection, which frees its locks."""
+        """Ends the connection, which releases its locks."""
         self._connection.close()
 
 
@@ -119,10 +119,10 @@ def server_url(storage: str) -> sqlalchemy.URL:
     """The URL of a PostgreSQL server, with the driver that is used.
 
     Raises:
-        ValueError: If it is not one; the message has nothing of a password in it.
+        ValueError: If it is not such a URL; the message does not contain a password.
         ImportError: If the driver is not installed.
     """
-    # Neither message nor cause: SQLAlchemy's errors quote the URL.
+    # SQLAlchemy's errors quote the URL, so neither their message nor their cause is kept.
     with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
         url = sqlalchemy.make_url(storage)
         if url.get_backend_name() in ("postgresql", "postgres"):
@@ -138,7 +138,7 @@ def server_url(storage: str) -> sqlalchemy.URL:
 
 
 def hidden(text: str, storage: str | None) -> str:
-    """`text`, such as an error of the storage, without the password that its URL has."""
+    """`text`, such as an error of the storage, without the password in the storage's URL."""
     secrets: list[str] = []
     with contextlib.suppress(sqlalchemy.exc.ArgumentError, ValueError):
         url = sqlalchemy.make_url(storage or "")

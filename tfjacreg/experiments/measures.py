@@ -1,7 +1,7 @@
-"""What evaluate.py can measure on one classifier, with which settings, and how it is written down.
+"""What evaluate.py can measure on one classifier, with which settings, and how it is stored.
 
-A measure is a function of the classifier, the images, the labels and a seed. What it returns goes
-into `evaluation.json`, where the measure's own name says that it is done.
+A measure is a function of the classifier, the images, the labels and a seed. Its result goes into
+`evaluation.json`, where an entry with the name of the measure says that it is done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tfjacreg.judging.classifiers import (
     predict,
 )
 
-# How well a classifier stands up to each at rising strength, and what is measured at each image.
+# Accuracies under perturbations of rising strength, and measures at each image.
 PERTURBATIONS = tuple(curves.TITLES)
 POINTWISE = ("boundary", "distance", "sigma")
 
@@ -48,16 +48,17 @@ PLAN: dict[str, dict[str, Any]] = {
     "distance": {"starts": 3, "iterations": 50},
     "sigma": {"method": "exact"},
 }
-# Images whose Jacobians are measured at once.
+# Images whose Jacobians are measured together.
 _BATCH = 256
 # Significant digits of what is measured at a point: float32 has seven.
 _DIGITS = 6
 
 
 def steps_per_image(name: str) -> float:
-    """About how many training steps without a penalty take as long as a measure of one image.
+    """Roughly the number of plain training steps that take as long as a measure of one image.
 
-    For an estimate of the time before anything was measured: a forward pass is a third of a step.
+    It is for an estimate of the time before anything was measured; a forward pass is a third of a
+    step.
 
     Args:
         name: One of `PERTURBATIONS` or `POINTWISE`.
@@ -87,13 +88,13 @@ def measure(
         x: Test images in [0, 1], `[N, *in]`.
         y: Their labels `[N]`.
         seed: Seed of everything random.
-        title: What the progress bar is called.
+        title: The title of the progress bar.
 
     Returns:
         Entries of `evaluation.json`, one of them under `name`.
 
     Raises:
-        TypeError: If the classifier cannot be judged.
+        TypeError: If the classifier cannot be evaluated.
         ValueError: Likewise.
     """
     if name in POINTWISE:
@@ -126,7 +127,7 @@ def _curve(
     with tqdm(total=len(x) * values[-1], desc=title, unit="step", unit_scale=True) as bar:
         result = attack(classifier, x, y, iterations=values, seed=seed, progress=bar.update, **plan)
     entry = {strength: values, "accuracy": result.accuracy.tolist()}
-    if name != "square":  # It follows no gradient.
+    if name != "square":  # Square uses no gradient.
         entry["faded"] = result.faded.mean(axis=1).tolist()
     return entry
 
@@ -148,7 +149,7 @@ def _distance(classifier: keras.Model, x: np.ndarray, y: np.ndarray, **plan: Any
 
 
 def _without(distance: npt.NDArray[np.float64], infinite: str) -> dict[str, list[int]]:
-    """The images that have no distance: NaN if misclassified, else infinite."""
+    """The images that have no distance: those with NaN are misclassified, the others infinite."""
     return {
         "misclassified": np.flatnonzero(np.isnan(distance)).tolist(),
         infinite: np.flatnonzero(np.isinf(distance)).tolist(),
@@ -164,7 +165,7 @@ def _sigma(
     progress: Progress,
     method: str,
 ) -> dict[str, Any]:
-    """The spectral norm of the Jacobian at each image, and the margin that it is held against."""
+    """The spectral norm of the Jacobian at each image, and the margin to compare it with."""
     checked = check_classifier(classifier, x, y)
     margin = logit_margin(tf.constant(checked.y), tf.constant(predict(checked))).numpy()
     finite(margin, "margins")

@@ -1,7 +1,7 @@
-"""Networks by name, of the project's own or of the user's: a `.keras` file, or a function.
+"""Networks by name, the project's or your own: a `.keras` file, or a function.
 
-A network of one's own goes from the network's input, standardized images, to logits. What does not
-is told before anything is trained, with the lines that mend it.
+A network of your own takes standardized images and returns logits. If it does not, the message
+comes before anything is trained, with the lines of code that mend it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tfjacreg.printable import is_one_line
 
 _FUNCTION = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 _SATURATING = ("softmax", "sigmoid", "log_softmax")
-# Layers before or after which what is looked for may stand: they leave the scale as it is.
+# Layers that may come before or after the layer that is looked for: they do not change the scale.
 _PASSING = (
     *(keras.layers.Reshape, keras.layers.Flatten, keras.layers.Identity, keras.layers.Dropout),
     *(keras.layers.CenterCrop, keras.layers.Resizing, keras.layers.ZeroPadding2D),
@@ -35,7 +35,7 @@ _PASSING = (
 
 
 def is_valid(name: object) -> bool:
-    """Whether a network may have this name; that it exists is not asked."""
+    """Whether a network may have this name; it need not exist."""
     return is_one_line(name) and (
         name in networks.NAMES or name.endswith(".keras") or is_function(name)
     )
@@ -49,7 +49,7 @@ def is_function(name: str) -> bool:
 def digest(name: str) -> str | None:
     """The SHA-256 of the file of a network, or of its function's module.
 
-    None for `networks.NAMES`, and where the file is not there.
+    None for `networks.NAMES`, and if the file is not there.
     """
     if name in networks.NAMES:
         return None
@@ -66,14 +66,14 @@ def digest(name: str) -> str | None:
 def make(
     name: str, input_shape: tuple[int, int, int], num_classes: int, *, pretrained: bool
 ) -> keras.Model:
-    """Makes a network of one's own and checks that it can be trained on the data.
+    """Makes a network of your own and checks that it can be trained on the data.
 
     Args:
         name: `FILE.keras` or `MODULE:FUNCTION`.
         input_shape: `(H, W, C)`.
-        num_classes: How many logits it must give.
-        pretrained: Whether a file's weights are kept; otherwise Keras' random generator, which
-            `keras.utils.set_random_seed` sets, draws new ones.
+        num_classes: The number of logits that it must return.
+        pretrained: Whether to keep a file's weights; otherwise new ones are drawn with Keras'
+            random generator, which `keras.utils.set_random_seed` sets.
 
     Raises:
         ValueError: If it cannot be loaded or made, or does not fit; the message says what to do.
@@ -97,7 +97,7 @@ def _anew(name: str, network: keras.Model, input_shape: tuple[int, int, int]) ->
     """The same layers with new weights."""
     config = network.get_config()
     for item in _dictionaries(config):
-        # With a seed of its own an initializer would draw the same numbers in every run.
+        # An initializer with a seed of its own would draw the same numbers in every run.
         if "seed" in item and isinstance(item["seed"], int):
             item["seed"] = None
     kept = [
@@ -127,7 +127,7 @@ def _dictionaries(item: Any) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _working_folder() -> Iterator[None]:
-    """The present folder is a place to import from, as it is for `python -c`."""
+    """Allows imports from the current folder, as `python -c` does."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         yield
@@ -165,7 +165,7 @@ def _call(name: str, input_shape: tuple[int, int, int], num_classes: int) -> ker
 
 
 def _check_file(name: str, network: keras.Model) -> None:
-    """A run is gone on with from a file, and its classifier is one: no code is run for either."""
+    """Checks that the network can be loaded from a file, as runs are, without running its code."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.keras"
         network.save(file)
@@ -252,17 +252,17 @@ def _check(
 
 
 def _file_of(name: str) -> str:
-    """The file of a network, for a line of code; a function's is one that it was saved in."""
+    """The file of a network, for a line of code; for a function, a file to save its network in."""
     return "network.keras" if is_function(name) else name
 
 
 def _inside(network: keras.Model, inner: keras.Model) -> str:
-    """How code gets from a network to a model in it."""
+    """The code that leads from a network to a model in it."""
     return "" if inner is network else f'.get_layer("{inner.name}")'
 
 
 def _without(layer: keras.layers.Layer, model: keras.Model, input_shape: tuple[int, ...]) -> str:
-    """Code that makes a model without its first layer."""
+    """The code that makes a model without its first layer."""
     if isinstance(model, keras.Sequential):
         number = model.layers.index(layer)
         kept = f"*inner.layers[:{number}], " * (number > 0) + f"*inner.layers[{number + 1}:]"
@@ -271,13 +271,13 @@ def _without(layer: keras.layers.Layer, model: keras.Model, input_shape: tuple[i
 
 
 def leading_scale(network: keras.Model) -> keras.layers.Layer | None:
-    """The Rescaling or Normalization with which a network begins; None if it has none."""
+    """The Rescaling or Normalization with which a network begins; None if there is none."""
     found = _start(network)
     return None if found is None else found[0]
 
 
 def _start(network: keras.Model) -> tuple[keras.layers.Layer, keras.Model] | None:
-    """The Rescaling or Normalization that a network begins with, and the model that it is in."""
+    """The Rescaling or Normalization with which a network begins, and the model that it is in."""
     graph = _keras.graph_of(network)
     if graph is None:
         return None
@@ -300,7 +300,7 @@ def _start(network: keras.Model) -> tuple[keras.layers.Layer, keras.Model] | Non
 
 
 def _end(network: keras.Model) -> tuple[keras.layers.Layer, str, keras.Model] | None:
-    """The layer whose softmax or sigmoid a network ends in, its name, and the model it is in."""
+    """The layer with a softmax or sigmoid at a network's end, its kind, and the model it is in."""
     graph = _keras.graph_of(network)
     if graph is None:
         return None

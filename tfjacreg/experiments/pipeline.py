@@ -1,4 +1,4 @@
-"""What a run trains and is tested on: standardized splits, and batches in a fixed order."""
+"""The data of a run: standardized splits, and batches in a fixed order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Data:
     """The standardized splits of a run.
 
     Attributes:
-        normalization: From pixels in [0, 1] to what the network takes.
-        train: What is trained on.
-        validation: Held out of the official training set; None if that is trained on as a whole.
+        normalization: From pixels in [0, 1] to the input of the network.
+        train: The training split.
+        validation: Held out of the official training set; None if the whole set is trained on.
         test: The official test set.
         num_classes: The number of classes.
         class_names: Their names; empty if they have none.
-        digest: That of a data set of one's own; None for the project's.
+        digest: The digest of your own data set; None for one in `datasets.NAMES`.
     """
 
     normalization: keras.layers.Normalization
@@ -43,7 +43,7 @@ class Data:
         return self.train.x.shape[1:]
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """How many batches the training split makes; the last one may be smaller."""
+        """The number of batches in the training split; the last one may be smaller."""
         return math.ceil(len(self.train.x) / batch_size)
 
 
@@ -55,7 +55,7 @@ def load(config: RunConfig) -> Data:
 
     Raises:
         RunError: If the data is missing, has fewer training images than a batch or a pixel that is
-            not a finite number, or something else is wrong with a data set of one's own.
+            not a finite number, or something else is wrong with your own data set.
     """
     try:
         data = data_sources.load(config.dataset, config.data_dir, config.image_size)
@@ -104,10 +104,11 @@ def _standardized(normalization: keras.layers.Normalization, x: np.ndarray) -> n
 def training_batches(
     x: np.ndarray, y: np.ndarray, batch_size: int, seed: int, epoch: tf.Variable, augment: bool
 ) -> tf.data.Dataset:
-    """One pass over the examples in an order that depends only on `seed` and `epoch`'s value.
+    """One pass over the examples, in an order that depends only on `seed` and `epoch`'s value.
 
-    So an interrupted run goes on with the very batches that it would have seen. Whole batches are
-    gathered from memory at once: slicing single examples costs more than a step of a small network.
+    So a run that continues sees the same batches that it would have seen without the interruption.
+    Whole batches are gathered from memory at once: slicing single examples takes longer than a step
+    of a small network.
 
     Args:
         x: Standardized inputs, `[N, H, W, C]`.
@@ -138,7 +139,7 @@ def training_batches(
             chosen = _cropped_and_flipped(chosen, key)
         return chosen, tf.gather(labels, index)
 
-    # One thread of its own is enough to gather, and does not compete with the steps.
+    # One thread is enough to gather, and does not compete with the steps.
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     options.autotune.enabled = False
@@ -148,7 +149,7 @@ def training_batches(
 
 
 def _cropped_and_flipped(x: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-    """Appendix A.2: a crop out of 4 pixels of padding, and a mirror image half of the time."""
+    """Appendix A.2: a random crop after 4 pixels of padding, and a flip half of the time."""
     pad, (size, height, width) = 4, (tf.shape(x)[0], x.shape[1], x.shape[2])
     draws = tf.random.stateless_uniform([3, size], key)
     padded = tf.pad(x, [[0, 0], [pad, pad], [pad, pad], [0, 0]])

@@ -11,9 +11,9 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-TEXT = 64 << 20  # Bytes that settings, figures and tables can have.
+TEXT = 64 << 20  # The most bytes of settings, figures and tables.
 SWEEP = 1 << 20  # A sweep file.
-ERROR = 64 << 10  # What is looked at of a log, from its end.
+ERROR = 64 << 10  # The bytes that are read of a log, from its end.
 PICTURE = 64 << 20
 MODEL = 4 << 30  # A classifier, a checkpoint or a file of a SavedModel.
 
@@ -28,18 +28,18 @@ _KINDS = {
 
 
 def open_regular(path: Path, limit: int | None = MODEL) -> BufferedReader:
-    """Opens a file for reading, without following a link or waiting for anybody.
+    """Opens a file for reading, without following a link or waiting for another process.
 
     Args:
         path: The file.
-        limit: How many bytes it may have; None for any number.
+        limit: The most bytes that it may have; None for any number.
 
     Raises:
         FileNotFoundError: If nothing is there.
-        OSError: If it is no regular file, is larger or cannot be read.
+        OSError: If it is not a regular file, is larger or cannot be read.
     """
-    # Sockets cannot be opened, and links are not followed: what the name is, is asked first. What
-    # it was replaced with since then, the flags and the second look at the open file find out.
+    # The kind is checked first, since sockets cannot be opened and links are not followed. If the
+    # file is replaced after that, the flags and the second check of the open file find it.
     _check_kind(os.lstat(path).st_mode)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     file = os.fdopen(os.open(path, flags), "rb")
@@ -68,7 +68,7 @@ def _check_kind(mode: int) -> None:
 def read_bytes(path: Path, limit: int) -> bytes:
     """The content of a file; raises OSError as `open_regular` does."""
     with open_regular(path, limit) as file:
-        # One byte more than it may have: the file may grow meanwhile.
+        # One byte more than allowed: the file may grow meanwhile.
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(f"it must have at most {limit} bytes. Received: a file that grows")

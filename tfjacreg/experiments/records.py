@@ -1,4 +1,4 @@
-"""What a run's history and figures must look like."""
+"""Checks the form of a run's history and figures."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _VALIDATION_NUMBERS: tuple[_Keys, ...] = (
     ("val_loss",),
     ("lowest_val_loss", "test_accuracy"),
 )
-# Whatever is measured: the largest number in single precision.
+# The limit of all figures: the largest number in single precision.
 LARGEST = 3.5e38
 
 
 def is_number(value: Any, low: float = -LARGEST, high: float = LARGEST) -> bool:
-    """Whether a value of JSON is a number within limits; NaN, infinity and true are none."""
+    """Whether a value of JSON is a number within limits; NaN, infinity and true are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -42,7 +42,7 @@ def check_metrics(metrics: dict[str, Any], *, validated: bool) -> None:
         validated: Whether the run has a validation split.
 
     Raises:
-        ValueError: If one is missing or not finite.
+        ValueError: If a figure is missing or not finite.
     """
     numbers = _VALIDATION_NUMBERS + _NUMBERS if validated else _NUMBERS
     # Runs of version 0.1.0 did not record it.
@@ -65,7 +65,7 @@ def check_metrics(metrics: dict[str, Any], *, validated: bool) -> None:
 
 
 def digests(metrics: dict[str, Any]) -> dict[str, str]:
-    """The digests in `metrics.json` by file; none in one of version 0.1.0; or raises ValueError."""
+    """The digests in `metrics.json` by file; none in version 0.1.0; raises ValueError."""
     found = metrics.get("files", {})
     if not isinstance(found, dict):
         raise ValueError(f"must hold digests as files. Received: {shown(found)}")
@@ -82,19 +82,19 @@ def history_text(rows: Sequence[dict[str, float]]) -> str:
 
 
 def read_history(path: Path, *, validated: bool) -> tuple[str, list[dict[str, float]]]:
-    """The text of a history, and its rows, one per epoch.
+    """Reads the text of a history, and its rows, one per epoch.
 
     Args:
         path: `history.csv`.
         validated: Whether the run has a validation split.
 
     Raises:
-        ValueError: If it cannot be read, or a row is not complete, not of numbers or not the next
-            epoch's.
+        ValueError: If it cannot be read, or a row is incomplete, does not hold numbers or is not
+            the next epoch's.
     """
     needed = ("val_loss", "step_seconds") if validated else ("step_seconds",)
     try:
-        # As bytes: the ends of lines belong to what was written.
+        # As bytes, since the digest covers the line endings.
         text = reading.read_bytes(path, reading.TEXT).decode()
         reader = csv.DictReader(io.StringIO(text, newline=""))
         rows = [{name: float(value) for name, value in row.items()} for row in reader]
@@ -121,8 +121,8 @@ def check_same(text: str, kept: Any, epochs: int) -> None:
 
     Args:
         text: Content of `history.csv`.
-        kept: What the checkpoint says it was.
-        epochs: How many epochs count.
+        kept: The history in the checkpoint.
+        epochs: The number of epochs to compare.
 
     Raises:
         ValueError: If a line differs.

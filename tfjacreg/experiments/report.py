@@ -1,4 +1,4 @@
-"""The report of sweeps: the answer, Table 1, Figures 3 to 5, and what is missing from them."""
+"""The report on sweeps: the answer, Table 1, Figures 3 to 5, and what is missing in them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tfjacreg.experiments.curves import Evaluation
 from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
 from tfjacreg.experiments.selection import LABELS, CellResults, RunResult, SweepResults
 
-# The seed that draws the runs of Figure 4, and how many images the runs should be judged on.
+# The seed that draws the runs of Figure 4, and the number of images to evaluate runs on.
 SEED = 0
 IMAGES = 2000
 
@@ -46,11 +46,11 @@ an image of another class was found nearer."""
 
 
 class Written(NamedTuple):
-    """What `write` gives.
+    """The result of `write`.
 
     Attributes:
         path: The page.
-        answer: The sentence that it begins with; one for each data set.
+        answer: The sentence that it begins with, one for each data set.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Written(NamedTuple):
 
 
 class _Lead(NamedTuple):
-    """A sweep that answers, with the evaluations of its runs."""
+    """A sweep that gives an answer, with the evaluations of its runs."""
 
     results: SweepResults
     judged: dict[Path, dict[str, Any]]
@@ -68,16 +68,16 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path | None = None)
     """Writes `report.md`, its pictures and `report.html`, which needs none of the other files.
 
     Args:
-        folders: Folders of sweeps, each with its `sweep.toml`. The second stage of one is read with
-            it.
+        folders: Folders of sweeps, each with its `sweep.toml`. A second stage is read with its
+            sweep.
         out: Folder of the report; made if needed.
         benchmarks: Folder with results of `benchmarks/step_time.py` (`step_time*.json`) and
-            `benchmarks/estimator_error.py` (`estimator_error.json`), for Figure 5; what is not
-            there is said in the report. None leaves Figure 5 out.
+            `benchmarks/estimator_error.py` (`estimator_error.json`), for Figure 5; the report says
+            what is missing. None leaves Figure 5 out.
 
     Raises:
-        ValueError: If a folder is no sweep's or comes twice, a run in it has other settings than
-            planned, or a file is damaged; the message names the file.
+        ValueError: If a folder does not belong to a sweep or comes twice, a run in it has other
+            settings than planned, or a file is damaged; the message names the file.
         OSError: If the report cannot be written.
     """
     atomic_files.check_files(out / "report.md", out / "report.html")
@@ -128,7 +128,7 @@ def write(folders: Sequence[Path], out: Path, *, benchmarks: Path | None = None)
 
 
 def _lead_figure(lead: _Lead, out: Path, number: int) -> list[str]:
-    """Accuracy against the strength of an attack; the validation loss where nothing is judged."""
+    """Accuracy against the strength of an attack; without evaluations, the validation loss."""
     name = "answer.svg" if number == 0 else f"answer_{number + 1}.svg"
     judged = answer.evaluations(*lead)
     perturbation = next((p for p in _BY_INTEREST if any(p in e.result for e in judged)), None)
@@ -139,12 +139,12 @@ def _lead_figure(lead: _Lead, out: Path, number: int) -> list[str]:
     return []
 
 
-# Which perturbation is drawn first.
+# The order in which perturbations are preferred for the first figure.
 _BY_INTEREST = ("pgd_margin", "noise", "square", "pgd", "tpgd")
 
 
 def _finding(judged: Sequence[Evaluation], name: str) -> str:
-    """What a figure of accuracies shows, for who does not see it."""
+    """What a figure of accuracies shows, as its alternative text."""
     (found,) = curves.curves(judged, name).values()
     middle = (len(next(iter(found.values())).strength) - 1) // 2
     accuracy = {m: 100 * c.accuracy[:, middle].mean() for m, c in found.items()}
@@ -158,11 +158,11 @@ def _finding(judged: Sequence[Evaluation], name: str) -> str:
 
 
 def pick_run(method: str, cell: CellResults) -> RunResult:
-    """Picks at random the run that Figure 4 shows of a method (appendix A.3), always the same.
+    """Draws the run of a method for Figure 4 (appendix A.3), always the same one.
 
     Args:
-        method: Its name; the choices for methods are independent of each other.
-        cell: The cell that stands for it, with at least one finished run.
+        method: Its name; the draws for methods are independent of each other.
+        cell: The chosen cell, with at least one finished run.
     """
     rng = np.random.default_rng([SEED, list(LABELS).index(method)])
     return cell.finished[rng.integers(len(cell.finished))]
@@ -195,7 +195,7 @@ def _training(sweeps: Sequence[SweepResults], out: Path) -> list[str]:
 
 
 def _robustness(leads: Sequence[_Lead], out: Path) -> list[str]:
-    """Figures 3 and 4, from those runs of the chosen cells that evaluate.py has judged."""
+    """Figures 3 and 4, from the runs of the chosen cells that evaluate.py has evaluated."""
     perturbed: list[Evaluation] = []
     measured: dict[str, list[Evaluation]] = {name: [] for name in POINTWISE}
     commands, picked = [], []
@@ -245,7 +245,7 @@ def _figure_3(judged: Sequence[Evaluation], out: Path) -> list[str]:
 
 
 def _drop(judged: Sequence[Evaluation], name: str) -> str:
-    """Which method loses the least at the greatest strength."""
+    """Which method loses least, and which most, at the greatest strength."""
     texts = []
     for dataset, found in curves.curves(judged, name).items():
         lost = {m: 100 * (c.clean - c.accuracy[:, -1]).mean() for m, c in found.items()}
@@ -272,7 +272,7 @@ def _fades(curve: dict[str, Any]) -> bool:
 
 
 def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out: Path) -> list[str]:
-    """Of one run of each method: both distances, sigma, and how they compare at each point."""
+    """For one run of each method: both distances, sigma, and how they compare at each point."""
     if not any(measured.values()):
         return []
     blocks = [
@@ -316,7 +316,7 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
 
 
 def _medians(shown: Sequence[curves.Table]) -> str:
-    """The medians of tables of quantiles, for who does not see their figure."""
+    """The medians of tables of quantiles, for the alternative text of their figure."""
     texts = [f"{row[0]} {row[table.head.index('50 %')]}" for table in shown for row in table.rows]
     return tables.plain(f"medians: {', '.join(texts)}")
 
@@ -326,7 +326,7 @@ def _has(result: Mapping[str, Any], names: Iterable[str]) -> bool:
 
 
 def _evaluation_command(results: SweepResults, judged: dict[Path, dict[str, Any]]) -> list[str]:
-    """What judges the runs by all that the sweep names; by everything if it names nothing."""
+    """The command that evaluates the runs by all that the sweep names, or by everything."""
     wanted = results.sweep.judgement.names or (*PERTURBATIONS, *POINTWISE)
     lacking = [
         str(run.folder.path)

@@ -1,4 +1,4 @@
-"""One run: a configuration in, a run folder out."""
+"""One run: from a configuration to a run folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tfjacreg.model import RegularizedModel
 from tfjacreg.printable import shown
 
 MOMENTUM = 0.8  # Appendix A.2, for every network.
-# Steps that `fit` hands to TensorFlow at once: enough to hide Keras' own work between steps, few
+# Steps that `fit` gives to TensorFlow at once: enough to hide the work of Keras between steps, few
 # enough for a bar that moves.
 STEPS_PER_EXECUTION = 50
 
@@ -41,31 +41,32 @@ def run(
     wait: bool = False,
     verbose: Any = 2,
 ) -> dict[str, Any]:
-    """Trains, judges and exports one network; goes on where an earlier call was interrupted.
+    """Trains, tests and exports one network; continues where an earlier call was interrupted.
 
     Args:
         config: The settings.
         out: The run folder; made if needed. No other process may work in it meanwhile.
-        overwrite: Whether to throw away what the folder has of a run and start anew.
+        overwrite: Whether to throw away the run in the folder and start anew.
         wait: Whether to wait for a process that works in the folder.
-        verbose: 1 is a bar and a line per epoch in 80 columns, for a terminal; 2 is Keras' line per
-            epoch; 0 is silence.
+        verbose: 1 for a bar and a line per epoch in 80 columns, for a terminal; 2 for Keras' line
+            per epoch; 0 for no output.
 
     Returns:
-        What `metrics.json` says: `test_accuracy`, `test_loss`, `test_spectral_norm` (the mean over
-        the test split of the exact `||J||_2`, in logits per standardized pixel), `step_seconds`
-        (median over epochs, validation and the first epoch's compilation left out), all of the
-        last epoch; `val_loss` and `val_accuracy` of the last epoch; `training_seconds`, what all
-        training steps took; and under `lowest_val_loss` and `lowest_test_loss` the line of
-        `history.csv` where that loss is lowest. The first chooses the epoch on held-out training
-        data. The second chooses it on the test split itself, as Section 4.1 of the paper seems to,
-        and flatters. With `config.whole_training_set` there are no validation figures. `files` are
-        digests of what belongs to these figures, `sha256` that of the figures themselves.
+        The content of `metrics.json`. Of the last epoch: `test_accuracy`, `test_loss`,
+        `test_spectral_norm` (the mean over the test split of the exact `||J||_2`, in logits per
+        standardized pixel), `val_loss` and `val_accuracy`. Times: `step_seconds` (the median over
+        epochs, without validation and the compilation in the first epoch) and `training_seconds`
+        (of all training steps). `lowest_val_loss` and `lowest_test_loss` hold the line of
+        `history.csv` where this loss is lowest: the former selects the epoch on held-out training
+        data, the latter on the test split itself, which is optimistic and seems to be what
+        Section 4.1 of the paper does. With `config.whole_training_set` there are no validation
+        figures. `files` has digests of the files that belong to these figures, `sha256` the digest
+        of the figures.
 
     Raises:
-        RunError: If another process works in the folder, the folder is that of another
-            configuration, is damaged or cannot be written, the data is missing or has a number that
-            is not finite, or training diverges.
+        RunError: If another process works in the folder; if the folder belongs to another
+            configuration, is damaged or cannot be written; if the data is missing or has a number
+            that is not finite; if training diverges.
         ValueError: If the network does not take the images.
     """
     try:
@@ -84,7 +85,7 @@ def run(
 def train(
     config: RunConfig, folder: RunFolder, *, overwrite: bool = False, verbose: Any = 2
 ) -> dict[str, Any]:
-    """As `run`, in a folder that this process owns already, of a config that is `identified`."""
+    """As `run`, in a folder that this process already owns, for an `identified` config."""
     if not overwrite:
         folder.reader.check_claim(config)
         if folder.reader.finished:
@@ -92,7 +93,7 @@ def train(
 
     folder.reader.check_kinds()
     _check_settings_of_keras()
-    # Before the folder is claimed, or an earlier run removed: it may not go any further.
+    # Before the folder is claimed or an earlier run removed, since this may fail.
     data = pipeline.load(config)
     if data.digest != config.data_digest:
         raise RunError(
@@ -106,7 +107,7 @@ def train(
     model, history = folder.reader.read_state(steps)
     if model is None:
         model = fresh
-        folder.note_environment()  # It may have been begun elsewhere, and killed at once.
+        folder.note_environment()  # The run may have been begun elsewhere, and killed at once.
     else:
         _refuse_another_machine(folder.reader)
     if len(history) < config.epochs:
@@ -124,13 +125,13 @@ def train(
     if data.class_names:
         metrics["test_accuracy_by_class"] = _by_class(model.network, data)
     pixels = keras.Input(data.input_shape, name="pixels")
-    # Of nothing but Keras' own layers: it loads where tfjacreg is not installed.
+    # Made of Keras' layers alone, so that it loads where tfjacreg is not installed.
     logits = model.network(data.normalization(pixels))
     return folder.write_result(keras.Model(pixels, logits, name="classifier"), metrics)
 
 
 def _check_settings_of_keras() -> None:
-    """They are of the machine, and make another network of the same configuration."""
+    """Checks settings of the machine that would change the network of a configuration."""
     layout, floatx = keras.config.image_data_format(), keras.config.floatx()
     if layout != "channels_last" or floatx not in ("float32", "float64"):
         raise RunError(
@@ -163,7 +164,7 @@ def compiled_model(
     Args:
         config: The settings.
         input_shape: `(H, W, C)`.
-        num_classes: How many logits the network gives.
+        num_classes: The number of logits.
         num_examples: The size of the training split, for the length of a cosine schedule.
     """
     network = config.make_network(input_shape, num_classes)
@@ -189,7 +190,7 @@ def _fit(
     folder: RunFolder,
     verbose: Any,
 ) -> None:
-    """Trains what is left of the run; `history` grows by a row per epoch."""
+    """Trains the epochs that are left; `history` grows by a row per epoch."""
     clock = EpochClock(len(history))
     guard = StopAtNaN(folder, history)
     callbacks = [clock, guard, Recorder(folder, history, clock, data.test, guard)]
@@ -208,7 +209,7 @@ def _fit(
             initial_epoch=len(history),
             epochs=config.epochs,
             callbacks=callbacks,
-            shuffle=False,  # The batches are already.
+            shuffle=False,  # The batches are shuffled already.
             verbose=0 if verbose == 1 else verbose,
         )
     finally:
@@ -227,7 +228,7 @@ def mean_spectral_norm(network: keras.Model, x: np.ndarray) -> float:
 
 
 def _by_class(network: keras.Model, data: pipeline.Data) -> dict[str, float | None]:
-    """Which part of the test images of each class the network gets right; None of none."""
+    """The share of the test images of each class that the network gets right; None if none."""
     x, y = data.test
     right = network.predict(x, batch_size=EVALUATION_BATCH, verbose=0).argmax(axis=-1) == y
     return {
@@ -242,7 +243,7 @@ def _metrics(history: list[dict[str, float]], steps: int, sigma: float) -> dict[
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "test_spectral_norm": sigma,
-        # The first epoch's time is that of compilation too.
+        # The time of the first epoch includes the compilation.
         "step_seconds": statistics.median(row["step_seconds"] for row in history[1:] or history),
         "training_seconds": steps * sum(row["step_seconds"] for row in history),
     }

@@ -1,4 +1,4 @@
-"""The runs of sweeps by cell, and the cell that stands for each method (appendix A.2)."""
+"""The runs of sweeps by cell, and the chosen cell of each method (appendix A.2)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = {
     "weight_decay": "Weight decay",
     "none": "None",
 }
-# Keys into metrics.json: a choice on the test split itself.
+# Keys into metrics.json, for a choice on the test split itself.
 LOWEST_TEST_LOSS = ("lowest_test_loss", "test_loss")
 
 
@@ -34,7 +34,7 @@ class Statistic(NamedTuple):
 
     Attributes:
         mean: The mean.
-        std: The sample standard deviation (ddof = 1); NaN where there is one value.
+        std: The sample standard deviation (ddof = 1); NaN for a single value.
         repeats: The number of values.
     """
 
@@ -55,7 +55,7 @@ class RunResult(NamedTuple):
     Attributes:
         folder: Its run folder.
         config: Its settings.
-        problem: None if it has finished; else why not.
+        problem: None if it has finished; otherwise why not.
         metrics: Content of `metrics.json`; empty unless finished.
         history: A row of figures per epoch; empty unless finished.
         environment: Versions and hardware; empty unless finished.
@@ -108,16 +108,16 @@ class CellResults(NamedTuple):
 
 
 class SweepResults(NamedTuple):
-    """A sweep, and the cell that stands for each of its methods.
+    """A sweep, and the chosen cell of each of its methods.
 
     Attributes:
         label: Its name in tables and figures.
         folder: Its folder.
         sweep: What was planned.
         methods: The cells of each method, in the order of `LABELS`.
-        chosen: The cell that stands for each method that has a finished run. Runs on the whole
-            training set have no validation loss to choose by: there it is the method's only cell,
-            and a method with several has none.
+        chosen: The chosen cell of each method that has a finished run. Runs on the whole training
+            set have no validation loss to choose by: a method's only cell is then chosen, and a
+            method with several cells has none.
     """
 
     label: str
@@ -133,7 +133,7 @@ class SweepResults(NamedTuple):
 
     @property
     def most_repeats(self) -> int:
-        """How many finished repeats a chosen cell has at most."""
+        """The largest number of finished repeats of a chosen cell."""
         return max((len(cell.finished) for cell in self.chosen.values()), default=0)
 
     @property
@@ -159,12 +159,12 @@ def read(folders: Sequence[Path]) -> list[SweepResults]:
         folders: Folders of sweeps, each with its `sweep.toml`.
 
     Returns:
-        The results of each sweep, and after one with a second stage of that; labelled with its data
-        set, and with its folder where several sweeps share a data set.
+        The results of each sweep, followed by those of its second stage if it has one. The label is
+        the data set, with the folder if several sweeps have the same data set.
 
     Raises:
-        ValueError: If a folder is no sweep's or comes twice, or a run folder in it is that of a run
-            with other settings or has a damaged file; the message names the file.
+        ValueError: If a folder does not belong to a sweep or comes twice, or a run folder in it
+            belongs to a run with other settings or has a damaged file; the message names the file.
     """
     folders = list(folders)
     for folder, count in Counter(folder.resolve() for folder in folders).items():
@@ -194,7 +194,7 @@ def read(folders: Sequence[Path]) -> list[SweepResults]:
 
 
 def _short(folder: Path, others: Sequence[Path]) -> str:
-    """The end of a path that no other one has."""
+    """The shortest end of a path that no other path has."""
     for count in range(1, len(folder.parts)):
         end = folder.parts[-count:]
         if sum(other.parts[-count:] == end for other in others) == 1:
@@ -203,10 +203,10 @@ def _short(folder: Path, others: Sequence[Path]) -> str:
 
 
 def leading(sweeps: Sequence[SweepResults]) -> list[SweepResults]:
-    """Of the sweeps of each data set and network, the one that answers which method is best.
+    """For each data set and network, the sweep that answers which method is best.
 
-    It is the one whose chosen cells have the most finished repeats, and the last of equals: the
-    others select, and what they select by is worth as much as its seeds.
+    It is the one whose chosen cells have the most finished repeats, and the last of equals. The
+    other sweeps only select: a comparison is worth no more than the number of its seeds.
     """
     answers: dict[tuple[str, str], SweepResults] = {}
     for results in sweeps:
@@ -246,7 +246,7 @@ def read_cells(folder: Path, sweep: Sweep) -> list[CellResults]:
         Every cell of the sweep, in its order.
 
     Raises:
-        ValueError: If a run folder is that of a run with other settings or has a damaged file.
+        ValueError: If a run folder belongs to a run with other settings or has a damaged file.
     """
     runs: dict[Cell, list[RunResult]] = {cell: [] for cell in sweep.cells}
     for (cell, _), config in sweep.configs().items():
@@ -255,15 +255,15 @@ def read_cells(folder: Path, sweep: Sweep) -> list[CellResults]:
 
 
 def choose(cells: Sequence[CellResults], *name: str) -> CellResults | None:
-    """Picks the cell with the best mean over its repeats: of a loss the lowest, else the highest.
+    """Picks the cell with the best mean over its repeats: the lowest loss, or the highest accuracy.
 
     Args:
         cells: The cells of one method.
         name: Keys of the figure in `metrics.json`, such as `"val_loss"`.
 
     Returns:
-        The best of the complete cells; if there is none, of the cells with a finished run; if
-        there is none either, None. The first of equals.
+        The best of the complete cells, or, if there is none, of the cells with a finished run; None
+        if there is none either. The first of equals.
     """
     sign = 1 if name[-1].endswith("loss") else -1
     begun = [cell for cell in cells if cell.finished]

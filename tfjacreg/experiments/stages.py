@@ -1,7 +1,7 @@
 """A sweep from its file to the answer: the grid, the choice, the final runs and the report.
 
-Every stage goes on where it was left, and all of them are made by whichever workers there are: the
-second is a sweep too, of the cells that were chosen, in the folder `final` of the first.
+Every stage continues where it was interrupted, and any workers take part in all of them. The second
+stage is a sweep too, of the chosen cells, in the folder `final` of the first.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tfjacreg.experiments.sweep import FINAL_FOLDER, Cell, Sweep
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a sweep.
+    """The results of a sweep.
 
     Attributes:
-        grid: What came of the file's own cells.
-        final: What came of the chosen ones; None without a second stage.
+        grid: The results of the file's own cells.
+        final: The results of the chosen cells; None without a second stage.
         unchosen: Why nothing was chosen, by method.
         report: The page; None without a second stage.
         answer: The report's first sentence.
@@ -61,18 +61,18 @@ def run(
     data_dir: str | None = None,
     retry_failed: bool = False,
 ) -> Outcome:
-    """Takes part in a sweep until it is finished, and writes the report of one with `[final]`.
+    """Takes part in a sweep until it is finished, and writes the report if it has `[final]`.
 
     Args:
         sweep: The sweep.
         out: Its folder; the second stage is in its folder `final`, the report in `report`.
-        storage: That of `workers.run_sweep`.
-        data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+        storage: As for `workers.run_sweep`.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
         retry_failed: Whether runs that have failed by now are tried once more.
 
     Raises:
         ValueError: If the URL is not valid.
-        RunError: As `workers.run_sweep`; if no cell can be chosen; or if `final` was begun with
+        RunError: As for `workers.run_sweep`; if no cell can be chosen; or if `final` was begun with
             another choice.
     """
     out = Path(out)
@@ -100,13 +100,13 @@ def run(
         f"best now. Move {place} away to train the new choice.",
     )
     final = workers.run_sweep(second, place, **options)
-    with FileLocks(out).exclusive():  # The workers are ready at the same time.
+    with FileLocks(out).exclusive():  # All workers get here at the same time.
         written = report.write([out], out / "report")
     return Outcome(grid, final, unchosen, written.path, written.answer)
 
 
 def plan(sweep: Sweep, out: Path) -> str:
-    """What is going to be run, and where, in lines."""
+    """The runs that are planned, and their folders, in lines."""
     config = sweep.any_config
     count = len(sweep.cells) * sweep.repeats
     lines = [f"{sweep.name}: {config.dataset}, {config.network}", f"in {out}"]
@@ -134,17 +134,17 @@ def plan(sweep: Sweep, out: Path) -> str:
 
 
 def choose(sweep: Sweep, grid: Summary, choose_by: str) -> tuple[dict[str, Cell], dict[str, str]]:
-    """The cell that stands for each method.
+    """Chooses the cell of each method.
 
-    Only a cell whose repeats have all finished can be chosen: a diverged run never is.
+    Only a cell whose repeats have all finished can be chosen, so a diverged run never is.
 
     Args:
         sweep: The sweep of the grid.
-        grid: What came of its cells.
-        choose_by: That of `sweep.Final`.
+        grid: The results of its cells.
+        choose_by: As in `sweep.Final`.
 
     Returns:
-        The best cell of each method, the first of equals; and of the methods without one, why.
+        The best cell of each method, the first of equals; and for the methods without one, why.
     """
     sign = 1 if choose_by == "val_loss" else -1
 

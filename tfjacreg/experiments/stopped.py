@@ -1,4 +1,4 @@
-"""What Ctrl-C leaves of a command's work, in words: how much is kept, where, how to go on."""
+"""What to print after Ctrl-C: how much of the work is saved, where, and how to continue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfjacreg.experiments.sweep import FINAL_FOLDER
 
 
 def run(config: RunConfig, folder: Path, *, overwrite: bool) -> str:
-    """What is there of a run.
+    """What is saved of a run.
 
     Args:
         config: Its settings.
@@ -36,7 +36,7 @@ def run(config: RunConfig, folder: Path, *, overwrite: bool) -> str:
 
 
 def sweep(folder: Path) -> str:
-    """What is there of a sweep.
+    """What is saved of a sweep.
 
     Args:
         folder: Its folder.
@@ -50,12 +50,12 @@ def sweep(folder: Path) -> str:
 
 
 def evaluation(folders: Sequence[Path], names: Sequence[str], *, overwrite: bool) -> str:
-    """What is there of the evaluations of some runs.
+    """What is saved of the evaluations of some runs.
 
     Args:
-        folders: Where their `evaluation.json` are.
-        names: What each run was to be judged by.
-        overwrite: Whether the command was to throw away what had been measured before.
+        folders: The folders of their `evaluation.json`.
+        names: The measures asked for.
+        overwrite: Whether the command was to throw away earlier measurements.
     """
     if not folders:
         return "Stopped. Nothing was begun."
@@ -76,7 +76,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _epochs(reader: FolderReader) -> int:
-    """How many epochs a run goes on after: the history may have a line more than the state."""
+    """The number of saved epochs of a run; the history may have one line more than the state."""
     if not reader.checkpoint_file.exists():
         return 0
     history = str(checkpoint.read_note(reader.checkpoint_file).get("history"))

@@ -1,4 +1,4 @@
-"""What is wrong with the database of a sweep, and what to do about it, in a sentence."""
+"""Explains in a sentence what is wrong with the database of a sweep, and what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfjacreg.experiments.locks import hidden
 
 STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError)
 _AGAIN = "and give the same command again"
-_BESIDE = ("-journal", "-wal", "-shm")  # What SQLite opens too, and would wait for.
+_BESIDE = ("-journal", "-wal", "-shm")  # Files that SQLite opens too, and would wait for.
 # By SQLite's primary result codes.
 _WAYS_OUT = {
     sqlite3.SQLITE_BUSY: f"is locked by another program. Wait for its end, or end it, {_AGAIN}",
@@ -42,19 +42,19 @@ class Server:
         self.storage = storage
 
     def check(self) -> None:
-        """Nobody can put another in its place."""
+        """Does nothing: the database on a server cannot be replaced."""
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Around what uses the study: errors that are not the storage's stay what they are."""
+        """Surrounds each use of the study; errors of other origin stay as they are."""
         yield
 
     def damaged(self, reason: str) -> RunError:
-        """The error of a study whose content makes no sense."""
+        """The error for a study whose content makes no sense."""
         return RunError(f"The sweep's study on the server is damaged: {reason}.")
 
     def explained(self, error: Exception) -> RunError:
-        """One of `STORAGE_ERRORS` as a sentence with the way out."""
+        """One of `STORAGE_ERRORS` as a sentence that says what to do."""
         reason = str(error_causes.find(error, sqlalchemy.exc.DBAPIError) or error)
         reason = " ".join(hidden(reason.partition("(Background on")[0], self.storage).split())
         return RunError(
@@ -63,7 +63,7 @@ class Server:
 
 
 class DatabaseFile:
-    """The SQLite file of a sweep, which is to stay the same file while a worker uses it.
+    """The SQLite file of a sweep, which must stay the same file while a worker uses it.
 
     Attributes:
         path: The file.
@@ -74,7 +74,7 @@ class DatabaseFile:
         self._file: tuple[int, int] | None = None
 
     def check_kind(self) -> None:
-        """Refuses a link, a folder or a pipe in the place of a file of SQLite's; raises OSError."""
+        """Refuses a link, a folder or a pipe in place of a file of SQLite; raises OSError."""
         for ending in ("", *_BESIDE):
             path = self.path.with_name(self.path.name + ending)
             if os.path.lexists(path):
@@ -84,7 +84,7 @@ class DatabaseFile:
                     raise OSError(f"{path.name}: {error}") from error
 
     def check(self) -> None:
-        """Raises RunError if the file is no longer there, or another than at the first call."""
+        """Raises RunError if the file is gone, or is not the one of the first call."""
         now = None
         with contextlib.suppress(OSError):
             status = os.lstat(self.path)
@@ -101,7 +101,7 @@ class DatabaseFile:
 
     @contextlib.contextmanager
     def errors_named(self) -> Iterator[None]:
-        """Around what uses the study: Optuna answers a damaged file with errors of many kinds."""
+        """Surrounds each use of the study: Optuna raises errors of many kinds for a bad file."""
         try:
             yield
         except (OSError, RunError, *STORAGE_ERRORS):
@@ -110,19 +110,19 @@ class DatabaseFile:
             raise self.damaged(repr(error)) from error
 
     def damaged(self, reason: str) -> RunError:
-        """The error of a file whose content makes no sense."""
+        """The error for a file whose content makes no sense."""
         return RunError(
             f"The sweep's study, {self.path}, is damaged: {reason}. Put it back, or remove it: "
             "finished runs are found by their folders."
         )
 
     def explained(self, error: Exception) -> RunError:
-        """One of `STORAGE_ERRORS` as a sentence with the way out."""
+        """One of `STORAGE_ERRORS` as a sentence that says what to do."""
         cause = error_causes.find(error, sqlite3.Error)
         code = getattr(cause, "sqlite_errorcode", None)
         if code == sqlite3.SQLITE_READONLY_DBMOVED:
             return self._replaced()
-        # The first byte; the others say more of the same.
+        # The first byte is the primary code; the others only detail it.
         way_out = None if code is None else _WAYS_OUT.get(code & 0xFF)
         if way_out is None:
             return self.damaged(" ".join(str(cause or error).split()))

@@ -1,7 +1,7 @@
 """A sweep: a TOML file that names the runs of a comparison of methods (appendix A.2).
 
 Its top-level keys are settings that all runs share, `repeats`, the axes in `[grid]` and a table for
-each method, which may give axes of its own:
+each method, which may have axes of its own:
 
     dataset = "digits"
     epochs = 5
@@ -37,15 +37,15 @@ from tfjacreg.experiments import measures, network_sources, reading
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.printable import printable, shown
 
-SWEEP_FILE = "sweep.toml"  # In the sweep's folder, a copy of the file that was given.
-FINAL_FOLDER = "final"  # In the sweep's folder, that of the second stage.
+SWEEP_FILE = "sweep.toml"  # A copy of the given file, in the sweep's folder.
+FINAL_FOLDER = "final"  # The folder of the second stage, in the sweep's folder.
 MOST_RUNS = 100_000
 CHOICES = ("val_loss", "val_accuracy")
 MEASURES = (*measures.PERTURBATIONS, *measures.POINTWISE)
 AXES = ("learning_rate", "batch_size", "factor")
 METHODS = ("none", *regularizers.BY_NAME)
 
-# A repeat is a seed, a method a regularizer, and where the data lies is not what a run is.
+# A repeat sets the seed, a method the regularizer, and the place of the data does not define a run.
 SETTINGS = tuple(
     field.name
     for field in dataclasses.fields(RunConfig)
@@ -62,7 +62,7 @@ class Cell:
     Attributes:
         method: `"none"` or a name in `regularizers.BY_NAME`.
         factor: The weight of the penalty; None for the method `"none"`.
-        learning_rate: Of SGD, at the start.
+        learning_rate: The initial learning rate of SGD.
         batch_size: Examples in a step.
     """
 
@@ -86,11 +86,11 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """How finished runs are judged: what `evaluate.py` would be told.
+    """How finished runs are evaluated: the options of `evaluate.py`.
 
     Attributes:
-        names: Some of `MEASURES`; none: the runs are not judged.
-        limit: On how many of the first test images; None for all.
+        names: Some of `MEASURES`; if there are none, the runs are not evaluated.
+        limit: The number of test images to use, from the first; None for all.
     """
 
     names: tuple[str, ...] = ()
@@ -99,14 +99,15 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Final:
-    """The second stage of a sweep: what becomes of the cell that is chosen for each method.
+    """The second stage of a sweep: more runs of the chosen cell of each method.
 
     Attributes:
         choose_by: `"val_loss"` (the lowest) or `"val_accuracy"` (the highest): the mean over the
             repeats of a cell, after the last epoch.
-        repeats: How often the chosen cells are trained again, with seeds that the grid has not.
-        whole_training_set: Whether the validation split is trained on too.
-        judgement: How these runs are judged.
+        repeats: How often the chosen cells are trained again, with seeds that the grid does not
+            have.
+        whole_training_set: Whether to train on the validation split too.
+        judgement: How these runs are evaluated.
     """
 
     choose_by: str
@@ -123,10 +124,10 @@ class Sweep:
         name: The file's name without its ending.
         content: The file's bytes, with the data set and the network that were given beside it.
         repeats: How often each cell is run.
-        first_seed: The seed of the first repeat; the next have the next.
+        first_seed: The seed of the first repeat; the others follow.
         cells: Every cell once: by method in the file's order, then rate, batch size and factor.
-        settings: What all runs share, by `RunConfig`'s names.
-        judgement: How the runs are judged.
+        settings: The settings that all runs share, by `RunConfig`'s names.
+        judgement: How the runs are evaluated.
         final: The second stage, or None.
     """
 
@@ -147,8 +148,8 @@ class Sweep:
 
         Args:
             path: The TOML file.
-            dataset: Instead of the file's, if given.
-            network: Instead of the file's, if given.
+            dataset: The data set to use instead of the file's, if given.
+            network: The network to use instead of the file's, if given.
 
         Raises:
             ValueError: If the file cannot be read or anything in it is not valid; the message
@@ -170,7 +171,7 @@ class Sweep:
                 f"{path} must have no table or list deep in others. Received: more of them in each "
                 "other than can be read. Two levels are enough for a sweep."
             ) from error
-        except ValueError as error:  # Of the decoder or of TOML.
+        except ValueError as error:  # From decoding the text, or from TOML.
             raise ValueError(f"{path} is not a TOML file: {error}.") from error
         try:
             return _parsed(path.stem, content, table)
@@ -181,7 +182,7 @@ class Sweep:
         """The configuration of every run, by cell and repeat; repeats of a cell are neighbours.
 
         Args:
-            data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+            data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
         """
         return {
             (cell, repeat): _config(self.settings, cell, seed=repeat, data_dir=data_dir)
@@ -200,13 +201,13 @@ class Sweep:
         return tuple(dict.fromkeys(cell.method for cell in self.cells))
 
     def second_stage(self, chosen: Sequence[Cell]) -> Sweep:
-        """The sweep of the second stage, as a file of its own says it.
+        """The sweep of the second stage, read from the text of a file of its own.
 
         Args:
-            chosen: A cell of each method that has one to choose.
+            chosen: The chosen cells, one of each method that has one.
 
         Raises:
-            ValueError: If the sweep has none.
+            ValueError: If the sweep has no second stage.
         """
         final = self.final
         if final is None:
@@ -234,7 +235,7 @@ class Sweep:
 
     @property
     def any_config(self) -> RunConfig:
-        """One of the configurations, for what all of them share."""
+        """One of the configurations, for the settings that all of them share."""
         return _config(self.settings, self.cells[0])
 
     @staticmethod
@@ -244,7 +245,7 @@ class Sweep:
 
 
 def _config(settings: Mapping[str, Any], cell: Cell, **others: Any) -> RunConfig:
-    # Without a penalty the factor means nothing and keeps its default, as in a run made by hand.
+    # Without a penalty the factor has no meaning and keeps its default, as in a run made by hand.
     own = {name: value for name, value in vars(cell).items() if value is not None}
     return RunConfig.of(regularizer=own.pop("method"), **own, **settings, **others)
 
@@ -253,7 +254,7 @@ def _with_settings(text: str, table: dict[str, Any], given: dict[str, str]) -> s
     """The text of a sweep file with other values for keys of its top level.
 
     Raises:
-        ValueError: If a value stands in the file in a way that cannot be replaced.
+        ValueError: If a value is written in a form that cannot be replaced.
     """
     lines = text.splitlines(keepends=True)
     tables = (i for i, line in enumerate(lines) if re.match(r"\s*\[", line))
@@ -321,7 +322,7 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
             cells += [Cell(method, factor, rate, size) for factor in factors]
     seen = set()
     for cell in cells:
-        _config(settings, cell)  # It says what is wrong with a value.
+        _config(settings, cell)  # Raises an error if a value is wrong.
         if cell.name in seen:
             raise ValueError(
                 f"Every cell must be listed once and differ in the first six digits of a value. "
@@ -398,7 +399,7 @@ def _axes(where: str, table: dict[str, Any], names: tuple[str, ...]) -> dict[str
 
 
 def _typed(where: str, value: Any) -> Any:
-    """The value as the type that `RunConfig` gives to its name, the last word of `where`."""
+    """The value in the type that `RunConfig` has for its name, the last word of `where`."""
     if where == "image_size":
         if not isinstance(value, list):
             raise ValueError(

@@ -82,7 +82,7 @@ test accuracy at each run's epoch of lowest validation loss too. \\* marks the c
 
 
 def notes(sweeps: Sequence[SweepResults]) -> str:
-    """What the numbers of the tables mean."""
+    """The meaning of the numbers in the tables."""
     published = any(map(paper, sweeps))
     by = {results.sweep.final.choose_by for results in sweeps if results.sweep.final}
     accuracy = "the highest mean validation accuracy"
@@ -93,7 +93,7 @@ def notes(sweeps: Sequence[SweepResults]) -> str:
 
 
 def table_1(results: SweepResults) -> str:
-    """Table 1: the accuracy of each method, beside the paper's where it has the data set."""
+    """Table 1: the accuracy of each method, beside the paper's if it has the data set."""
     published = paper(results)
     complete = [cell for cell in results.chosen.values() if cell.complete]
     best = max((cell.statistic("test_accuracy").mean for cell in complete), default=math.nan)
@@ -126,14 +126,14 @@ def table_1(results: SweepResults) -> str:
 
 
 def paper(results: SweepResults) -> dict[str, Statistic]:
-    """The paper's accuracies by method, where it has the data set with the network."""
+    """The paper's accuracies by method, if it has the data set with the network."""
     config = results.sweep.any_config
     same = _PAPER_NETWORKS.get(config.dataset) == config.network
     return PAPER[config.dataset] if same else {}
 
 
 def differences(results: SweepResults) -> str:
-    """How the methods of Table 1 differ, seed by seed; empty where no two share two seeds."""
+    """The differences of the methods of Table 1, seed by seed; empty if no two share two seeds."""
     found = []
     for (first, one), (second, other) in itertools.combinations(results.chosen.items(), 2):
         difference = comparison.paired(*map(comparison.accuracies, (one, other)))
@@ -161,7 +161,7 @@ def _from_paper(cell: CellResults | None, paper: Statistic) -> str:
 
 
 def setting(results: SweepResults) -> str:
-    """What the sweep trains, how much of it is done, and what the paper trained."""
+    """What the sweep trains, how much is done, and what the paper trained."""
     config = results.sweep.any_config
     network = config.network
     if network != "lenet":
@@ -181,7 +181,7 @@ def setting(results: SweepResults) -> str:
 
 
 def chosen_cells(results: SweepResults) -> str:
-    """The cells that Table 1 shows, out of how many, with their loss, sigma and time."""
+    """The chosen cells of Table 1, the number of cells, and their loss, sigma and time."""
     rows = []
     for method, cell in results.chosen.items():
         cells = results.methods[method]
@@ -204,7 +204,7 @@ def chosen_cells(results: SweepResults) -> str:
 
 
 def missing(results: SweepResults) -> list[str]:
-    """Which repeats are missing and why, how to make them, and which runs are not the sweep's."""
+    """The missing repeats and why, how to make them, and runs that do not belong to the sweep."""
     lines = []
     for cells in results.methods.values():
         for cell in cells:
@@ -239,7 +239,7 @@ def missing(results: SweepResults) -> list[str]:
 
 
 def all_cells(results: SweepResults) -> str:
-    """Every cell of the sweep, with how many of its repeats there are."""
+    """Every cell of the sweep, with the number of its finished repeats."""
     head = ["Method", "Cell", "Repeats", "Validation loss", "Test accuracy in %"]
     head += ["At lowest validation loss", "Mean exact sigma", "Milliseconds per step"]
     rows = []
@@ -261,7 +261,7 @@ def all_cells(results: SweepResults) -> str:
 
 
 def machines(results: SweepResults) -> str:
-    """How many runs were made with which versions on which hardware, and their hours."""
+    """The number of runs for each set of versions and hardware, and their hours."""
     counts = Counter(json.dumps(run.environment, sort_keys=True) for run in results.finished)
     found = [(json.loads(text), count) for text, count in counts.most_common()]
     machines = [
@@ -284,7 +284,7 @@ def machines(results: SweepResults) -> str:
 
 
 def fence(text: str) -> str:
-    """A block of text whose spaces and lines stay."""
+    """A block of text in which spaces and line breaks stay."""
     text, marks = printable(text), "```"
     while marks in text:
         marks += "`"
@@ -292,13 +292,13 @@ def fence(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text in a line, shown as it is."""
+    """Text within a line, shown as it is."""
     return "`" + printable(" ".join(text.replace("`", "'").split())) + "`"
 
 
 def plain(text: str) -> str:
-    """Text in a line that may be anybody's: none of it is Markdown."""
-    # An underscore inside a word is none; vertical bars are `_table`'s.
+    """Text within a line that may come from anywhere: none of it is Markdown."""
+    # An underscore inside a word is not Markdown; `_table` takes care of vertical bars.
     special = r"[\\`*\[\]<>&!~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=:)//|(?<=www)\."
     return re.sub(special, _escaped, printable(" ".join(text.split())))
 
@@ -321,7 +321,7 @@ def _dagger(cell: CellResults) -> str:
 
 
 def number(statistic: Statistic, digits: int) -> str:
-    """The mean, and the standard deviation where there are several values."""
+    """The mean, and the standard deviation if there are several values."""
     mean = f"{statistic.mean:.{digits}f}"
     return mean if statistic.repeats == 1 else f"{mean} ± {statistic.std:.{digits}f}"
 
@@ -337,7 +337,7 @@ def p_value(value: float) -> str:
 
 
 def percent(statistic: Statistic) -> str:
-    """A share as percent, mean and spread."""
+    """A share in percent, mean and spread."""
     return number(Statistic(100 * statistic.mean, 100 * statistic.std, statistic.repeats), 2)
 
 
@@ -357,7 +357,7 @@ def milliseconds(cell: CellResults) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown, without the columns that have nothing in any row."""
+    """A Markdown table, without the columns that are empty in all rows."""
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     cells = [[row[i].replace("|", "\\|") for i in kept] for row in (head, *rows)]
     cells[1:1] = [["---"] * len(kept)]

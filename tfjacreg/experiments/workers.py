@@ -1,7 +1,7 @@
-"""Workers of a sweep: every run of it once, by any number of processes on one or many machines.
+"""Workers of a sweep: every run is made once, by any number of processes on one or many machines.
 
-Each run has a process of its own, so that it is what `train.py` makes of the same settings whatever
-the worker did before, and a crash of TensorFlow is one failed run.
+Each run has a process of its own. So it is what `train.py` makes of the same settings, whatever the
+worker did before, and a crash of TensorFlow is one failed run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tfjacreg.experiments.storage_errors import STORAGE_ERRORS
 from tfjacreg.experiments.sweep import SWEEP_FILE, Judgement, Sweep
 from tfjacreg.printable import printable
 
-_POLL = 2.0  # Seconds between looks at the other workers.
+_POLL = 2.0  # Seconds between checks of the other workers.
 _NO_LOG = "the run's process ended without a word; its disk may be full"
 
 
@@ -50,22 +50,25 @@ def run_sweep(
 ) -> Summary:
     """Takes part in a sweep until every run of it is finished, by this worker or another.
 
-    Its second stage is another sweep: `stages.run` makes both.
+    The second stage is another sweep: `stages.run` makes both.
 
     Args:
         sweep: The sweep.
-        out: The sweep's folder: a copy of the file, `sweep.toml`; a run folder for each run, with
-            `error.txt` where it failed; and, without `storage`, Optuna's `sweep.sqlite3`.
+        out: The sweep's folder. It holds a copy of the file, `sweep.toml`; a run folder for each
+            run, with `error.txt` if it failed; and, without `storage`, Optuna's `sweep.sqlite3`.
         storage: A `postgresql://` URL, for workers on several machines. The study in it is named
             after the content of the sweep file.
-        data_dir: Where tensorflow-datasets keeps its data; None is its own default.
+        data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
         retry_failed: Whether runs that have failed by now are tried once more.
-        announcement: Printed when the folder and the storage can be used.
+        announcement: Printed once the folder and the storage can be used.
+
+    Returns:
+        The results of the sweep.
 
     Raises:
         ValueError: If the URL is not valid.
-        RunError: If `out` is another sweep's or cannot be written, the data is missing, or the
-            storage cannot be used.
+        RunError: If `out` belongs to another sweep or cannot be written, the data is missing, or
+            the storage cannot be used.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -99,15 +102,15 @@ def run_sweep(
 
 
 def claim_folder(sweep: Sweep, out: Path, *, way_out: str = "Choose another --out.") -> None:
-    """Makes `out` the folder of this sweep, or refuses if it is another's.
+    """Makes `out` the folder of this sweep, or refuses if it belongs to another.
 
     Args:
         sweep: The sweep.
         out: The folder.
-        way_out: What to do if it is another's; ends the message.
+        way_out: What to do if it belongs to another; ends the message.
 
     Raises:
-        RunError: If it is another's.
+        RunError: If it belongs to another sweep.
     """
     out.mkdir(parents=True, exist_ok=True)
     copy = out / SWEEP_FILE
@@ -123,9 +126,9 @@ def claim_folder(sweep: Sweep, out: Path, *, way_out: str = "Choose another --ou
 
 
 def _count_test_images(ledger: Ledger) -> int:
-    """Missing data, or a network that does not fit, would fail every run, one after the other."""
-    # The runs' own processes need the memory of the GPU that TensorFlow would take for this one,
-    # unless it has done so before.
+    """Counts the test images first: bad data or a bad network would fail every run in turn."""
+    # TensorFlow would take the memory of the GPU for this process, and the runs' own processes need
+    # it; this has no effect if TensorFlow has already started.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
     return _test_images(next(iter(ledger.configs.values())))
@@ -141,7 +144,7 @@ def _test_images(config: RunConfig) -> int:
 
 
 class _Bar(tqdm):
-    """Epochs of the whole sweep, whoever trains them, with the time left."""
+    """A bar of the epochs of the whole sweep, whoever trains them, with the time left."""
 
     def __init__(self, ledger: Ledger, test_images: int) -> None:
         self._ledger = ledger
@@ -155,12 +158,12 @@ class _Bar(tqdm):
             mininterval=1 if sys.stderr.isatty() else 60,
             miniters=0,
             dynamic_ncols=True,
-            # Its own estimate counts every epoch alike, and knows of no second stage.
+            # tqdm's estimate counts all epochs alike, and does not include a second stage.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} epochs [{elapsed}{postfix}]",
         )
 
     def show(self) -> None:
-        """Brings the bar up to date."""
+        """Updates the bar."""
         latest = self._ledger.latest()
         states = [trial.state for trial in latest.values() if trial.state.is_finished()]
         failed = states.count(TrialState.FAIL)
@@ -178,7 +181,7 @@ class _Bar(tqdm):
 
 
 def _train(ledger: Ledger, claim: Claim, bar: _Bar) -> str:
-    """Makes a run and records what came of it, which it returns in a line."""
+    """Makes a run and records its result; returns the result in a line."""
     folder = RunFolder(ledger.out / claim.name)
     folder.clear_temporaries()
     whole, started = not folder.reader.claimed, time.monotonic()
@@ -223,22 +226,22 @@ def _process(ledger: Ledger, claim: Claim, bar: _Bar) -> str | None:
             "judgement": dataclasses.asdict(ledger.sweep.judgement),
         }
     )
-    # Where the run itself is kept: the machine's temporary folder may be full.
+    # On the disk of the runs: the machine's temporary folder may be full.
     with tempfile.TemporaryFile(dir=ledger.out) as log:
         process = subprocess.Popen(
-            # -P: the present folder is no place to import from, as it is none for train.py.
+            # -P forbids imports from the current folder, as for train.py.
             [sys.executable, "-P", "-m", "tfjacreg.experiments.workers"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            # The lock stays until this process has ended as well.
+            # The lock lasts until this process has ended as well.
             pass_fds=[claim.descriptor],
-            # A Ctrl-C is for the worker, which ends it.
+            # Ctrl-C goes to the worker, which ends this process.
             process_group=0,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         try:
-            with contextlib.suppress(BrokenPipeError):  # It ended at once; why is in the log.
+            with contextlib.suppress(BrokenPipeError):  # It ended at once; the log says why.
                 os.write(process.stdin.fileno(), order.encode() + b"\n")  # type: ignore[union-attr]
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -260,18 +263,18 @@ def _process(ledger: Ledger, claim: Claim, bar: _Bar) -> str | None:
 
 
 def _end_with_worker() -> None:
-    """Ends this process, in whatever it is doing, when the worker's end of the pipe is closed."""
+    """Ends this process, whatever it does, when the worker's end of the pipe is closed."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     os._exit(1)
 
 
 def _run_for_worker() -> None:
-    """The process of a run: the configuration comes as a line of JSON."""
+    """The process of a run, which gets the configuration as a line of JSON."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_worker, daemon=True).start()
     try:
-        # The worker has the lock, and this process with it.
+        # The worker has the lock, and this process inherits it.
         train(RunConfig.of(**order["config"]), RunFolder(order["folder"]), verbose=0)
         judgement = Judgement(**order["judgement"])
         if judgement.names:

@@ -1,1 +1,1 @@
-"""What the attacks and the robustness measures rest on: checked classifiers and two searches."""
+"""The parts that attacks and robustness measures share: checked classifiers, and their searches."""

@@ -27,14 +27,14 @@ def search_function(
     Args:
         checked: The classifier and its images.
         samples: Directions per image.
-        max_radius: Largest radius tried.
+        max_radius: Largest radius tried, in pixel units.
         spheres: Number of radii in the outward search.
-        resolution: Width to which bisection narrows the radius.
+        resolution: Width to which bisection narrows the radius, in pixel units.
         seed: Seed of the directions. Image `i` has its own.
 
     Returns:
-        A function from the numbers `[B]` of images that are classified correctly to the smallest
-        radii at which a sampled point has another class, `[B]`; infinite where none was found.
+        A function from the indices `[B]` of images that are classified correctly to the smallest
+        radii at which a sampled point has another class, `[B]`; infinite if none was found.
     """
     spacing = max_radius / spheres
     changes = _change_function(checked, samples)
@@ -60,7 +60,7 @@ def search_function(
 
 
 def _change_function(checked: CheckedClassifier, samples: int) -> Callable[..., tf.Tensor]:
-    """Returns the function that says of each image whether a point of its sphere changes class."""
+    """Returns the function that tells if a point of each image's sphere has another class."""
     shape = checked.x.shape[1:]
 
     def changes(

@@ -16,9 +16,9 @@ from tfjacreg import weak_penalties
 Array = npt.NDArray[np.floating]
 Progress = Callable[[int], object]
 
-# Products of few rows take another code path than those of many and round differently; a gradient
-# that is nearly zero then changes its sign. Batches filled up to a multiple of this many rows gave
-# equal images for LeNet, ResNet-20 and VGG16 on a CPU; 8 was too few for VGG16.
+# Products of few rows take another code path than products of many rows and round differently; the
+# sign of a gradient that is nearly zero then changes. With batches filled up to a multiple of this
+# many rows LeNet, ResNet-20 and VGG16 gave equal images on a CPU; 8 was too few for VGG16.
 _ROW_MULTIPLE = 16
 _PROBE_SIZE = 64
 
@@ -44,23 +44,23 @@ def check_classifier(
     *,
     loss: Callable[..., tf.Tensor] | None = None,
 ) -> CheckedClassifier:
-    """Refuses what would make a judgement meaningless, after the checks of AutoAttack.
+    """Refuses classifiers and examples that would make a judgement meaningless, as AutoAttack does.
 
-    Warns of a classifier that scales its pixels down itself, as one of pixels in 0..255 does.
+    Warns if the classifier scales its pixels down itself, as one for pixels in 0..255 does.
 
     Args:
         classifier: Keras model from pixels `[B, *in]` to logits `[B, K]`.
         x: Pixels in [0, 1], floating point, `[N, *in]`.
         y: Integer labels `[N]` or `[N, 1]`.
-        loss: `loss(labels=, logits=)` `[B]` that must be differentiable, with a warning where its
-            gradient is zero. None where no gradient is needed.
+        loss: `loss(labels=, logits=)` `[B]` that must be differentiable; a warning is given if its
+            gradient is zero. None if no gradient is needed.
 
     Returns:
         The classifier's logits function and the examples as float32 and int32 arrays.
 
     Raises:
-        TypeError: If the classifier is no Keras model, the pixels are not floating point or the
-            labels are not integers.
+        TypeError: If the classifier is not a Keras model or does not return one floating tensor,
+            the pixels are not floating point or the labels are not integers.
         ValueError: If shapes disagree, the set is empty, pixels lie outside [0, 1], a label is not
             a class, the outputs are probabilities, random, not finite or not `[B, K]`, or the loss
             is not differentiable.
@@ -94,7 +94,7 @@ def check_classifier(
             f"y must hold labels from 0 to {classes - 1}, one per output of the classifier. "
             f"Received: labels from {labels.min()} to {labels.max()}."
         )
-    labels32 = labels.astype(np.int32)  # Not before: a large one would come round.
+    labels32 = labels.astype(np.int32)  # After the check: a large label would wrap around.
     if loss is not None:
         _check_gradients(logits, loss, pixels[:_PROBE_SIZE], labels32[:_PROBE_SIZE])
     return CheckedClassifier(pixels, labels32, logits)
@@ -134,7 +134,7 @@ def _check_examples(
         )
     if not np.issubdtype(y.dtype, np.integer):
         raise TypeError(f"y must hold integer labels. Received: dtype {y.dtype}.")
-    if y.shape == (len(x), 1):  # A column, as keras.datasets.cifar10 gives them.
+    if y.shape == (len(x), 1):  # A column, as in keras.datasets.cifar10.
         y = y[:, 0]
     if y.shape != x.shape[:1]:
         advice = " Turn one-hot rows into labels with y.argmax(axis=1)."
@@ -196,12 +196,12 @@ def _check_gradients(
 
 
 def image_rng(seed: int, stream: int, *keys: int) -> np.random.Generator:
-    """Returns the generator of one image (and block): the same in whatever batch it comes.
+    """Returns the random generator of one image (and block), the same whatever its batch.
 
     Args:
-        seed: The caller's seed, an integer from 0.
-        stream: Number that keeps apart the uses of the same seed.
-        *keys: The image's index, and the block of draws where there are several.
+        seed: The caller's seed, an integer >= 0.
+        stream: A number that separates the uses of the same seed.
+        *keys: The image's index, and the block of draws if there are several.
     """
     return np.random.default_rng([seed, stream, *keys])
 
@@ -222,8 +222,8 @@ def concrete_function(
 ) -> Callable[..., Any]:
     """Traces `function` once, for arguments like the `examples` with any number of rows.
 
-    A concrete function keeps no cache outside itself: it goes, and the classifier's weights with
-    it, as soon as the caller drops it.
+    A concrete function keeps no cache outside itself: it is freed, with the weights of the
+    classifier, as soon as the caller drops it.
     """
     specs = [
         e
@@ -251,7 +251,7 @@ def predict(checked: CheckedClassifier, x: Array | None = None, *, batch_size: i
 
 
 def finite(rows: Array, what: str) -> Array:
-    """Returns `rows`, `what` of one image each; raises ValueError if one is NaN or infinite."""
+    """Returns `rows` of one image each; raises ValueError if one is NaN or infinite."""
     bad = int((~np.isfinite(rows)).reshape(len(rows), -1).any(axis=1).sum())
     if bad:
         raise ValueError(
@@ -262,21 +262,21 @@ def finite(rows: Array, what: str) -> Array:
 
 
 def other_logits(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Returns the logits `[B, K]` with minus infinity for that of the label."""
+    """Returns the logits `[B, K]` with minus infinity in place of the label's logit."""
     own = tf.one_hot(labels, logits.shape[1], dtype=tf.bool, on_value=True, off_value=False)
     return tf.where(own, -np.inf, logits)
 
 
 def logit_margin(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Returns the logit of the label less the largest other, `[B]`, from logits `[B, K]`."""
+    """Returns the logit of the label minus the largest other, `[B]`, from logits `[B, K]`."""
     largest_other = tf.reduce_max(other_logits(labels, logits), axis=1)
     return tf.gather(logits, labels, batch_dims=1) - largest_other
 
 
 def logit_spread(logits: tf.Tensor) -> tf.Tensor:
-    """Returns the largest logit less the third (of two the second) largest, as a constant, `[B]`.
+    """Returns the largest logit minus the third largest (of two: the second), `[B]`.
 
-    Where these are equal it is 1.
+    The result is held constant in gradients, and 1 where the two are equal.
     """
     largest = tf.math.top_k(logits, min(3, logits.shape[1])).values
     spread = tf.stop_gradient(largest[:, 0] - largest[:, -1])
@@ -284,5 +284,5 @@ def logit_spread(logits: tf.Tensor) -> tf.Tensor:
 
 
 def scaled_margin(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Returns the margin in units of the spread, `[B]`: the same for multiples of the logits."""
+    """Returns the margin divided by the spread, `[B]`, which scaling the logits does not change."""
     return logit_margin(labels, logits) / logit_spread(logits)

@@ -1,8 +1,8 @@
 """The search for the nearest adversarial image (`tfjacreg.robustness.minimal_distance`).
 
-A descent on the margin that changes direction and length of the perturbation separately, as DDN
-does (Rony et al. 2019). It starts from the feet on the boundaries of the linearised classifier, as
-DeepFool has them (Moosavi-Dezfooli et al. 2016).
+A descent on the margin changes the direction and the length of the perturbation separately, as DDN
+does (Rony et al. 2019). It starts from the points nearest to the image ("feet") on the boundaries
+of the linearized classifier, which DeepFool steps to (Moosavi-Dezfooli et al. 2016).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tfjacreg.judging.classifiers import (
 )
 
 _DIRECTIONS = 12
-# Other classes, the best of them, to whose boundaries the feet are computed.
+# The number of other classes, the most likely ones, to whose boundaries the feet are computed.
 _CANDIDATES = 9
 # Share by which the length of the perturbation grows or shrinks at each iteration.
 _LENGTH_CHANGE = 0.05
 # The first and the last step, relative to the length of the perturbation.
 _FIRST_STEP, _LAST_STEP = 1.0, 0.01
-# A perturbation of length 0 has no direction: the shortest to start from, as share of the longest.
+# A perturbation of length 0 has no direction: the shortest start, as a share of the longest.
 _SHORTEST = 1e-6
-# Of the segment from the image to what was found: to 1/4096 of its length.
+# Bisections of the segment from the image to the image found: down to 1/4096 of its length.
 _BISECTIONS = 12
 
 
@@ -45,11 +45,11 @@ def search_function(
     Args:
         checked: The classifier and its images.
         starts: Descents per image.
-        iterations: Iterations of each.
+        iterations: Iterations of each descent.
         seed: Seed of the random directions. Image `i` has its own.
 
     Returns:
-        A function from the numbers `[B]` of images that are classified correctly to the lengths of
+        A function from the indices `[B]` of images that are classified correctly to the lengths of
         the perturbations, `[B]`, and the images, float32 `[B, *in]`; infinite and NaN where none
         was found. It raises ValueError if a gradient is NaN or infinite.
     """
@@ -84,10 +84,11 @@ def search_function(
 def _feet_function(
     checked: CheckedClassifier,
 ) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Returns the function from images and labels to the feet on the linearised boundaries.
+    """Returns the function from images and labels to the feet on the linearized boundaries.
 
-    The feet are perturbations, to the boundaries with the best other classes `[B, C]`: their
-    lengths, infinite where the gradient is 0, and their directions `[B, C, *in]`, of length 1 or 0.
+    Feet are perturbations to the boundaries with the C most likely other classes. The function
+    returns their lengths `[B, C]`, infinite where the gradient is 0, and their directions
+    `[B, C, *in]`, of length 1 or 0.
     """
 
     def feet(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -116,8 +117,8 @@ def _starts(
 ) -> Iterator[Array]:
     """Yields the first perturbations `[B, *in]` of one descent after the other.
 
-    The feet on the nearest boundaries come first; random directions, as long as the nearest foot,
-    follow where there are fewer other classes than starts or a gradient is 0.
+    The feet on the nearest boundaries come first. If there are fewer other classes than starts, or
+    a gradient is 0, random directions follow, as long as the nearest foot.
     """
     shape = directions.shape[2:]
     # No image is further away than the diagonal of the unit cube.
@@ -147,7 +148,7 @@ def _descent_function(
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     """Returns the function from images, labels and first perturbations to adversarial images.
 
-    It returns the nearest one met, NaN where there was none, and the last perturbation.
+    It returns the nearest adversarial image met, NaN if there was none, and the last perturbation.
     """
 
     def descent(
@@ -182,7 +183,7 @@ def _like(rows: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
 
 
 def _length(images: tf.Tensor) -> tf.Tensor:
-    """Returns the Euclidean lengths `[B]`, of very short perturbations too."""
+    """Returns the Euclidean lengths `[B]`, also for very short perturbations."""
     flat = tf.reshape(images, [-1, np.prod(images.shape[1:])])
     largest = tf.reduce_max(tf.abs(flat), axis=1)
     return largest * tf.norm(tf.math.divide_no_nan(flat, largest[:, None]), axis=1)

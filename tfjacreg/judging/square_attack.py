@@ -24,7 +24,7 @@ from tfjacreg.judging.classifiers import (
 STRIPES, WINDOWS = 2, 3
 BLOCK = 64
 _FIRST_SHARE = 0.8
-# Queries, of 10,000, after which the share of pixels in the window is halved.
+# Queries, out of 10,000, after which the share of pixels in the window is halved.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -43,15 +43,15 @@ def search(
     Args:
         checked: The classifier and its images `[N, H, W, C]`.
         box: Lowest and highest value of each pixel, float32 `[N, H, W, C]`.
-        strengths: Rising numbers of queries at which the search is read off, `[S]`.
+        strengths: Rising numbers of queries at which the search is recorded, `[S]`.
         eps: Half the change within a window, in pixel units.
         seed: Seed of stripes and windows.
         batch_size: Images per batch.
         progress: Called with the number of queries done since the last call.
 
     Returns:
-        The images with the lowest margin seen, `[N, H, W, C]`, and who is still classified
-        correctly at each strength, `[S, N]`.
+        The images with the lowest margin found, `[N, H, W, C]`, and which images are still
+        classified correctly at each strength, `[S, N]`.
     """
     count, *shape = checked.x.shape
     sizes = np.array([window_size(q, strengths[-1], *shape[:2]) for q in range(strengths[-1])])
@@ -129,7 +129,7 @@ def _query_function(
 
 
 def stripes(shape: Sequence[int], eps: float, seed: int) -> Array:
-    """Draws the start: a column of `+-eps` for each image, column and channel, `[N, 1, W, C]`."""
+    """Draws the start: `+-eps` for each image, column and channel, `[N, 1, W, C]`."""
     count, _, width, channels = shape
     return np.stack(
         [
@@ -140,7 +140,7 @@ def stripes(shape: Sequence[int], eps: float, seed: int) -> Array:
 
 
 def window_size(query: int, total: int, height: int, width: int) -> int:
-    """Returns the side of the window at `query` of `total`."""
+    """Returns the side of the window at `query` of `total`, in pixels."""
     share = _FIRST_SHARE / 2 ** bisect_left(_HALVINGS, int(query / total * 10_000))
     return min(max(round((share * height * width) ** 0.5), 1), height, width)
 
@@ -155,7 +155,7 @@ def windows(
     """Draws a block of windows.
 
     Args:
-        index: Numbers of the images, `[B]`.
+        index: Indices of the images, `[B]`.
         seed: Seed of the windows. Image `i` has its own.
         block: Number of the block.
         sizes: Sides of the windows, `[Q]`, at most `BLOCK` of them.

@@ -1,9 +1,9 @@
-"""What stands in for other code while a pass is recorded, whoever calls that code.
+"""Replacements that act while a pass is recorded, whoever calls the code that they replace.
 
-TensorFlow's own has the right values, but a derivative that is wrong, missing or slow. In
-`context` is how something stands in for something else, and for how long; everything else here is
-what stands in: a table of functions and a table by layer class. `tangents` has what TensorFlow's
-accumulator asks for along a pass.
+TensorFlow's own functions have the right values, but a derivative that is wrong, missing or slow.
+`context` replaces something for a time. The other modules are the replacements: a table of
+functions and a table by layer class. `tangents` gives TensorFlow's accumulator rules for the
+tangents along a pass.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-# Each returns the places of a layer, none for a layer that it does not know.
+# Each returns the places of a layer, none if it does not know the layer.
 _OF_LAYERS: tuple[Callable[[keras.Layer], Iterable[Place]], ...] = (
     grouped_convolution,
     linear_image_map,
@@ -59,15 +59,15 @@ def active(
     *,
     has_tangent: bool = False,
 ) -> T:
-    """Calls a function with everything in place that this room has, in this thread.
+    """Calls a function with all replacements of this package in place, in this thread.
 
-    It is a function of a function and no context manager, because Ctrl-C may come between those
-    and the `with` that uses them.
+    This is a function of a function, not a context manager, because Ctrl-C may come between a
+    context manager and the `with` that uses it.
 
     Args:
         network: The network whose layers are rewritten, at any depth.
-        function: Called without arguments: runs the network.
-        more: Further places of a layer.
+        function: Runs the network, without arguments.
+        more: Returns further places of a layer.
         has_tangent: Whether an accumulator runs along the network.
 
     Returns:

@@ -1,10 +1,10 @@
-"""Attributes that others stand in for, for a time and in one thread: one lock, one table.
+"""Replaces attributes for a time, in one thread: one lock, one table.
 
 An attribute (a function of a module, a method of a layer) is replaced while somebody uses it. The
-replacement acts in the threads of its users alone: every other thread gets what was there before.
-The last user puts back exactly what was found, and so does an exception at any place, also that of
-a Ctrl-C: CPython looks for signals whenever a function is called or returns, within the code that
-tidies up as well, which is why `undone` tidies up twice.
+replacement acts only in the threads of its users: every other thread gets what was there before.
+The last user restores exactly what was found. So does an exception at any place, including the one
+of a Ctrl-C: CPython looks for signals whenever a function is called or returns, also within the
+code that tidies up, which is why `undone` tidies up twice.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _MISSING: Any = object()
 
 
 class Place(NamedTuple):
-    """An attribute, and what stands in for it.
+    """An attribute, and its replacement.
 
     Attributes:
         owner: A module, a class or an object.
-        name: Of its attribute.
-        replacement: Called instead of the attribute, with what it stands in for as first argument.
-        view: For an attribute that is not called: a function of what it stands in for that returns
-            an object to be there meanwhile. The object asks `is_replacing` whether it is to act.
+        name: The name of its attribute.
+        replacement: Called instead of the attribute, with the original as first argument.
+        view: For an attribute that is not called: a function from the original to the object that
+            is there meanwhile. The object asks `is_replacing` whether it is to act.
     """
 
     owner: Any
@@ -37,7 +37,7 @@ class Place(NamedTuple):
 
 
 class _Use:
-    """Somebody who uses replacements: one recorded pass, say."""
+    """One user of replacements, such as a recorded pass."""
 
     def __init__(self) -> None:
         self.is_aside = False
@@ -51,7 +51,7 @@ class _Here(threading.local):
 
 
 class _Patch:
-    """A place that is taken: by whom, and what was there."""
+    """A place that is replaced: its users, and what was there before."""
 
     def __init__(self, place: Place) -> None:
         self.owner = place.owner
@@ -75,7 +75,7 @@ class _Patch:
         _set(self.owner, self.name, self.stand_in)
 
     def put_back(self) -> None:
-        # What somebody else has put there since then is theirs.
+        # If somebody else has set the attribute since then, it stays.
         if vars(self.owner).get(self.name, _MISSING) is self.stand_in:
             _set(self.owner, self.name, self.found)
 
@@ -87,10 +87,10 @@ _patches: dict[tuple[int, str], _Patch] = {}
 
 
 def while_replaced(places: Iterable[Place], function: Callable[[], T]) -> T:
-    """Calls a function while others stand in for some attributes in this thread.
+    """Calls a function while some attributes are replaced in this thread.
 
     Args:
-        places: Which attributes, and what stands in.
+        places: The attributes and their replacements.
         function: Called without arguments.
 
     Returns:
@@ -113,13 +113,13 @@ def while_replaced(places: Iterable[Place], function: Callable[[], T]) -> T:
 
 
 def is_replacing() -> bool:
-    """Whether replacements act in this thread now."""
+    """Whether replacements act in this thread at the moment."""
     return any(not use.is_aside for use in _here.uses)
 
 
 @contextlib.contextmanager
 def stepping_aside() -> Iterator[None]:
-    """In this thread, inside of the context, every attribute is what it was before."""
+    """Inside this context every attribute acts as it did before, in this thread."""
     uses = [use for use in _here.uses if not use.is_aside]
     try:
         for use in uses:
@@ -131,11 +131,11 @@ def stepping_aside() -> Iterator[None]:
 
 
 def undone(do: Callable[[], T], undo: Callable[[], object]) -> T:
-    """Returns `do()`, after `undo()` has run to its end once at least, whatever interrupts either.
+    """Returns `do()`, after `undo()` has completed at least once, whatever interrupts either.
 
     Args:
         do: What to do.
-        undo: Undoes what has been done of it so far; doing that twice must do no harm.
+        undo: Undoes what has been done so far; doing that twice must do no harm.
     """
     try:
         try:
@@ -155,8 +155,8 @@ def _locked(work: Callable[[], object]) -> None:
 
 
 def _release() -> None:
-    # A RuntimeError says that this thread does not hold it: it was interrupted before it did, or
-    # has released it already.
+    # A RuntimeError says that this thread does not hold the lock: it was interrupted before it did,
+    # or has already released it.
     with contextlib.suppress(RuntimeError):
         _lock.release()
 
@@ -179,7 +179,7 @@ def _put_back(use: _Use) -> None:
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute; of an object past its `__setattr__`, since Keras' tracks what it sets."""
+    """Sets an attribute; of an object without `__setattr__`, since Keras tracks what it sets."""
     if isinstance(owner, (type, ModuleType)):
         if value is _MISSING:
             delattr(owner, name)

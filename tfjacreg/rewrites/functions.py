@@ -1,14 +1,14 @@
-"""Functions of TensorFlow that others stand in for while a pass is recorded.
+"""Functions of TensorFlow that are replaced while a pass is recorded.
 
-All have the right values. What is wrong with TensorFlow's own is the first derivative of
-`cumprod` at an exact 0, of `max_pool` its derivative's derivative under XLA, and of the others the
-second derivative: a part of it is left out, or it is NaN where it has a value. That of `silu` is
-right, but a `tf.custom_gradient` takes many more operations, and a check a graph of its own.
+The originals have the right values, but wrong derivatives: `cumprod` the first one at an exact 0,
+`max_pool` the derivative of its derivative under XLA, and the others the second one, of which a
+part is missing, or which is NaN where it has a value. `silu` is right, but its `tf.custom_gradient`
+takes many more operations, and the check of it a graph of its own.
 
-Whoever calls them: `keras.ops`, `tf.math`, `tf.nn`, `tf.compat.v1`, bound to a name or not. All of
-these end in the functions of an operation that TensorFlow generates, found here through
-`tf.raw_ops`. Of `tf.nn.moments`, which is no operation, the one that all others call is replaced,
-and `tf.nn.silu` under each of its names.
+A replacement acts on every caller: `keras.ops`, `tf.math`, `tf.nn`, `tf.compat.v1`, bound to a name
+or not. All of these end in the function that TensorFlow generates for an operation, found here
+through `tf.raw_ops`. `tf.nn.moments` is no operation: there the function that all others call is
+replaced. `tf.nn.silu` is replaced under each of its names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tensorflow as tf
 from tfjacreg.rewrites import max_pool, scans
 from tfjacreg.rewrites.context import Place
 
-# In the names of the operations that stand in for `tf.nn.moments`.
+# Part of the names of the operations that replace `tf.nn.moments`.
 MOMENTS = "tfjacreg_moments"
 
 
@@ -38,26 +38,26 @@ def moments(
     keep_dims: bool | None = None,
     keepdims: bool | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Stands in for the moments of LayerNormalization and its kin, with the same values.
+    """Replaces the moments of LayerNormalization and similar layers, with the same values.
 
-    TensorFlow takes the mean inside of the variance for a constant. That leaves the variance's
-    first derivative as it is, but takes `-2 dm dm` off the second. The square here is 0, and so is
-    its first derivative; its second one is what was lost.
+    TensorFlow treats the mean inside the variance as a constant. This does not change the first
+    derivative of the variance, but leaves `-2 dm dm` out of the second. The square below is 0, and
+    so is its first derivative; its second derivative is the missing part.
     """
     x = tf.convert_to_tensor(x)
     keepdims = bool(keep_dims or keepdims)
     with tf.name_scope(MOMENTS):
         mean, variance = original(x, axes, shift=shift, name=name, keepdims=keepdims)
         wide = tf.cast(x, tf.float32) if x.dtype.size == 2 else x
-        # A mean of its own: through `mean` the tape would add up the loss's gradient in another
-        # order, and so round it otherwise.
+        # Computed again: through `mean` the tape would add up the loss's gradient in another order
+        # and so round it differently.
         centre = tf.reduce_mean(wide, axes, keepdims=keepdims)
         lost = tf.square(centre - tf.stop_gradient(centre))
         return mean, variance - tf.cast(lost, variance.dtype)
 
 
 def silu(original: Callable[..., Any], features: Any, beta: Any = 1.0) -> tf.Tensor:
-    """Stands in for `tf.nn.silu`, which computes its sigmoid again in each derivative."""
+    """Replaces `tf.nn.silu`, which computes its sigmoid again in each derivative."""
     x = tf.convert_to_tensor(features)
     is_plain = isinstance(beta, (int, float)) and beta == 1
     return x * tf.sigmoid(x if is_plain else tf.cast(beta, x.dtype) * x)
@@ -66,7 +66,7 @@ def silu(original: Callable[..., Any], features: Any, beta: Any = 1.0) -> tf.Ten
 def euclidean_norm(
     original: Callable[..., Any], input: Any, axis: Any, keep_dims: bool = False, name: Any = None
 ) -> tf.Tensor:
-    """Stands in for `tf.math.reduce_euclidean_norm`; its derivative at 0 is 0."""
+    """Replaces `tf.math.reduce_euclidean_norm`; here the derivative at 0 is 0."""
     x = tf.convert_to_tensor(input)
     if not x.dtype.is_floating:
         return original(x, axis, keep_dims=keep_dims, name=name)
@@ -77,7 +77,7 @@ def euclidean_norm(
 
 
 def power(original: Callable[..., Any], x: Any, y: Any, name: Any = None) -> tf.Tensor:
-    """Stands in for `tf.pow`, whose derivatives are `0 * inf` where x is 0 and y is 0 or 1."""
+    """Replaces `tf.pow`, whose derivatives are `0 * inf` where x is 0 and y is 0 or 1."""
     dtype = next((a.dtype for a in (x, y) if tf.is_tensor(a)), None)
     x = tf.convert_to_tensor(x, dtype)
     y = tf.convert_to_tensor(y, x.dtype)
@@ -91,7 +91,7 @@ def power(original: Callable[..., Any], x: Any, y: Any, name: Any = None) -> tf.
 
 
 class _CrossEntropy(NamedTuple):
-    """What the operation gives: the loss `[B]`, and its derivative in the logits `[B, K]`."""
+    """What the operation returns: the loss `[B]`, and its derivative in the logits `[B, K]`."""
 
     loss: tf.Tensor
     backprop: tf.Tensor
@@ -100,13 +100,13 @@ class _CrossEntropy(NamedTuple):
 def softmax_cross_entropy(
     original: Callable[..., Any], features: Any, labels: Any, name: Any = None
 ) -> _CrossEntropy:
-    """Stands in for the cross entropy of logits and probabilities, which may both depend on x."""
+    """Replaces the cross entropy of logits and probabilities, both of which may depend on x."""
     features, labels = tf.convert_to_tensor(features), tf.convert_to_tensor(labels)
     loss = -tf.reduce_sum(labels * tf.nn.log_softmax(features), axis=-1)
     return _CrossEntropy(loss, tf.nn.softmax(features) - labels)
 
 
-# What stands in for an operation takes the original function and the operation's own arguments.
+# The replacement of an operation takes the original function and the operation's own arguments.
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "MaxPool": max_pool.pool,
     "MaxPool3D": max_pool.pool,
@@ -119,7 +119,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "Pow": power,
     "SoftmaxCrossEntropyWithLogits": softmax_cross_entropy,
 }
-# Modules that hand on the generated function itself.
+# Modules that export the generated function itself.
 _HANDED_ON: tuple[ModuleType, ...] = (tf.math, tf.compat.v1.math, tf.compat.v1)
 
 

@@ -1,7 +1,7 @@
-"""Grouped convolutions written so that TensorFlow differentiates them quickly, and often.
+"""Grouped convolutions, written so that TensorFlow differentiates them quickly.
 
-Keras compiles a grouped convolution with XLA, whose derivatives on a CPU take many times as long as
-those of the same map as a depthwise convolution, or as one convolution for each group.
+Keras compiles a grouped convolution with XLA. On a CPU its derivatives take many times as long as
+those of the same map written as a depthwise convolution, or as one convolution for each group.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tfjacreg.rewrites.context import Place
 
 
 def grouped_convolution(layer: keras.Layer) -> list[Place]:
-    """What stands in for the convolution of a layer: its values agree to rounding.
+    """The replacement for the convolution of a layer; its values agree to rounding.
 
     Args:
         layer: Any layer.
 
     Returns:
-        Nothing if the layer is no grouped convolution, has code of its own where something would
-        stand in, or keeps the channels first, which TensorFlow on a CPU convolves through XLA only.
+        Nothing if the layer is not a grouped convolution, overrides the method that would be
+        replaced, or has its channels first, which TensorFlow on a CPU convolves only through XLA.
     """
     for kind, name, replacement in _KINDS:
         if (
@@ -39,7 +39,7 @@ def grouped_convolution(layer: keras.Layer) -> list[Place]:
 
 
 def _call(layer: keras.Layer, original: Callable[..., Any], inputs: tf.Tensor) -> tf.Tensor:
-    """Stands in for the call of a Conv1D, which has no `convolution_op` that it uses."""
+    """Replaces the call of a Conv1D, which does not use its `convolution_op`."""
     padding = layer.padding
     if padding == "causal":
         before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
@@ -66,7 +66,7 @@ def _convolution(
         "dilation_rate": layer.dilation_rate,
     }
     is_depthwise = layer.groups == inputs.shape[-1] and layer.rank == 2
-    # TensorFlow has no depthwise convolution with another stride along each axis.
+    # TensorFlow has no depthwise convolution with different strides along the axes.
     if is_depthwise and len(set(layer.strides)) == 1:
         shape = (*layer.kernel_size, layer.groups, layer.filters // layer.groups)
         return ops.depthwise_conv(inputs, ops.reshape(kernel, shape), **settings)

@@ -1,7 +1,7 @@
-"""Layers that resize or warp images as the linear maps they are, with all their derivatives.
+"""Layers that resize or warp images, as linear maps with all their derivatives.
 
-Once its random draw is fixed, each of them is a linear map of the image, plus a constant where it
-fills: `J v` is the same operation on `v`, and `J^T u` its transpose.
+Once its random draw is fixed, each of these layers is a linear map of the image, plus a constant
+where it fills: `J v` is the same operation on `v`, and `J^T u` its transpose.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ LAYERS: tuple[type[keras.Layer], ...] = (keras.layers.UpSampling2D, *_PREPROCESS
 
 
 def linear_image_map(layer: keras.Layer) -> list[Place]:
-    """What stands in for the image operations of a layer: exact derivatives of every order.
+    """The replacement for the image operations of a layer, with exact derivatives of every order.
 
     The values agree to rounding, or to the last bit where pixels are only moved. The layer's random
     numbers are drawn as usual: once in each call, from its own generator. A preprocessing layer
-    runs its own code, with whatever a subclass overrides: only the image operations in it are
-    replaced. `UpSampling2D` is replaced as a whole, so it must be Keras' own.
+    runs its own code, including what a subclass overrides: only the image operations in it are
+    replaced. `UpSampling2D` is replaced as a whole, so only if a subclass does not change it.
 
     Args:
         layer: Any layer.
 
     Returns:
-        Nothing for a layer that is none of `LAYERS`, or has all its derivatives.
+        Nothing for a layer that is none of `LAYERS`, or that has all its derivatives already.
     """
     if isinstance(layer, keras.layers.UpSampling2D):
         is_own = all(
             getattr(type(layer), name, None) is getattr(keras.layers.UpSampling2D, name, None)
             for name in ("call", "_resize_images")
         )
-        # Without interpolation it repeats pixels, which TensorFlow differentiates rightly.
+        # Without interpolation it repeats pixels, which TensorFlow differentiates correctly.
         if not is_own or layer.interpolation == "nearest":
             return []
         return [Place(layer, "call", functools.partial(_upsample, layer))]
@@ -73,7 +73,7 @@ def _upsample(
 
 
 class _Backend:
-    """The backend of a preprocessing layer, with linear maps among its image operations."""
+    """The backend of a preprocessing layer, with its image operations replaced."""
 
     def __init__(self, own: Any, layer: keras.Layer) -> None:
         self._own = own
@@ -84,7 +84,7 @@ class _Backend:
 
 
 class _ImageOperations:
-    """The operations of `backend.image`, those in `_LINEAR` replaced for floating images."""
+    """The operations of `backend.image`; those in `_LINEAR` are replaced for floating images."""
 
     def __init__(self, backend: Any, layer: keras.Layer) -> None:
         self._backend = backend
@@ -119,7 +119,7 @@ def _resize(
     axes = resampling.spatial_axes(images, data_format)
     shape = [resampling.size_along(images, axis) for axis in range(len(images.shape))]
     if isinstance(layer, keras.layers.RandomCrop) and None in images.shape[axes[0] : axes[1] + 1]:
-        # In a graph it ends with a resize of what it has cropped to `size` already, because
+        # In a graph the layer ends with a resize of what it has already cropped to `size`, because
         # TensorFlow cannot tell the size of a slice that begins at a random place.
         shape[axes[0] : axes[1] + 1] = size
         return tf.reshape(images, shape)

@@ -1,12 +1,13 @@
 """The gradient of a convolution in an input of few channels, several pixels at a time.
 
-J^T u ends in it: the first layer of a network of images has one channel or three. A processor takes
-it one output channel at a time, in 2.5 times the seconds of the convolution itself. Here a block of
-pixels is the channels of a convolution with strides of a block, and is put in its place afterwards:
-more multiplications, and 1.3 to 2.2 times as fast, under XLA 1.4 to 4 times. Its own derivatives
-are the convolutions that they always are.
+J^T u ends with this gradient: the first layer of a network for images has one input channel or
+three. TensorFlow computes it on a CPU one output channel at a time, which takes 2.5 times as long
+as the convolution itself. Here the pixels of a block become the channels of a convolution whose
+strides are the size of the block, and are put in their places afterwards. This takes more
+multiplications and is 1.3 to 2.2 times as fast, under XLA 1.4 to 4 times. Its derivatives are the
+usual convolutions.
 
-It acts in the products of this package alone, in the thread that asks for one.
+It acts only in the products of this package, in the thread that asks for one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _state = _State()
 
 
 def in_blocks(function: Callable[[], T]) -> T:
-    """Calls a function that takes gradients: those of convolutions come in blocks of pixels.
+    """Calls a function that takes gradients, with those of convolutions computed in blocks.
 
     Args:
         function: Called without arguments.
@@ -51,7 +52,7 @@ def in_blocks(function: Callable[[], T]) -> T:
 
 
 def block(op: Any) -> int | None:
-    """The side of the blocks for the input of a `Conv2D`; None where it is not to be in blocks."""
+    """The side of the blocks for the input of a `Conv2D`; None if blocks are not to be used."""
     x, kernel = op.inputs
     if x.dtype not in (tf.float32, tf.float64) or _has_gpu():
         return None
@@ -68,7 +69,7 @@ def block(op: Any) -> int | None:
 
 
 def _text(op: Any, name: str) -> str:
-    """An attribute: bytes in a graph."""
+    """The text of an attribute, which is bytes in a graph."""
     return tf.compat.as_str(op.get_attr(name))
 
 
@@ -83,11 +84,11 @@ def input_gradient(
     """The gradient of `tf.nn.conv2d(x, kernel, 1, padding)` in x.
 
     Args:
-        upstream: Of the convolution's output, `[B, H', W', K]`.
+        upstream: The gradient in the convolution's output, `[B, H', W', K]`.
         kernel: `[h, w, C, K]`.
         shape: `(H, W)` of x.
         padding: `"SAME"` or `"VALID"`.
-        side: That of a block.
+        side: The side of a block.
 
     Returns:
         `[B, H, W, C]`.
@@ -128,7 +129,7 @@ def _in_blocks(
         paddings.append([before, side * count + length - 1 - outputs - before])
         rows.append(side * count)
     turned = tf.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))  # [h, w, K, C].
-    # The kernel of a pixel of the block lies as far from the corner as that pixel.
+    # The kernel of each pixel of the block is shifted by the position of the pixel in the block.
     shifts = [[n, side - 1 - n] for n in range(side)]
     kernels = tf.stack(
         [tf.pad(turned, [down, right, [0, 0], [0, 0]]) for down in shifts for right in shifts], 3
@@ -152,9 +153,9 @@ def _of_convolution(theirs: Callable[..., Any], op: Any, upstream: tf.Tensor) ->
 
 
 def _register() -> bool:
-    """Has TensorFlow ask us; False where it does not, and goes its own way as before.
+    """Registers the gradient with TensorFlow; returns False if it has no place for it.
 
-    The names are private, and there from TensorFlow 2.18 to 2.21.
+    The names are private, and exist from TensorFlow 2.18 to 2.21.
     """
     with contextlib.suppress(ImportError, AttributeError, KeyError):
         from tensorflow.python.framework import ops

@@ -1,10 +1,11 @@
-"""Max-pooling as the linear map it is near a point: the maxima's places are held (appendix B).
+"""Max-pooling as a linear map near a point: the places of the maxima are constant (appendix B).
 
-TensorFlow's own derivative of max-pooling's gradient will not do. Under XLA it compares inputs in
-bfloat16, so that `J v` picks the wrong input wherever two differ by less than 0.4 % (the dot test
-fails by per cents); elsewhere it looks for the maxima again in every product.
+TensorFlow's derivative of the gradient of max-pooling cannot be used. Under XLA it compares inputs
+in bfloat16, so that `J v` picks the wrong input wherever two differ by less than 0.4 % (the dot
+test is then off by several per cent). Without XLA it searches for the maxima again in every
+product.
 
-`pool` stands in for the operations MaxPool and MaxPool3D while a pass is recorded (`functions.py`),
+`pool` replaces the operations MaxPool and MaxPool3D while a pass is recorded (`functions.py`),
 whichever code calls them.
 """
 
@@ -19,18 +20,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# In the names of the operations that select the maxima: of these the accumulator has the tangents
-# that the gradient says, eagerly and in a graph.
+# Part of the names of the operations that select the maxima. For these the accumulator has the
+# tangents that the custom gradient defines, eagerly and in a graph.
 SELECTION = "tfjacreg_selection"
 
 
 class _Window(NamedTuple):
-    """Which places a maximum is taken over, an entry for each spatial axis.
+    """The places that a maximum is taken over, with an entry for each spatial axis.
 
     Attributes:
         axes: The spatial axes of the input.
-        size: Of the window.
-        strides: Between windows.
+        size: The size of the window.
+        strides: The strides between windows.
         padding: `"VALID"` or `"SAME"`.
     """
 
@@ -50,7 +51,7 @@ def pool(
     data_format: str | None = None,
     name: str | None = None,
 ) -> Any:
-    """Stands in for a max-pooling: with the same values, and the maxima's places held."""
+    """Replaces a max-pooling, with the same values; the places of the maxima are constant."""
     settings: dict[str, Any] = {"data_format": data_format} if data_format else {}
     if explicit_paddings:
         settings["explicit_paddings"] = explicit_paddings
@@ -61,7 +62,7 @@ def pool(
     first = 2 if (data_format or "").startswith("NC") else 1
     rest = [0, 1 if first == 2 else -1]  # The axes of examples and channels.
     # Explicit paddings, inputs of unknown rank and windows over channels, which no Keras layer
-    # makes, stay TensorFlow's.
+    # makes, are left to TensorFlow.
     if (
         not x.dtype.is_floating
         or x.shape.rank is None
@@ -90,8 +91,8 @@ def pool(
 def _select_from_tiles(
     pool: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, window: _Window
 ) -> tf.Tensor:
-    """Windows that do not overlap: one mask says which inputs are maxima."""
-    held = tf.stop_gradient(x)  # No tangent goes where the maxima are looked for.
+    """For windows that do not overlap: one mask marks the inputs that are maxima."""
+    held = tf.stop_gradient(x)  # The search for the maxima needs no tangent.
     with tf.GradientTape() as tape:
         tape.watch(held)
         y = pool(held)
@@ -108,8 +109,8 @@ def _select_from_tiles(
 
     @tf.custom_gradient
     def spread(t: tf.Tensor) -> Any:
-        # Every output goes to its whole tile, and the mask keeps it at the maximum.
-        # On a CPU TensorFlow broadcasts along two of three axes at a time.
+        # Every output is spread over its whole tile, and the mask keeps it at the maximum.
+        # On a CPU TensorFlow broadcasts along at most two of three axes at a time.
         for axis, places in zip(window.axes[2:], window.size[2:], strict=True):
             t = tf.repeat(t, places, axis)
         shape, tiled = [tf.shape(t)[0]], [tf.shape(t)[0]]
@@ -130,7 +131,7 @@ def _select_from_tiles(
 
 
 def _select_from_windows(x: tf.Tensor, window: _Window) -> tf.Tensor:
-    """Windows that overlap or are padded: a mask for every place in the window."""
+    """For windows that overlap or are padded: one mask for every place in the window."""
     padding = [[0, 0] for _ in x.shape]
     counts = {}
     for axis, extent, stride in zip(*window[:3], strict=True):

@@ -1,8 +1,9 @@
-"""Derivatives that TensorFlow lacks, registered with it.
+"""Gradients that TensorFlow lacks, registered with it.
 
-Under XLA the derivative of `tf.slice` is an `XlaDynamicUpdateSlice`, which has none itself. The
-derivative of a concatenation is made of slices: without this no network with one could be trained
-under XLA with a tangent along its pass. And the derivative of `tf.nn.softsign` is a `SoftsignGrad`.
+Under XLA the derivative of `tf.slice` is an `XlaDynamicUpdateSlice`, which has no derivative. The
+derivative of a concatenation is made of slices, so without this gradient no network with a
+concatenation could be trained under XLA with a tangent along its pass. The derivative of
+`tf.nn.softsign` is a `SoftsignGrad`, which has no derivative either.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 def _of_an_updated_slice(
     op: tf.Operation, upstream: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, None]:
-    """Where the update went its derivative is the upstream one; elsewhere the input's is."""
+    """The upstream gradient goes to the update where it was written, elsewhere to the input."""
     _, update, begin = op.inputs
     size = tf.shape(update, out_type=begin.dtype)
     kept = gen_xla_ops.xla_dynamic_update_slice(upstream, tf.zeros_like(update), begin)
@@ -27,7 +28,7 @@ def _of_an_updated_slice(
 def _of_the_gradient_of_softsign(
     op: tf.Operation, upstream: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Of `g / (1 + |x|)^2` in g and in x."""
+    """The gradients of `g / (1 + |x|)^2` in g and in x."""
     gradients, features = op.inputs
     of_gradients = upstream / tf.square(1 + tf.abs(features))
     of_features = -2 * tf.sign(features) * gradients * of_gradients / (1 + tf.abs(features))
@@ -35,7 +36,7 @@ def _of_the_gradient_of_softsign(
 
 
 def _register(operation: str, gradient: Callable[..., object]) -> None:
-    with contextlib.suppress(KeyError):  # A later TensorFlow may have its own.
+    with contextlib.suppress(KeyError):  # A later TensorFlow may have the gradient.
         tf.RegisterGradient(operation)(gradient)
 
 

@@ -1,10 +1,10 @@
 """The loop of a recurrent layer, written out while a pass is recorded.
 
 In a graph Keras runs a recurrence as a loop. The derivative of such a loop keeps every tensor of
-every turn in a list, and the derivative of that one again; and TensorFlow's accumulator has no
-tangents of lists at all. Written out, as Keras does by `unroll=True`, the same turns are ordinary
-operations. The graph grows with the length of the sequence, so a long one stays a loop, as does one
-whose length is not known.
+every turn in a list, and so does the derivative of the derivative; TensorFlow's accumulator has no
+tangents of lists at all. Written out, as by Keras with `unroll=True`, the same turns are ordinary
+operations. The graph grows with the length of the sequence, so a long loop stays a loop, as does
+one whose length is not known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _keeps_loops = contextvars.ContextVar("keeps_loops", default=False)
 
 @contextlib.contextmanager
 def keeping_loops() -> Iterator[None]:
-    """In this context every loop stays one: for data whose lengths are not known beforehand."""
+    """Inside this context every loop stays a loop: for data of lengths not known beforehand."""
     token = _keeps_loops.set(True)
     try:
         yield
@@ -38,14 +38,14 @@ def keeping_loops() -> Iterator[None]:
 
 
 def _recurrence(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in for Keras' function of all recurrences."""
+    """Replaces the function by which Keras runs all recurrences."""
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     taken = bound.arguments
     axis = 0 if taken["time_major"] else 1
     steps = keras.tree.flatten(taken["inputs"])[0].shape[axis]
     if (
-        tf.executing_eagerly()  # There it is no loop of TensorFlow's.
+        tf.executing_eagerly()  # Eagerly it is a loop in Python.
         or _keeps_loops.get()
         or taken["unroll"]
         or isinstance(taken["input_length"], tf.Tensor)
@@ -54,7 +54,7 @@ def _recurrence(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     ):
         return original(*args, **kwargs)
     if taken["go_backwards"]:
-        # Written out, Keras turns the sequence round, but not the mask of what it returns.
+        # With unroll=True Keras reverses the sequence, but not the mask of what it returns.
         for name in ("inputs", "mask"):
             taken[name] = keras.tree.map_structure(
                 lambda a: None if a is None else tf.reverse(a, [axis]), taken[name]

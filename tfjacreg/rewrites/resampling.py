@@ -1,9 +1,9 @@
-"""Images resized and warped by sums of weighted pixels, with derivatives of every order.
+"""Resizes and warps images by weighted sums of pixels, with derivatives of every order.
 
-TensorFlow has no second derivative of its resizing. The gradient that it gives for the projective
-transform is the warp by the inverse transform, which is not the transpose. Written as sums, both
-have the right transpose. The weights are TensorFlow's own, read off from what its operations make
-of known images.
+TensorFlow has no second derivative of its resizing, and its gradient of the projective transform is
+the warp by the inverse transform, which is not the transpose. Written as sums, both have the right
+transpose. The weights are TensorFlow's own, read from the results of its operations on known
+images.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import tensorflow as tf
 
 
 def spatial_axes(images: tf.Tensor, data_format: str | None) -> list[int]:
-    """The axes of height and width, of one image or of a batch."""
+    """The axes of height and width, for one image or a batch."""
     is_batch = len(images.shape) == 4
     is_first = (data_format or keras.config.image_data_format()) == "channels_first"
     return [is_batch + is_first, is_batch + is_first + 1]
 
 
 def size_along(images: tf.Tensor, axis: int) -> Any:
-    """The size along `axis`: an integer, or a tensor where it is not known yet."""
+    """The size along `axis`: an integer, or a tensor if it is not known yet."""
     return tf.shape(images)[axis] if images.shape[axis] is None else images.shape[axis]
 
 
 def _pair(
     forward: Callable[[tf.Tensor], tf.Tensor], backward: Callable[[tf.Tensor], tf.Tensor]
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-    """A linear map and its transpose, each the other's derivative.
+    """Returns a linear map whose derivative is its transpose, and the other way round.
 
     A forward accumulator differentiates the body of `forward` itself, which must allow it.
     """
@@ -49,7 +49,7 @@ def _pair(
 
 
 def _in_float32(images: tf.Tensor) -> tf.Tensor:
-    """The images in at least float32, in which TensorFlow resizes and warps."""
+    """The images in at least float32, the precision in which TensorFlow resizes and warps."""
     return tf.cast(images, tf.float32) if images.dtype.size < 4 else images
 
 
@@ -68,12 +68,12 @@ def resize(
     Args:
         images: Floating images, one or a batch.
         axes: The axes to resize.
-        sizes: The sizes along them: integers, or tensors where they are not known yet.
-        interpolation: One of `tf.image.resize`.
-        antialias: Whether to filter where an axis shrinks.
-        aspect: "crop" cuts the largest window of the aspect ratio of `sizes` out of the middle
-            first, "pad" puts the images into the middle of the smallest such frame.
-        fill_value: What the frame is filled with.
+        sizes: The sizes along them: integers, or tensors if they are not known yet.
+        interpolation: An interpolation of `tf.image.resize`.
+        antialias: Whether to filter along an axis that shrinks.
+        aspect: "crop" first cuts the largest window with the aspect ratio of `sizes` out of the
+            middle; "pad" puts the images into the middle of the smallest such frame.
+        fill_value: The value in the frame.
 
     Returns:
         The images in at least float32.
@@ -107,7 +107,7 @@ def _known_resize(
     antialias: bool,
     aspect: str | None,
 ) -> tuple[Callable[[tf.Tensor], tf.Tensor], list[np.ndarray]]:
-    """The map between sizes that are known, and the row sums of its matrices."""
+    """The map between known sizes, and the row sums of its matrices."""
     with tf.init_scope():
         matrices = [m.numpy() for m in _matrices(before, after, interpolation, antialias, aspect)]
     changed = [
@@ -115,7 +115,7 @@ def _known_resize(
         for axis, matrix in zip(axes, matrices, strict=True)
         if not np.array_equal(matrix, np.eye(*matrix.shape))
     ]
-    # First the axis that shrinks most.
+    # The axis that shrinks most comes first.
     changed.sort(key=lambda pair: pair[1].shape[0] / pair[1].shape[1])
     taps = [(axis, _taps(matrix), _taps(matrix.T)) for axis, matrix in changed]
 
@@ -140,7 +140,7 @@ def _matrices(
     antialias: bool,
     aspect: str | None,
 ) -> list[tf.Tensor]:
-    """A matrix `[after, before]` for each axis: what TensorFlow makes of a basis."""
+    """The matrix `[after, before]` of each axis: what TensorFlow makes of a basis."""
     matrices = []
     for n, target, (margin, framed) in zip(
         before, after, _frames(before, after, aspect), strict=True
@@ -157,9 +157,9 @@ def _matrices(
 
 
 def _frames(before: Sequence[Any], after: Sequence[Any], aspect: str | None) -> list[Any]:
-    """The margins and the sizes of the window or frame of the aspect ratio of `after`.
+    """The margins and sizes of the window or frame with the aspect ratio of `after`.
 
-    Computed and rounded as Keras does.
+    They are computed and rounded as in Keras.
     """
     if aspect is None:
         return [(0, n) for n in before]
@@ -176,7 +176,7 @@ def _frames(before: Sequence[Any], after: Sequence[Any], aspect: str | None) -> 
 
 
 def _taps(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The nonzero entries of every row, in as few columns and weights as hold them."""
+    """The nonzero entries of every row, as pairs of columns and weights, in as few as possible."""
     is_zero = matrix == 0
     count = max(1, int((~is_zero).sum(axis=1).max()))
     places = np.argsort(is_zero, axis=1, kind="stable")[:, :count].astype(np.int32)
@@ -184,7 +184,7 @@ def _taps(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _pick(t: tf.Tensor, taps: list[tuple[np.ndarray, np.ndarray]], axis: int) -> tf.Tensor:
-    """Picks weighted places along an axis."""
+    """The weighted sums of places along an axis."""
     return tf.add_n(
         [
             tf.gather(t, places, axis=axis) * _along(axis, tf.constant(weights, t.dtype), t)
@@ -217,10 +217,10 @@ def warp(
 
     Args:
         images: Floating images.
-        operation: The warp, of a batch, with the arguments `fill_value` and `data_format`.
-        interpolation: The warp's, "nearest" or "bilinear".
-        fill_value: What is read outside the images.
-        data_format: The images', "channels_last" or "channels_first".
+        operation: The warp of a batch, with the arguments `fill_value` and `data_format`.
+        interpolation: The interpolation of the warp, "nearest" or "bilinear".
+        fill_value: The value outside the images.
+        data_format: "channels_last" or "channels_first".
     """
     rank = len(images.shape)
     is_first = spatial_axes(images, data_format)[-1] == rank - 1
@@ -237,7 +237,7 @@ def warp(
 def _warp_taps(
     images: tf.Tensor, operation: Callable[..., tf.Tensor], interpolation: str
 ) -> list[tuple[tf.Tensor, tf.Tensor]]:
-    """The pixels that each pixel after the warp is the weighted sum of.
+    """The pixels whose weighted sum is each pixel after the warp.
 
     Returns:
         Pairs of places in the batch laid out as a matrix `[B * H * W, C]`, `[B * H * W]`, and
@@ -254,7 +254,7 @@ def _warp_taps(
         return tf.unstack(tf.reshape(batch, [-1, len(marks)]), axis=-1)
 
     def tap(row: tf.Tensor, column: tf.Tensor, weight: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # A weight too small for float32 leaves no place; any pixel of the image will do.
+        # If a weight is too small for float32 its place is unknown; any pixel will do.
         row = tf.clip_by_value(tf.cast(tf.round(row), tf.int32), 0, height - 1)
         column = tf.clip_by_value(tf.cast(tf.round(column), tf.int32), 0, width - 1)
         first = tf.repeat(tf.range(size) * height, height * width)
@@ -262,9 +262,9 @@ def _warp_taps(
 
     if interpolation == "nearest":
         return [tap(*warped([row, column, tf.ones_like(row)]))]
-    # Of the two neighbouring rows one is even and one is odd, and so with the columns: an image
-    # that is 1 in the odd rows and even columns, say, tells the weight of the only such neighbour,
-    # and one that holds the rows' numbers in the odd rows tells which it is.
+    # Of two neighbouring rows one is even and one is odd, and the same holds for columns. So an
+    # image that is 1 in, for example, the odd rows and even columns gives the weight of the only
+    # such neighbour, and an image with the row numbers in the odd rows gives its row.
     rows = [tf.cast(row % 2 == parity, tf.float32) for parity in (0, 1)]
     columns = [tf.cast(column % 2 == parity, tf.float32) for parity in (0, 1)]
     marks = [in_row * in_column for in_row in rows for in_column in columns]
@@ -287,7 +287,7 @@ def _warp_taps(
 def _warp_by(
     taps: list[tuple[tf.Tensor, tf.Tensor]], images: tf.Tensor, fill_value: float
 ) -> tf.Tensor:
-    """The weighted sums of pixels, and `fill_value` by the weight that is missing to one."""
+    """The weighted sums of pixels, plus `fill_value` times what the weights lack to one."""
     shape = [size_along(images, axis) for axis in range(4)]
     weighted = [(places, tf.cast(weights, images.dtype)) for places, weights in taps]
 

@@ -1,11 +1,12 @@
-"""Products and sums along an axis, by pairs: each has all its derivatives, also at an exact 0.
+"""Products and sums along an axis, in pairs, with all their derivatives, also at an exact 0.
 
-TensorFlow divides by the factors to differentiate a product. Of `cumprod` the derivative is 0 where
-a factor is 0, of `reduce_prod` it is the second one, and of products of segments both may be NaN.
-Here every product is one of two tensors, log2(n) times after each other.
+TensorFlow divides by the factors to differentiate a product. Where a factor is 0, this gives 0 for
+the derivative of `cumprod` and for the second derivative of `reduce_prod`, and possibly NaN for
+both derivatives of products of segments. Here every product is one of two tensors, in log2(n)
+rounds.
 
-Where the size of the axis is not known when a graph is made, TensorFlow's own function is used: the
-search of the pass's graph (`graph_search.py`) finds that.
+If the size of the axis is not known when a graph is made, TensorFlow's own function is used, and
+the search of the pass's graph (`graph_search.py`) reports it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def cumprod(
     reverse: bool = False,
     name: Any = None,
 ) -> tf.Tensor:
-    """Stands in for `tf.math.cumprod`."""
+    """Replaces `tf.math.cumprod`."""
     x = tf.convert_to_tensor(x)
     along = _axis(x, axis)
     if along is None:
@@ -50,7 +51,7 @@ def cumulative_logsumexp(
     reverse: bool = False,
     name: Any = None,
 ) -> tf.Tensor:
-    """Stands in for `tf.math.cumulative_logsumexp`."""
+    """Replaces `tf.math.cumulative_logsumexp`."""
     x = tf.convert_to_tensor(x)
     along = _axis(x, axis)
     own = functools.partial(original, axis=axis, exclusive=exclusive, reverse=reverse, name=name)
@@ -58,7 +59,7 @@ def cumulative_logsumexp(
         return own(x)
     y = _scan(_log_of_two, tf.reverse(x, [along]) if reverse else x, along)
     y = tf.reverse(y, [along]) if reverse else y
-    if exclusive:  # The sum of nothing is a constant.
+    if exclusive:  # The empty sum is a constant.
         nothing = tf.stop_gradient(own(x))
         if reverse:
             y = _joined([_part(y, along, 1, None), _part(nothing, along, -1, None)], along)
@@ -70,7 +71,7 @@ def cumulative_logsumexp(
 def prod(
     original: Original, input: Any, axis: Any, keep_dims: bool = False, name: Any = None
 ) -> tf.Tensor:
-    """Stands in for `tf.reduce_prod`."""
+    """Replaces `tf.reduce_prod`."""
     x = tf.convert_to_tensor(input)
     axes = [] if not x.dtype.is_floating else np.ravel(tf.get_static_value(axis)).tolist()
     along = [_axis(x, axis) for axis in axes]
@@ -85,7 +86,7 @@ def prod(
 
 
 def segment_prod(original: Original, data: Any, segment_ids: Any, name: Any = None) -> tf.Tensor:
-    """Stands in for `tf.math.segment_prod`: the ids are sorted."""
+    """Replaces `tf.math.segment_prod`, whose ids are sorted."""
     data, ids = tf.convert_to_tensor(data), tf.convert_to_tensor(segment_ids)
     if _axis(data, 0) is None:
         return original(data, ids, name=name)
@@ -95,7 +96,7 @@ def segment_prod(original: Original, data: Any, segment_ids: Any, name: Any = No
 def unsorted_segment_prod(
     original: Original, data: Any, segment_ids: Any, num_segments: Any, name: Any = None
 ) -> tf.Tensor:
-    """Stands in for `tf.math.unsorted_segment_prod`."""
+    """Replaces `tf.math.unsorted_segment_prod`."""
     data, ids = tf.convert_to_tensor(data), tf.convert_to_tensor(segment_ids)
     rank = ids.shape.rank
     if not data.dtype.is_floating or rank is None or not data.shape[:rank].is_fully_defined():
@@ -127,7 +128,7 @@ def _product_of_sorted_segments(data: tf.Tensor, ids: tf.Tensor, number: Any) ->
 def _scan(
     combine: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], x: tf.Tensor, axis: int
 ) -> tf.Tensor:
-    """Every entry combined with all before it along an axis."""
+    """Combines every entry with all entries before it along an axis."""
     shift, size = 1, x.shape[axis]
     while shift < size:
         both = combine(_part(x, axis, 0, size - shift), _part(x, axis, shift, size))
@@ -137,7 +138,7 @@ def _scan(
 
 
 def _joined(parts: list[tf.Tensor], axis: int) -> tf.Tensor:
-    """The parts that are not empty: XLA ends the process in a derivative of an empty one."""
+    """Joins the parts that are not empty: a derivative of an empty one crashes XLA."""
     parts = [part for part in parts if part.shape[axis]]
     return tf.concat(parts, axis)
 
@@ -155,7 +156,7 @@ def _part(x: tf.Tensor, axis: int, start: int, stop: int | None) -> tf.Tensor:
 
 
 def _axis(x: tf.Tensor, axis: Any) -> int | None:
-    """An axis counted from 0; None if x does not hold floats, or its size is 0 or not known."""
+    """The axis counted from 0; None if x does not hold floats, or the size is 0 or not known."""
     axis = tf.get_static_value(axis)
     if axis is None or x.shape.rank is None or not x.dtype.is_floating:
         return None

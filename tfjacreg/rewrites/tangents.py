@@ -1,13 +1,13 @@
-"""What an operation makes of a tangent, said to TensorFlow's accumulator by rules of our own.
+"""Rules by which TensorFlow's accumulator computes tangents, for common operations.
 
-`tf.autodiff.ForwardAccumulator` has one rule for all operations: it transposes the gradient. For
-that it builds a function for every kind and shape of operation, which takes most of the seconds
-until the first step; and where an input has no tangent, as a kernel, it multiplies zeros by it.
-Here a linear operation is applied to the tangent itself, a product to each factor's tangent there
-is, and an activation has its derivative written out. The tangents are the same, and so are all
-their derivatives; operations without a rule are left to TensorFlow.
+`tf.autodiff.ForwardAccumulator` has one rule for all operations: it transposes the gradient. To do
+so it builds a function for every kind and shape of operation, which takes most of the time until
+the first step; and if an input has no tangent, such as a kernel, it multiplies zeros by it. Here a
+linear operation is applied to the tangent itself, a product to the tangent of each factor that has
+one, and the derivative of an activation is written out. The tangents are the same, and so are all
+their derivatives. Operations without a rule are left to TensorFlow.
 
-The rules act along the passes that are recorded, in the thread and the graph of the pass alone.
+The rules act only along passes that are being recorded, in the thread and graph of the pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from tfjacreg import passes
 
-# Attributes that are called otherwise than the arguments they come from.
+# Attributes whose names differ from those of the arguments that they come from.
 _ARGUMENTS = {"squeeze_dims": "axis"}
 
 
@@ -32,10 +32,10 @@ class Operation:
 
     Attributes:
         inputs: Its inputs, flat.
-        outputs: Its outputs, which no tape has recorded yet: nothing may be computed from them that
-            is to be differentiated.
-        given: The tangent of each input; None for an input that no tangent reaches.
-        filled: The same with zeros in the place of None, for floating inputs.
+        outputs: Its outputs. No tape has recorded them yet, so nothing that is to be differentiated
+            may be computed from them.
+        given: The tangent of each input; None if no tangent reaches the input.
+        filled: The same with zeros in place of None, for floating inputs.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Operation:
         self.filled = filled
 
     def output(self) -> tf.Tensor:
-        """Its first output once more, which tapes record; a graph computes both once."""
+        """Its first output computed again, so that tapes record it; a graph merges the two."""
         return self.again(self.inputs)[0]
 
     def again(self, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -64,7 +64,7 @@ class Operation:
         names = list(_parameters(self._raw))
         groups = self._grouped(inputs)
         arguments = dict(zip(names, groups, strict=False))
-        # Dtypes of inputs are attributes too, but no arguments.
+        # The dtypes of inputs are attributes too, but not arguments.
         for name in names[len(groups) :]:
             if name in self._attributes:
                 arguments[name] = self._attributes[name]
@@ -72,7 +72,7 @@ class Operation:
         return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
     def _grouped(self, inputs: Sequence[tf.Tensor]) -> list[Any]:
-        """The inputs as the function of the operation takes them: some as lists."""
+        """The inputs as the operation's function takes them: some as lists."""
         if "N" not in self._attributes:
             return list(inputs)
         size = self._attributes["N"]
@@ -92,13 +92,13 @@ Rule = Callable[[Operation], Sequence[Any]]
 
 
 def _linear(op: Operation) -> Sequence[Any]:
-    """Of an operation that is linear in all its floating inputs together."""
+    """For an operation that is linear in all its floating inputs together."""
     tangents = zip(op.inputs, op.filled, strict=True)
     return op.again([x if tangent is None else tangent for x, tangent in tangents])
 
 
 def _multilinear(op: Operation) -> Sequence[Any]:
-    """Of a product: linear in each of its factors."""
+    """For a product: linear in each of its factors."""
     terms = []
     for n, tangent in enumerate(op.given):
         if tangent is not None:
@@ -107,7 +107,7 @@ def _multilinear(op: Operation) -> Sequence[Any]:
 
 
 def _sum(op: Operation) -> Sequence[Any]:
-    """Of a sum of two: a tangent that is as large as the sum is handed on as it is."""
+    """For a sum of two: a tangent of the shape of the sum is passed on as it is."""
     (x, y), (of_x, of_y) = op.inputs, op.given
     if of_x is not None and of_y is not None:
         return op.again([of_x, of_y])
@@ -127,7 +127,7 @@ def _bias(op: Operation) -> Sequence[Any]:
 
 
 def _covers(x: tf.Tensor, y: tf.Tensor) -> bool:
-    """Whether the shape of x is known to be the one that x and y have together."""
+    """Whether x is known to have the shape to which x and y broadcast."""
     if x.shape.rank is None or y.shape.rank is None or y.shape.rank > x.shape.rank:
         return False
     sizes = list(x.shape)[x.shape.rank - y.shape.rank :]
@@ -151,12 +151,12 @@ def _squared_difference(op: Operation) -> Sequence[Any]:
 
 
 def _of_input(derivative: Callable[[Any, Any], Any]) -> Rule:
-    """Of a function of each element: its derivative from the input, times the tangent."""
+    """For a function of each element: its derivative from the input, times the tangent."""
     return lambda op: [derivative(op.inputs[0], op.given[0])]
 
 
 def _of_output(derivative: Callable[[Any, Any], Any]) -> Rule:
-    """The same where the derivative is a function of the output."""
+    """The same for a derivative that is a function of the output."""
     return lambda op: [derivative(op.output(), op.given[0])]
 
 
@@ -183,7 +183,7 @@ _LINEAR = (
 _PRODUCTS = (
     *("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatMul", "Mul", "Einsum"),
     *("Conv2D", "Conv3D", "DepthwiseConv2dNative"),
-    # What transposed convolutions are.
+    # Transposed convolutions.
     *("Conv2DBackpropInput", "Conv3DBackpropInputV2", "DepthwiseConv2dNativeBackpropInput"),
 )
 _raw = tf.raw_ops
@@ -228,7 +228,7 @@ RULES: dict[str, Rule] = {
 def _given(
     inputs: Sequence[tf.Tensor], tangents: Sequence[tf.Tensor | None]
 ) -> list[tf.Tensor | None] | None:
-    """The tangents that a pass has of some inputs; None if it is another accumulator that asks."""
+    """The tangents that a pass has for some inputs; None if another accumulator asks."""
     stack = passes.recorded.stack
     if not stack or stack[-1].accumulator is None:
         return None
@@ -249,7 +249,7 @@ def _tangents(
     tangents: Sequence[tf.Tensor | None],
     *rest: Any,
 ) -> Any:
-    """The tangents of an operation's outputs: what TensorFlow asks for after it has run."""
+    """The tangents of an operation's outputs, for which TensorFlow asks after it has run."""
     rule = RULES.get(kind)
     if rule is not None and all(y.dtype.is_floating for y in outputs):
         given = _given(inputs, tangents)
@@ -259,9 +259,9 @@ def _tangents(
 
 
 def _register() -> bool:
-    """Has TensorFlow ask us; False where it does not, and goes its own way as before.
+    """Registers the rules with TensorFlow; returns False if it has no place for them.
 
-    Both names are private, and there from TensorFlow 2.18 to 2.21.
+    Both names are private, and exist from TensorFlow 2.18 to 2.21.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from tensorflow.python import pywrap_tfe
