@@ -367,7 +367,7 @@ class RegularizedModel(keras.Model):
 
     @contextlib.contextmanager
     def _explained(self, only_of: str = "") -> Iterator[None]:
-        """What TensorFlow cannot differentiate often enough, in words.
+        """Explains an error of TensorFlow that says that a derivative is missing.
 
         Args:
             only_of: What an error must mention to be one of these.
