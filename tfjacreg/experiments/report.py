@@ -234,8 +234,8 @@ def _figure_3(judged: Sequence[Evaluation], out: Path) -> list[str]:
         pictures.append(f"![{_drop(judged, name)}](robustness_{name}.svg)")
         shown += curves.robustness_tables(judged, [name])
     blocks = [
-        "Accuracy on clean test images less that on perturbed ones: mean over the judged repeats "
-        "of the cells of Table 1, and a band of one standard deviation.",
+        "Accuracy on clean test images minus the accuracy on perturbed ones: mean over the "
+        "evaluated repeats of the cells of Table 1, with a band of one standard deviation.",
         "\n".join(pictures),
         *_markdown(shown),
     ]

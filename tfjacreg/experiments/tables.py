@@ -68,14 +68,14 @@ median epoch; runs that shared a machine slowed each other down."""
 _READING = """ The paper seems to have chosen
   so: its validation set is the official test set."""
 DIFFERENCES = """\
-Test accuracy after the last epoch, the first method's less the second's, in percentage points. Runs
-with the same seed are a pair: they begin with the same weights and see the images in the same
-order. p is that of the two-sided paired t test over the seeds, of this difference alone: of twenty
-such tests between equal methods, one falls below 0.05 by chance. "All" is p times the number of the
-tests here (Bonferroni)."""
+Test accuracy of the first method after the last epoch, minus the accuracy of the second, in
+percentage points. Runs with the same seed form a pair: they begin with the same weights and see the
+images in the same order. p comes from a two-sided paired t test over the seeds, of this difference
+alone: of twenty such tests between equal methods, one falls below 0.05 by chance. "All" is p times
+the number of tests here (Bonferroni)."""
 WHOLE_TRAINING_SET = """\
-Runs on the whole training set have no validation loss to choose by: a method's only cell stands for
-it, after the last epoch; a method with several cells has no choice but that on the test split."""
+Runs on the whole training set have no validation loss to choose by. A method with one cell is shown
+by this cell, after the last epoch; a method with several cells by its choice on the test split."""
 ALL_CELLS = """\
 Mean ± sample standard deviation over the repeats that there are. Values of the last epoch, and the
 test accuracy at each run's epoch of lowest validation loss too. \\* marks the cells of Table 1."""
