@@ -83,8 +83,8 @@ def network(name: str) -> keras.Model:
     return OWN[name]() if name in OWN else applications.network(name)
 
 
-def model(name: str, variant: str) -> tfjacreg.RegularizedModel:
-    """The same, ready to be trained without a penalty or with that in one forward mode."""
+def model(name: str, variant: str) -> keras.Model:
+    """The same, ready to be trained by Keras alone or with the penalty in one forward mode."""
     return applications.compiled(network(name), variant)
 
 
@@ -95,7 +95,7 @@ def batch(name: str, size: int) -> tuple[tf.Tensor, tf.Tensor]:
     return x, tf.constant(np.random.default_rng(0).integers(0, 10, size))
 
 
-def double_backward(made: tfjacreg.RegularizedModel) -> Callable[[Any], dict[str, tf.Tensor]]:
+def double_backward(made: keras.Model) -> Callable[[Any], dict[str, tf.Tensor]]:
     """A step on the loss and `<J^T u, v>` for given u and v, by two tapes and nothing else."""
 
     def step(data: Any) -> dict[str, tf.Tensor]:
@@ -103,7 +103,7 @@ def double_backward(made: tfjacreg.RegularizedModel) -> Callable[[Any], dict[str
         with tf.GradientTape() as outer:
             with tf.GradientTape() as inner:
                 inner.watch(x)
-                logits = made.network(x, training=True)
+                logits = made(x, training=True)
             pulled_back = inner.gradient(logits, x, output_gradients=tf.ones_like(logits))
             loss = made.compute_loss(x, y, logits, training=True)
             loss += 0.01 * tf.reduce_sum(pulled_back)
