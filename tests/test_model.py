@@ -79,6 +79,13 @@ class WithDenseSVD(keras.Model):
         return loss + self.factor * tf.reduce_mean(tf.einsum("bi,bij,bj->b", u, jacobians, v))
 
 
+def traces(model):
+    """A list that has a part for each time that the model's training step is traced."""
+    traced, step = [], model.train_step
+    model.train_step = lambda data: (traced.append(data), step(data))[1]
+    return traced
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer(optimizer):
     """Without a penalty plain Keras, with one the dense SVD, after 12 and after 21 steps.
@@ -106,12 +113,14 @@ def test_every_optimizer(optimizer):
     assert any(np.any(a != b) for a, b in zip(start, plain[3], strict=True))
 
     model = RegularizedModel(small_network(), regularizers.SpectralNorm(0.3, "exact"))
+    traced = traces(model)
     got = compiled(model, OPTIMIZERS[optimizer]())
     dense = compiled(WithDenseSVD(small_network(), 0.3), OPTIMIZERS[optimizer]())
     losses = [fit(model, epochs=4)["loss"] for model in (dense, got)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     for a, b in zip(dense.network.get_weights(), got.network.get_weights(), strict=True):
         np.testing.assert_allclose(b, a, atol=5e-5)
+    assert len(traced) == 1
     # The penalty counts: without it the weights are others.
     assert np.max(np.abs(plain[1][0] - dense.network.get_weights()[0])) > 1e-3
 
@@ -404,6 +413,33 @@ def test_a_subclassed_network_is_built_by_its_first_batch():
 
     model = compiled(RegularizedModel(Subclassed(), regularizers.SpectralNorm(0.1)))
     assert fit(model)["penalty"][0] > 0
+
+
+class Lazy(keras.Model):
+    """Has a layer that only training calls, and builds."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.extra = small_network(), layers.Dense(3)
+
+    def build(self, shape):
+        self.body.build(shape)
+
+    def call(self, inputs, training=False):
+        outputs = self.body(inputs)
+        return outputs + self.extra(outputs) if training else outputs
+
+
+def test_weights_that_the_first_step_makes_are_trained():
+    model = RegularizedModel(Lazy(), "weight_decay")
+    traced = traces(model)
+    fit(compiled(model), epochs=1)
+    assert len(traced) == 2  # As in Keras: its optimizer cannot be built before.
+    before = [w.numpy() for w in model.network.extra.weights]
+    fit(model, epochs=1)
+    assert len(before) == 2 and len(traced) == 2
+    for a, b in zip(before, model.network.extra.weights, strict=True):
+        assert np.any(a != b.numpy())
 
 
 @pytest.mark.parametrize("batch_norm", ["no", "per replica", "synchronized"])
