@@ -245,8 +245,27 @@ class RegularizedModel(keras.Model):
         self._check()
         before = self.train_function
         super().make_train_function(force)
-        if self.train_function is not before and not self._is_weighed:
-            self.train_function = self._weighing(self.train_function)
+        if self.train_function is not before:
+            train = self.train_function
+            train = train if self._is_weighed else self._weighing(train)
+            self.train_function = self._building(train)
+
+    def _building(self, train: Any) -> Any:
+        """The training function for the first step, which makes the optimizer's variables before.
+
+        Made in the step, they have TensorFlow trace it a second time. Where a layer is not built
+        yet, the step itself makes weights for the optimizer to know: there Keras goes its way.
+        """
+
+        def first(iterator: Any) -> Any:
+            is_known = all(layer.built for layer in _keras.layers_of(self))
+            if is_known and self.trainable_variables and not self.optimizer.built:
+                with self.distribute_strategy.scope():
+                    self.optimizer.build(self.trainable_variables)
+            self.train_function = train
+            return train(iterator)
+
+        return first
 
     def _weighing(self, train: Any) -> Any:
         """The training function of the first step, which also checks how much the penalty adds."""
