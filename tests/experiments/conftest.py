@@ -13,7 +13,7 @@ import sqlalchemy
 from nursery import Nursery
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     """A PostgreSQL server on loopback, run by a user who is not root."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
