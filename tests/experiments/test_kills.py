@@ -204,6 +204,9 @@ def test_train(nursery, killer, undisturbed, moments, tmp_path):
     results, _, first = undisturbed
     killer.know(first)
     out, seed = tmp_path / "run", 0
+    middle = {"dies_at": first.changes // 2, "log": tmp_path / "log"}
+    assert nursery.start(*command(out, seed), **middle).wait() == -signal.SIGKILL
+    assert len(lines(out)) > 1 and not FolderReader(out).finished
     while killer.left > 0:
         again = FolderReader(out).finished or moments.random() < 0.3
         overwrite = ["--overwrite"] if again else []
