@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
-from nursery import Nursery
+from nursery import Nursery, spare_the_disk
+
+spare_the_disk()
 
 
 @pytest.fixture(scope="session")
