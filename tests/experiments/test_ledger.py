@@ -114,6 +114,15 @@ def test_workers_that_ask_at_once(tmp_path, storage):
     assert states == [optuna.trial.TrialState.RUNNING] * len(taken) and len(taken) == 18
 
 
+def test_a_ctrl_c_while_a_connection_is_closed_is_that_alone(few, monkeypatch, caplog):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Ledger.open(*few, None, None):
+        monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_close", stopped)
+    assert not caplog.records
+
+
 def test_a_damaged_database_is_named_with_the_way_out(few, tmp_path):
     """Or what was changed in it means nothing; no error is SQLite's or Optuna's own."""
     sweep, out = few

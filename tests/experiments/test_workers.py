@@ -84,11 +84,16 @@ def _until(condition, what):
         time.sleep(0.02)
 
 
-def trials(out, storage):
+def study(out, storage):
+    """The only one of its database."""
     url = storage and storage.replace("postgresql:", "postgresql+psycopg:")
     url = url or f"sqlite:///{out}/sweep.sqlite3"
     (name,) = optuna.get_all_study_names(url)
-    return optuna.load_study(study_name=name, storage=url).get_trials()
+    return optuna.load_study(study_name=name, storage=url)
+
+
+def _trials(out, storage):
+    return study(out, storage).get_trials()
 
 
 def _start(nursery, number, path, out, storage, **options):
@@ -137,10 +142,10 @@ def test_many_short_runs_and_many_kills(nursery, moments, tmp_path, storage):
     _wait(_start(nursery, 3, path, out, storage, stand_in=stand_in))
     names = [Sweep.folder(config) for config in Sweep.load(path).configs().values()]
     assert sorted(made()) == sorted(f"made {name}" for name in names)
-    complete = [t for t in trials(out, storage) if t.state == optuna.trial.TrialState.COMPLETE]
+    complete = [t for t in _trials(out, storage) if t.state == optuna.trial.TrialState.COMPLETE]
     done = [f"{t.params['cell']}-seed{t.params['repeat']}" for t in complete]
     assert sorted(done) == sorted(names)
-    assert len(trials(out, storage)) == len(complete)
+    assert len(_trials(out, storage)) == len(complete)
 
 
 def _work(tmp_path, text, monkeypatch, special="", **options):
@@ -221,7 +226,7 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch, capfd):
     assert _work(tmp_path, FEW, monkeypatch, FAILURE).failures == summary.failures
     (tmp_path / "out" / "repaired").unlink()
     again = _work(tmp_path, FEW, monkeypatch, FAILURE, retry_failed=True)
-    assert again.failures == summary.failures and len(trials(tmp_path / "out", None)) == 5
+    assert again.failures == summary.failures and len(_trials(tmp_path / "out", None)) == 5
     (tmp_path / "out" / "repaired").write_text("")
     repaired = _work(tmp_path, FEW, monkeypatch, FAILURE, retry_failed=True)
     assert not repaired.failures and repaired.results[1].val_loss == [1.5, 2.5]
@@ -284,14 +289,14 @@ def test_what_a_dying_worker_leaves_in_the_ledger_is_taken_up(tmp_path, monkeypa
         patch.setattr(optuna.Study, "add_trial", die)
         with pytest.raises(KeyboardInterrupt), Ledger.open(sweep, out, None, None):
             pass
-    assert len(trials(out, None)) == 2
+    assert len(_trials(out, None)) == 2
     with Ledger.open(sweep, out, None, None) as ledger:
         assert len(ledger.latest()) == 4
         ledger._study.ask()
         ledger._study.ask()
     summary = _work(tmp_path, FEW, monkeypatch)
     assert [result.val_loss for result in summary.results] == [[1.5, 2.5], [1.5, 2.5]]
-    assert len(trials(out, None)) == 4
+    assert len(_trials(out, None)) == 4
     assert len((out / "notes").read_text().splitlines()) == 4
 
 
@@ -396,7 +401,7 @@ def test_missing_data_is_no_failure_of_every_run(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load", missing)
     with pytest.raises(RunError, match="download or prepare"):
         _work(tmp_path, FEW, monkeypatch)
-    states = [trial.state for trial in trials(tmp_path / "out", None)]
+    states = [trial.state for trial in _trials(tmp_path / "out", None)]
     assert states == [optuna.trial.TrialState.WAITING] * 4
 
 
