@@ -30,15 +30,15 @@ PYTHON = sys.executable  # Tests put the stand-in below in its place.
 MANY = """
 dataset = "digits"
 epochs = 1
-repeats = 12
+repeats = 8
 [grid]
 factor = [0.01, 0.1]
 [methods.none]
 [methods.weight_decay]
 """
 
-# Stands for the process of a run where only the workers are tested: it "trains" for up to a fifth
-# of a second and ends with its worker. It notes clashes in its folder, and what it made.
+# Stands for the process of a run where only the workers are tested: it "trains" for up to so many
+# seconds and ends with its worker. It notes clashes in its folder, and what it made.
 STAND_IN = """#!{python} -IS
 import fcntl, json, os, random, select, sys, time
 order = json.loads(sys.stdin.buffer.raw.readline())
@@ -51,7 +51,7 @@ try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     note("clash")
-if select.select([0], [], [], random.uniform(0, 0.2))[0]:
+if select.select([0], [], [], random.uniform(0, {seconds}))[0]:
     sys.exit(1)
 {special}
 note("made")
@@ -70,9 +70,10 @@ METRICS = {"test_accuracy": 0.25, "test_loss": 2.0, "test_spectral_norm": 1.0, "
 METRICS = METRICS | {f"lowest_{split}_loss": METRICS for split in ("val", "test")}
 
 
-def _stand_in(tmp_path, special=""):
+def _stand_in(tmp_path, special="", seconds=0):
     path = tmp_path / "stand_in"
-    path.write_text(STAND_IN.format(python=PYTHON, special=special, metrics=METRICS))
+    values = {"special": special, "seconds": seconds, "metrics": METRICS}
+    path.write_text(STAND_IN.format(python=PYTHON, **values))
     path.chmod(0o755)
     return str(path)
 
@@ -128,7 +129,7 @@ def test_many_short_runs_and_many_kills(nursery, moments, tmp_path, storage):
     """Three workers ask at once, and are killed while they ask, claim, train and tell."""
     path, out = tmp_path / "many.toml", tmp_path / "out"
     path.write_text(MANY)
-    stand_in, notes = _stand_in(tmp_path), out / "notes"
+    stand_in, notes = _stand_in(tmp_path, seconds=0.2), out / "notes"
 
     def made():
         return notes.read_text().splitlines() if notes.exists() else []
@@ -137,7 +138,7 @@ def test_many_short_runs_and_many_kills(nursery, moments, tmp_path, storage):
         count = len(made())
         crowd = _start(nursery, 3, path, out, storage, stand_in=stand_in)
         _until(lambda n=count: len(made()) > n, "run")
-        time.sleep(moments.uniform(0, 0.7))
+        time.sleep(moments.uniform(0, 0.4))
         _kill(crowd)
     _wait(_start(nursery, 3, path, out, storage, stand_in=stand_in))
     names = [Sweep.folder(config) for config in Sweep.load(path).configs().values()]
@@ -315,6 +316,7 @@ def test_a_lost_connection_ends_the_worker_and_its_run(tmp_path, monkeypatch, se
             )
         engine.dispose()
 
+    monkeypatch.setattr(workers, "_POLL", 0.1)
     thread = threading.Thread(target=cut)
     thread.start()
     special = 'open(folder + "/../pid", "w").write(str(os.getpid())); time.sleep(60)'
