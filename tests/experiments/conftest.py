@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
-from nursery import Nursery
+from nursery import Nursery, spare_the_disk
+
+spare_the_disk()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     """A PostgreSQL server on loopback, run by a user who is not root."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))

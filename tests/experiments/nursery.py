@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -145,6 +146,18 @@ def shrink(set_attribute=setattr):
     set_attribute(measures, "PLAN", measures.PLAN | PLAN)
 
 
+def spare_the_disk():
+    """SQLite does not wait for what it writes to be on the disk: no test cuts the power."""
+    import sqlalchemy
+
+    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+    def connected(connection, _):
+        # What is wrong with the file is for the statements of the program to find.
+        if isinstance(connection, sqlite3.Connection):
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA synchronous = OFF")
+
+
 class _Forked:
     """Replaces `subprocess.Popen` in a sweep's worker: the process of a run is a fork of it."""
 
@@ -203,6 +216,7 @@ def _main():
     from tfjacreg.experiments import figures, report, workers  # noqa: F401
 
     shrink()
+    spare_the_disk()
     workers.subprocess = types.SimpleNamespace(
         Popen=_Forked, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired
     )

@@ -12,7 +12,8 @@ from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder_reader import FolderReader
 
 pytestmark = pytest.mark.slow
-CONFIG = RunConfig.of(epochs=2)
+CONFIG = RunConfig.of(epochs=2, regularizer="none")
+TRAIN = ["train", "--epochs", CONFIG.epochs, "--regularizer", CONFIG.regularizer]
 FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "saved_model"}
 
 
@@ -41,7 +42,7 @@ def assert_one_message(status, output, command):
 def test_train_py_and_evaluate_py(nursery, tmp_path):
     with disk(tmp_path / "disk", "6m") as place:
         out, filler, log = place / "run", place / "filler", tmp_path / "log"
-        train = ["train", "--epochs", CONFIG.epochs, "--out", out]
+        train = [*TRAIN, "--out", out]
         kept = 0
         for name in (
             *("config.json", "history.csv", "checkpoint.keras", "classifier.keras"),
@@ -114,7 +115,7 @@ def test_a_sweep(nursery, tmp_path):
 
 def test_standard_output_that_cannot_be_written(nursery, tmp_path):
     """As `train.py ... > /dev/full`: a status, and no second message at the end."""
-    train = ["train", "--epochs", 2, "--out", tmp_path / "run"]
+    train = [*TRAIN, "--out", tmp_path / "run"]
     assert nursery.start(*train, log="/dev/full").wait() == 2
     assert nursery.call(*train, log=tmp_path / "log")[0] == 0
 

@@ -9,11 +9,15 @@ import signal
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
+import optuna
 import pytest
+from test_workers import study
 
+from tfjacreg.experiments import workers
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.sweep import Sweep
@@ -24,8 +28,15 @@ FILES = {"config.json", "history.csv", "metrics.json", "classifier.keras", "save
 # Of these a command knows, and says so; the others end it at once.
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SIGNALS = (*STOPPING, signal.SIGKILL, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT)
-# Of the kills, what each command gets.
-SHARES = {"train": 0.3, "evaluate": 0.2, "sweep": 0.2, "report": 0.15, "prepare": 0.15}
+# Of the kills, what each command gets; a sweep with each kind of database.
+SHARES = {"train": 0.25, "evaluate": 0.15, "sweep": 0.2, "report": 0.1, "prepare": 0.1}
+TWO = f"""
+dataset = "digits"
+epochs = {EPOCHS}
+repeats = 1
+[methods.spectral]
+[methods.none]
+"""
 
 
 def command(out, seed):
@@ -61,6 +72,22 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+class Undisturbed(NamedTuple):
+    """A command that ran to its end."""
+
+    output: str
+    seconds: float
+    changes: int  # Of files.
+
+
+def undisturbed_run(nursery, argv, log):
+    started = time.monotonic()
+    status, output = nursery.call(*argv, log=log, dies_at=-1)
+    assert status == 0, output
+    changes = int(output.rpartition("changes of files: ")[2].split()[0])
+    return Undisturbed(output, time.monotonic() - started, changes)
+
+
 class Killer:
     """Kills a command as often as it should be; a process that was over before does not count.
 
@@ -75,11 +102,11 @@ class Killer:
 
     def undisturbed(self, argv):
         """Runs the command to its end; how long it takes and what it changes is known then."""
-        started = time.monotonic()
-        status, output = self._nursery.call(*argv, log=self._log, dies_at=-1)
-        assert status == 0, output
-        self._seconds = time.monotonic() - started
-        self._changes = int(output.rpartition("changes of files: ")[2].split()[0])
+        self.know(undisturbed_run(self._nursery, argv, self._log))
+
+    def know(self, run):
+        """Takes what is known of the command from a run that was not disturbed."""
+        self._seconds, self._changes = run.seconds, run.changes
         print(f"{self._name} takes {self._seconds:.1f} s, {self._changes} changes of files")
         assert self._changes > 5
 
@@ -141,20 +168,29 @@ class Killer:
 
 @pytest.fixture
 def killer(request, nursery, moments, tmp_path):
-    name = request.node.name.removeprefix("test_")
+    name = request.node.originalname.removeprefix("test_")
     return Killer(name, nursery, moments, tmp_path / "log", request.config.getoption("kills"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(nursery, tmp_path_factory):
-    """The results of two runs, by seed, and the folder in which they are."""
-    folder, results = tmp_path_factory.mktemp("undisturbed"), {}
+    """The results of two runs, by seed; the folder in which they are; the first command's run."""
+    folder, results, runs = tmp_path_factory.mktemp("undisturbed"), {}, []
     for seed in (0, 1):
-        status, output = nursery.call(*command(folder / str(seed), seed), log=folder / "log")
-        assert status == 0, output
+        runs.append(undisturbed_run(nursery, command(folder / str(seed), seed), folder / "log"))
         results[seed] = result(folder / str(seed))
     assert results[0] != results[1]
-    return results, folder
+    return results, folder, runs[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_sweep(nursery, tmp_path_factory):
+    """A sweep of two runs by one worker: its folder and the command's run."""
+    folder = tmp_path_factory.mktemp("undisturbed_sweep")
+    path, out = folder / "two.toml", folder / "two"
+    path.write_text(TWO)
+    argv = ["train", "--sweep", path, "--out", out]
+    return out, undisturbed_run(nursery, argv, folder / "log")
 
 
 def lines(path):
@@ -165,9 +201,12 @@ def lines(path):
 
 
 def test_train(nursery, killer, undisturbed, moments, tmp_path):
-    results, _ = undisturbed
-    killer.undisturbed(command(tmp_path / "first", 0))
+    results, _, first = undisturbed
+    killer.know(first)
     out, seed = tmp_path / "run", 0
+    middle = {"dies_at": first.changes // 2, "log": tmp_path / "log"}
+    assert nursery.start(*command(out, seed), **middle).wait() == -signal.SIGKILL
+    assert len(lines(out)) > 1 and not FolderReader(out).finished
     while killer.left > 0:
         again = FolderReader(out).finished or moments.random() < 0.3
         overwrite = ["--overwrite"] if again else []
@@ -221,24 +260,26 @@ def test_evaluate(nursery, killer, undisturbed, tmp_path):
     assert {p.name for p in (tmp_path / "figures").iterdir()} == figures
 
 
-def test_sweep(nursery, killer, undisturbed, tmp_path):
-    """Two workers, killed both."""
-    results, _ = undisturbed
-    path, out = tmp_path / "four.toml", tmp_path / "four"
-    path.write_text(
-        f'dataset = "digits"\nepochs = {EPOCHS}\nrepeats = 2\n[methods.spectral]\n[methods.none]\n'
-    )
-    killer.undisturbed(["train", "--sweep", path, "--out", tmp_path / "undisturbed"])
+def test_sweep(nursery, killer, undisturbed, undisturbed_sweep, storage, tmp_path):
+    """Two workers, killed both: each run once, in the end, and the table of one left alone."""
+    whole, alone = undisturbed_sweep
+    killer.know(alone)
+    path, out = tmp_path / "two.toml", tmp_path / "two"
+    path.write_text(TWO)
     argv = ["train", "--sweep", path, "--out", out]
+    argv += ["--storage", storage] if storage else []
     seen: dict[str, list[str]] = {}
     while killer.left > 0:
-        if killer.kill(argv, workers=2):  # Once more from the start.
-            shutil.rmtree(out)
-            seen = {}
-            continue
+        over = killer.kill(argv, workers=2)
         before, seen = seen, {p.name: lines(p) for p in out.glob("*-seed*")}
         for name, rows in before.items():
             assert seen[name][: max(len(rows) - 1, 0)] == rows[:-1]
+        if over:  # Once more from the start.
+            if storage:
+                old = study(out, storage)
+                optuna.delete_study(study_name=old.study_name, storage=old._storage)
+            shutil.rmtree(out)
+            seen = {}
     pair = [nursery.start(*argv, log=tmp_path / f"log{number}") for number in range(2)]
     assert [child.wait() for child in pair] == [0, 0], [child.output for child in pair]
     configs = list(Sweep.load(path).configs().values())
@@ -246,29 +287,32 @@ def test_sweep(nursery, killer, undisturbed, tmp_path):
         folder = out / Sweep.folder(config)
         assert {p.name for p in folder.iterdir()} == FILES
         FolderReader(folder).check_claim(config)
-        assert result(folder) == result(tmp_path / "undisturbed" / folder.name)
+        assert result(folder) == result(whole / folder.name)
         if config.regularizer == "spectral":
-            assert result(folder) == results[config.seed]
+            assert result(folder) == undisturbed[0][config.seed]
         kept = seen.get(folder.name, [])
         assert (
             lines(folder)[: max(len(kept) - 1, 0)] == kept[:-1] and len(lines(folder)) == EPOCHS + 1
         )
     names = {Sweep.folder(config) for config in configs}
-    assert {p.name for p in out.iterdir()} == names | {"sweep.toml", "sweep.sqlite3", ".sweep.lock"}
+    database = set() if storage else {"sweep.sqlite3"}
+    assert {p.name for p in out.iterdir()} == names | {"sweep.toml", ".sweep.lock"} | database
+    found = study(out, storage).get_trials()
+    assert {trial.state for trial in found} == {optuna.trial.TrialState.COMPLETE}
+    assert sorted(f"{t.params['cell']}-seed{t.params['repeat']}" for t in found) == sorted(names)
+    summary = workers.run_sweep(Sweep.load(path), out, storage=storage)
+    assert not summary.failures and len(summary.results) == 2
+    for output in (alone.output, *(child.output for child in pair)):
+        assert str(summary) in output
 
 
-def test_report(nursery, killer, tmp_path):
+def test_report(nursery, killer, undisturbed_sweep, tmp_path):
     sweep, out = tmp_path / "two", tmp_path / "report"
-    (tmp_path / "two.toml").write_text(
-        f'dataset = "digits"\nepochs = {EPOCHS}\nrepeats = 2\n[methods.none]\n'
-    )
+    shutil.copytree(undisturbed_sweep[0], sweep)
     (tmp_path / "nothing").mkdir()
-    for argv in (
-        ["train", "--sweep", tmp_path / "two.toml", "--out", sweep],
-        ["evaluate", sweep / "none-lr0.01-b32-seed0", "--attacks", "noise", "--out", sweep / "f"],
-    ):
-        status, output = nursery.call(*argv, log=tmp_path / "log")
-        assert status == 0, output
+    argv = ["evaluate", sweep / "none-lr0.01-b32-seed0", "--attacks", "noise"]
+    status, output = nursery.call(*argv, "--out", sweep / "f", log=tmp_path / "log")
+    assert status == 0, output
     argv = ["tfjacreg", "report", sweep, "--out", out, "--benchmarks", tmp_path / "nothing"]
     killer.undisturbed(argv)
     whole, read = contents(out), contents(sweep)

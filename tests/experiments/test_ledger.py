@@ -18,7 +18,7 @@ from tfjacreg.experiments.sweep import Sweep
 MANY = """
 dataset = "digits"
 epochs = 1
-repeats = 12
+repeats = 6
 [grid]
 factor = [0.01, 0.1]
 [methods.none]
@@ -111,7 +111,16 @@ def test_workers_that_ask_at_once(tmp_path, storage):
     assert sorted(taken) == sorted(sweep.folder(c) for c in sweep.configs().values())
     with Ledger.open(sweep, out, storage, None) as ledger:
         states = [trial.state for trial in ledger._study.get_trials()]
-    assert states == [optuna.trial.TrialState.RUNNING] * len(taken) and len(taken) == 36
+    assert states == [optuna.trial.TrialState.RUNNING] * len(taken) and len(taken) == 18
+
+
+def test_a_ctrl_c_while_a_connection_is_closed_is_that_alone(few, monkeypatch, caplog):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Ledger.open(*few, None, None):
+        monkeypatch.setattr(sqlalchemy.engine.default.DefaultDialect, "do_close", stopped)
+    assert not caplog.records
 
 
 def test_a_damaged_database_is_named_with_the_way_out(few, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -43,8 +44,7 @@ LOSSES = {
 DIVERGES = {"spectral-1-lr0.01-b32-seed1"}
 
 
-@pytest.fixture
-def made(monkeypatch):
+def stand_in(patch):
     """The process of a run is a function that writes a result; the runs that it was called for."""
     calls = []
 
@@ -64,13 +64,33 @@ def made(monkeypatch):
         return calls
 
     made.diverging = set(DIVERGES)
-    monkeypatch.setattr(workers, "_process", process)
-    monkeypatch.setattr(report.figures, "save", lambda figure, path: None)
+    patch.setattr(workers, "_process", process)
+    patch.setattr(report.figures, "save", lambda figure, path: None)
     for name in ("accuracy_figure", "robustness_figure", "training_figure"):
         draw = lambda *arguments: report.figures.save(None, arguments[-1])  # noqa: E731
-        monkeypatch.setattr(report.figures, name, draw)
-    monkeypatch.setattr(report.html, "render", lambda text, out: "")
+        patch.setattr(report.figures, name, draw)
+    patch.setattr(report.html, "render", lambda text, out: "")
     return made
+
+
+@pytest.fixture
+def made(monkeypatch):
+    return stand_in(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished sweep that nobody disturbed, in a folder named `out`; what came of it."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        return folder / "out", stages.run(sweep(folder), folder / "out")
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of that sweep, to go on with."""
+    return shutil.copytree(whole[0], tmp_path / "out")
 
 
 def sweep(tmp_path, choose_by="val_loss"):
@@ -148,27 +168,23 @@ def test_nothing_to_choose(tmp_path, made):
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_another_choice_does_not_go_on_with_the_second_stage(tmp_path, made):
+def test_another_choice_does_not_go_on_with_the_second_stage(tmp_path, made, finished):
     """As where a failed run was repaired, whose cell is the best."""
-    out = tmp_path / "out"
-    stages.run(sweep(tmp_path), out)
     made.diverging = set()
     with pytest.raises(RunError, match=r"another cell is the\s+best now. Move .*final away"):
-        stages.run(sweep(tmp_path), out, retry_failed=True)
-    (out / "final").rename(tmp_path / "before")
-    stages.run(sweep(tmp_path), out)
-    assert chosen(out)["spectral"] == 1
+        stages.run(sweep(tmp_path), finished, retry_failed=True)
+    (finished / "final").rename(tmp_path / "before")
+    stages.run(sweep(tmp_path), finished)
+    assert chosen(finished)["spectral"] == 1
 
 
-def test_a_run_whose_evaluation_was_removed_is_judged_again(tmp_path, made):
-    out = tmp_path / "out"
-    stages.run(sweep(tmp_path), out)
-    name, count = "none-lr0.01-b32-seed3", len(made())
-    before = (out / "final" / name / "evaluation.json").read_text()
-    (out / "final" / name / "evaluation.json").unlink()
-    stages.run(sweep(tmp_path), out)
-    assert made()[count:] == [f"final/{name}"]
-    assert (out / "final" / name / "evaluation.json").read_text() == before
+def test_a_run_whose_evaluation_was_removed_is_judged_again(tmp_path, made, finished):
+    name = "none-lr0.01-b32-seed3"
+    before = (finished / "final" / name / "evaluation.json").read_text()
+    (finished / "final" / name / "evaluation.json").unlink()
+    stages.run(sweep(tmp_path), finished)
+    assert made() == [f"final/{name}"]
+    assert (finished / "final" / name / "evaluation.json").read_text() == before
 
 
 def test_the_time_that_is_left(tmp_path, made):
@@ -259,27 +275,24 @@ def killed_in(stage, plan, out, made, patch):
     return os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(second)
 
 
-def test_two_workers_share_every_stage(tmp_path, made, monkeypatch):
+def test_two_workers_share_every_stage(tmp_path, made, whole, monkeypatch):
     monkeypatch.setattr(workers, "_count_test_images", lambda ledger: 6)
     monkeypatch.setattr(workers, "_POLL", 0.05)
     plan = sweep(tmp_path)
-    stages.run(plan, tmp_path / "whole")
     assert killed_in(None, plan, tmp_path / "pair", made, monkeypatch) == (0, 0)
-    assert folders(tmp_path / "pair") == folders(tmp_path / "whole")
+    assert folders(tmp_path / "pair") == folders(whole[0])
 
 
 @pytest.mark.parametrize("stage", ["grid", "final", "judging", "report"])
-def test_the_next_worker_goes_on_where_one_was_killed(tmp_path, made, monkeypatch, stage):
+def test_the_next_worker_goes_on_where_one_was_killed(tmp_path, made, whole, monkeypatch, stage):
     """With the answer and the files of an undisturbed one."""
     monkeypatch.setattr(workers, "_count_test_images", lambda ledger: 6)
     monkeypatch.setattr(workers, "_POLL", 0.05)
-    plan = sweep(tmp_path)
     # Of one name, which the report has in its headings.
-    whole_folder, out = tmp_path / "whole" / "out", tmp_path / "out"
-    whole = stages.run(plan, whole_folder)
+    plan, out, (whole_folder, outcome) = sweep(tmp_path), tmp_path / "out", whole
     assert killed_in(stage, plan, out, made, monkeypatch) == (-signal.SIGKILL, 0)
     assert folders(out) == folders(whole_folder) and len(folders(out)) == 30
-    assert str(stages.run(plan, out)) == str(whole)
+    assert str(stages.run(plan, out)) == str(outcome)
     texts = [
         (place / "report" / "report.md").read_text().replace(str(place), "")
         for place in (out, whole_folder)

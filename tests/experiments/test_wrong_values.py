@@ -1,7 +1,9 @@
 """Every field of every file with wrong values of every kind: one sentence with a way out."""
 
+import functools
 import json
 import tomllib
+from importlib import metadata
 
 import pytest
 from test_report import write_evaluation, write_run
@@ -47,12 +49,13 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Tables are made; pictures, which take long, are not."""
+    """Tables are made; pictures, which take long, are not; a package's version is read once."""
     for module in (figures, distributions):
         for name in vars(module):
             if name.endswith("_figure"):
                 monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(html, "render", lambda text, _: text)
+    monkeypatch.setattr(metadata, "version", functools.cache(metadata.version))
 
 
 def by_train(path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 import statistics
 from collections.abc import Iterator
@@ -158,6 +159,8 @@ class Ledger:
             url = server_url(database.storage)
             locks, options = PostgresLocks(out, url, name), {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # A Ctrl-C while it closes a connection is logged with a traceback, and raised all the same.
+        logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
         with contextlib.closing(locks):
             with locks.exclusive(), database.errors_named():
                 tables = optuna.storages.RDBStorage(
