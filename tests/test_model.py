@@ -81,9 +81,27 @@ class WithDenseSVD(keras.Model):
 
 def traces(model):
     """A list that has a part for each time that the model's training step is traced."""
-    traced, step = [], model.train_step
-    model.train_step = lambda data: (traced.append(data), step(data))[1]
+    traced, forward = [], model._forward
+    model._forward = lambda x: (traced.append(x), forward(x))[1]
     return traced
+
+
+class TrainsItsHead(RegularizedModel):
+    """Has a step of its own, which trains a part of the weights alone."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        weights = self.network.layers[-1].trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+def test_a_step_of_ones_own_decides_what_the_optimizer_knows():
+    model = compiled(TrainsItsHead(small_network()), "adam")
+    fit(model, epochs=1)
+    assert len(model.optimizer.variables) == 2 + 2 * 2  # Iteration, rate; two moments of each.
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -253,13 +253,16 @@ class RegularizedModel(keras.Model):
     def _building(self, train: Any) -> Any:
         """The training function for the first step, which makes the optimizer's variables before.
 
-        Made in the step, they have TensorFlow trace it a second time. Where a layer is not built
-        yet, the step itself makes weights for the optimizer to know: there Keras goes its way.
+        If the step makes them, TensorFlow traces it a second time. Keras does that where the
+        variables are not known beforehand: if a layer is not built yet, or the step is not this
+        class' own, so that it may train others.
         """
 
         def first(iterator: Any) -> Any:
-            is_known = all(layer.built for layer in _keras.layers_of(self))
-            if is_known and self.trainable_variables and not self.optimizer.built:
+            step = getattr(self.train_step, "__func__", None)
+            is_known = step is RegularizedModel.train_step and self.trainable_variables
+            is_known = is_known and all(layer.built for layer in _keras.layers_of(self))
+            if is_known and not self.optimizer.built:
                 with self.distribute_strategy.scope():
                     self.optimizer.build(self.trainable_variables)
             self.train_function = train
