@@ -229,12 +229,19 @@ class RegularizedModel(keras.Model):
         super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
             data_batch = _keras.element_spec(iterator)
-        x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
-        if not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in keras.tree.flatten(x)):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
+        if not all(_has_a_shape(t) for t in keras.tree.flatten(x)):
             return  # The parts of a batch for several devices have no one shape.
         self._example = _Specs(keras.tree.map_structure(_spec, x))
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
             self(_symbolic(self._example.specs))
+        graph = _keras.graph_of(self.network)
+        is_own = type(self).train_step is not RegularizedModel.train_step
+        is_own |= type(self).compute_metrics is not keras.Model.compute_metrics
+        targets = keras.tree.flatten(y)
+        if graph is None or is_own or not targets or not all(map(_has_a_shape, targets)):
+            return  # What the metrics compare is known to the step alone.
+        _keras.build_metrics(self, _symbolic(y), graph.output)
 
     def make_train_function(self, force: bool = False) -> None:
         """Keras' own; the first time, outside any graph, it checks the network's Jacobian."""
@@ -249,8 +256,9 @@ class RegularizedModel(keras.Model):
     def _building(self, train: Any) -> Any:
         """The training function for the first step, which makes the optimizer's variables before.
 
-        Made in the step, they have TensorFlow trace it a second time. Where a layer is not built
-        yet, the step itself makes weights for the optimizer to know: there Keras goes its way.
+        Made in the step, as those of the metrics would be, they have TensorFlow trace it twice.
+        Where a layer is not built yet, the step itself makes weights for the optimizer to know:
+        there Keras goes its way.
         """
 
         def first(iterator: Any) -> Any:
@@ -577,6 +585,10 @@ class _Specs:
 def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:
     """An initializer of a variable that starts with a given value."""
     return tf.constant(value, dtype, shape)
+
+
+def _has_a_shape(data: Any) -> bool:
+    return hasattr(data, "shape") and hasattr(data, "dtype")
 
 
 def _spec(data: Any) -> tf.TensorSpec | tf.SparseTensorSpec:
