@@ -362,7 +362,7 @@ MAPS = {
     "conv_same": ((6, 5, 2), lambda: layers.Conv2D(3, 3, padding="same")),
     "conv_stride": ((7, 6, 2), lambda: layers.Conv2D(3, 3, strides=2, padding="same")),
     "conv_dilated": ((7, 7, 1), lambda: layers.Conv2D(2, 2, dilation_rate=2)),
-    "conv_grouped": ((5, 5, 4), lambda: layers.Conv2D(4, 3, groups=2)),
+    "conv_grouped": ((4, 4, 4), lambda: layers.Conv2D(4, 3, groups=2)),
     "conv1d_causal": ((8, 2), lambda: layers.Conv1D(3, 3, padding="causal")),
     "conv3d": ((4, 4, 3, 1), lambda: layers.Conv3D(2, 2)),
     "conv_dilated_same": ((6, 5, 2), lambda: layers.Conv2D(2, 3, dilation_rate=2, padding="same")),
