@@ -32,6 +32,17 @@ def test_layers_of_finds_layers_inside_of_layers(network):
     assert {"inner", "last", network.name} <= names
 
 
+def test_metrics_are_built_from_symbolic_tensors(network):
+    network.compile("sgd", "mse", metrics=["accuracy"])
+    y = keras.KerasTensor((None,), "int32")
+    _keras.build_metrics(network, y, network.output)
+    (made,) = (metric for metric in network.metrics if metric.name == "compile_metrics")
+    (accuracy,) = made.metrics
+    assert isinstance(accuracy, keras.metrics.SparseCategoricalAccuracy)
+    _keras.build_metrics(network, y, network.output)
+    assert made.metrics == [accuracy]
+
+
 def test_losses_kept(network):
     network(np.ones((2, 3), "float32"))
     before = [float(loss) for loss in network.losses]

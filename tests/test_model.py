@@ -132,7 +132,7 @@ def test_every_optimizer(optimizer):
 
     model = RegularizedModel(small_network(), regularizers.SpectralNorm(0.3, "exact"))
     traced = traces(model)
-    got = compiled(model, OPTIMIZERS[optimizer]())
+    got = compiled(model, OPTIMIZERS[optimizer](), metrics=["accuracy"])
     dense = compiled(WithDenseSVD(small_network(), 0.3), OPTIMIZERS[optimizer]())
     losses = [fit(model, epochs=4)["loss"] for model in (dense, got)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)

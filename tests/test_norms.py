@@ -284,22 +284,26 @@ def test_scale(method, scale):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("method", estimators.METHODS)
-@pytest.mark.parametrize("entry", [np.nan, np.inf, 1e20])
-def test_what_cannot_be_measured_is_not_zero(method, entry, jit_compile):
+def test_what_cannot_be_measured_is_not_zero(method, jit_compile):
     """NaN, infinite and too large for a square in float32, beside an example that is well."""
     kernel = np.float32([[1, 2, 3], [4, 5, 6], [0, 0, 0]])
     network = keras.Sequential([keras.Input((3,)), layers.Dense(3, use_bias=False), layers.ReLU()])
-    kernel[2, 0] = entry
-    network.set_weights([kernel])
     x = tf.constant([[1.0, 1, 1], [-1, -1, -1]])  # The second has all its units off.
 
     @tf.function(jit_compile=jit_compile)
     def measure(x):
         return spectral_norm(network, x, method=method).sigma
 
-    sigma = measure(x).numpy()
-    assert not np.isfinite(sigma[0])
-    assert sigma[1] == 0 or not np.isfinite(entry)  # 0 times NaN or infinity is NaN.
+    for entry in (np.nan, np.inf, 1e20):
+        kernel[2, 0] = entry
+        network.set_weights([kernel])
+        sigma = measure(x).numpy()
+        assert not np.isfinite(sigma[0]), entry
+        # 0 times NaN or infinity is NaN.
+        assert sigma[1] == 0 or not np.isfinite(entry), entry
+    kernel[2, 0] = 0
+    network.set_weights([kernel])
+    np.testing.assert_allclose(measure(x), [np.linalg.norm(kernel, 2), 0], rtol=1e-2)
 
 
 def test_seeds():
@@ -358,7 +362,7 @@ MAPS = {
     "conv_same": ((6, 5, 2), lambda: layers.Conv2D(3, 3, padding="same")),
     "conv_stride": ((7, 6, 2), lambda: layers.Conv2D(3, 3, strides=2, padding="same")),
     "conv_dilated": ((7, 7, 1), lambda: layers.Conv2D(2, 2, dilation_rate=2)),
-    "conv_grouped": ((5, 5, 4), lambda: layers.Conv2D(4, 3, groups=2)),
+    "conv_grouped": ((4, 4, 4), lambda: layers.Conv2D(4, 3, groups=2)),
     "conv1d_causal": ((8, 2), lambda: layers.Conv1D(3, 3, padding="causal")),
     "conv3d": ((4, 4, 3, 1), lambda: layers.Conv3D(2, 2)),
     "conv_dilated_same": ((6, 5, 2), lambda: layers.Conv2D(2, 3, dilation_rate=2, padding="same")),

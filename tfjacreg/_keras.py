@@ -36,6 +36,13 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
     return model._loss_tracker
 
 
+def build_metrics(model: keras.Model, y: Any, y_pred: Any) -> None:
+    """Makes the metrics of `compile`, as their first update would, from symbolic tensors."""
+    metrics = model._compile_metrics
+    if metrics is not None and not metrics.built:
+        metrics.build(y, y_pred)
+
+
 @contextlib.contextmanager
 def losses_kept(network: keras.Operation) -> Iterator[None]:
     """Keeps the losses that layers have added so far, which Keras clears in each call."""

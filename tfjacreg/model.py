@@ -233,12 +233,18 @@ class RegularizedModel(keras.Model):
         super()._maybe_symbolic_build(iterator, data_batch)
         if iterator is not None:
             data_batch = _keras.element_spec(iterator)
-        x = keras.utils.unpack_x_y_sample_weight(data_batch)[0]
-        if not all(hasattr(t, "shape") and hasattr(t, "dtype") for t in keras.tree.flatten(x)):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
+        if not all(_has_a_shape(t) for t in keras.tree.flatten(x)):
             return  # The parts of a batch for several devices do not share one shape.
         self._example = _Specs(keras.tree.map_structure(_spec, x))
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
             self(_symbolic(self._example.specs))
+        graph, targets = _keras.graph_of(self.network), keras.tree.flatten(y)
+        is_known = graph is not None and self._is_as_written("train_step", "call")
+        is_known = is_known and type(self).compute_metrics is keras.Model.compute_metrics
+        # Otherwise what the metrics compare is known to the step alone.
+        if is_known and targets and all(_has_a_shape(t) and t.shape for t in targets):
+            _keras.build_metrics(self, _symbolic(y), graph.output)
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes the training function; the first time, outside any graph, checks the Jacobian."""
@@ -253,14 +259,13 @@ class RegularizedModel(keras.Model):
     def _building(self, train: Any) -> Any:
         """The training function for the first step, which makes the optimizer's variables before.
 
-        If the step makes them, TensorFlow traces it a second time. Keras does that where the
-        variables are not known beforehand: if a layer is not built yet, or the step is not this
-        class' own, so that it may train others.
+        If the step makes them, as those of the metrics, TensorFlow traces it a second time. Keras
+        does that where the variables are not known beforehand: if a layer is not built yet, or the
+        step is not this class' own, so that it may train others.
         """
 
         def first(iterator: Any) -> Any:
-            step = getattr(self.train_step, "__func__", None)
-            is_known = step is RegularizedModel.train_step and self.trainable_variables
+            is_known = self._is_as_written("train_step") and bool(self.trainable_variables)
             is_known = is_known and all(layer.built for layer in _keras.layers_of(self))
             if is_known and not self.optimizer.built:
                 with self.distribute_strategy.scope():
@@ -269,6 +274,11 @@ class RegularizedModel(keras.Model):
             return train(iterator)
 
         return first
+
+    def _is_as_written(self, *methods: str) -> bool:
+        """Whether neither a subclass nor this object has another method of these names."""
+        own = (getattr(getattr(self, name), "__func__", None) for name in methods)
+        return all(f is getattr(RegularizedModel, n) for f, n in zip(own, methods, strict=True))
 
     def _weighing(self, train: Any) -> Any:
         """The training function of the first step, which also checks how much the penalty adds."""
@@ -593,6 +603,10 @@ class _Specs:
 def _starting_at(value: Any, shape: Any, dtype: Any) -> tf.Tensor:
     """An initializer for a variable that starts with a given value."""
     return tf.constant(value, dtype, shape)
+
+
+def _has_a_shape(data: Any) -> bool:
+    return hasattr(data, "shape") and hasattr(data, "dtype")
 
 
 def _spec(data: Any) -> tf.TensorSpec | tf.SparseTensorSpec:
