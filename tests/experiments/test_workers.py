@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
+from nursery import is_over
 
 import train
 from tfjacreg import datasets
@@ -116,7 +117,7 @@ def _kill(crowd):
     for worker in crowd:
         worker.kill()
     for pid in children:
-        _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"end of the orphan {pid}")
+        _until(lambda pid=pid: is_over(pid), f"end of the orphan {pid}")
 
 
 def _wait(crowd):
