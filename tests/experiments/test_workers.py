@@ -483,6 +483,12 @@ for number in os.listdir("/proc/self/fd"):
     _work(tmp_path, FEW, monkeypatch, special)
     notes = (tmp_path / "out" / "notes").read_text().splitlines()
     assert sum(line.startswith("locked") for line in notes) == 4 and len(notes) == 8
+    # Of a worker that was killed when its run was recorded.
+    left = tmp_path / "out" / FAILED / ".lock"
+    assert not left.exists()
+    left.write_text("1 elsewhere\n")
+    _work(tmp_path, FEW, monkeypatch, special)
+    assert not left.exists()
 
 
 @pytest.mark.slow
