@@ -109,6 +109,14 @@ class Child:
         return self._log.read_text() if self._log.exists() else ""
 
 
+def is_over(pid):
+    """Whether a process has ended; who inherits it may take seconds to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def shrink(set_attribute=setattr):
     """Makes runs small: few digits, one dense layer, a short plan for evaluate.py.
 
@@ -208,6 +216,7 @@ class _Forked:
 
 
 def _main():
+    import optuna
     import tensorflow_datasets  # noqa: F401
 
     import evaluate
@@ -221,6 +230,9 @@ def _main():
         Popen=_Forked, PIPE=None, TimeoutExpired=subprocess.TimeoutExpired
     )
     workers._POLL = 0.1
+    # What Optuna imports when it first opens a study takes half a second.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.create_study(storage="sqlite://")
     # A worker forks its runs: TensorFlow must not have computed anything in it.
     workers._test_images = lambda config: len(datasets.load(config.dataset).test.y)
     commands = {"train": train.main, "evaluate": evaluate.main, "tfjacreg": __main__.main}

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import optuna
 import pytest
+from nursery import is_over
 from test_workers import study
 
 from tfjacreg.experiments import workers
@@ -161,7 +162,7 @@ class Killer:
             assert status == (130 if number in STOPPING else -number), child.output
             assert child.output.count("Stopped.") == (number in STOPPING), child.output
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in runs):  # They end with their worker.
+        while not all(map(is_over, runs)):  # They end with their worker.
             assert time.monotonic() < deadline
             time.sleep(0.05)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
+from nursery import is_over
 
 import train
 from tfjacreg import datasets
@@ -116,7 +117,7 @@ def _kill(crowd):
     for worker in crowd:
         worker.kill()
     for pid in children:
-        _until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"end of the orphan {pid}")
+        _until(lambda pid=pid: is_over(pid), f"end of the orphan {pid}")
 
 
 def _wait(crowd):
@@ -482,6 +483,12 @@ for number in os.listdir("/proc/self/fd"):
     _work(tmp_path, FEW, monkeypatch, special)
     notes = (tmp_path / "out" / "notes").read_text().splitlines()
     assert sum(line.startswith("locked") for line in notes) == 4 and len(notes) == 8
+    # Of a worker that was killed when its run was recorded.
+    left = tmp_path / "out" / FAILED / ".lock"
+    assert not left.exists()
+    left.write_text("1 elsewhere\n")
+    _work(tmp_path, FEW, monkeypatch, special)
+    assert not left.exists()
 
 
 @pytest.mark.slow

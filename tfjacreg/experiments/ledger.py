@@ -24,6 +24,7 @@ import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from tfjacreg.experiments import folder_lock
 from tfjacreg.experiments.config import RunConfig, RunError, file_name
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.locks import FileLocks, PostgresLocks, server_url
@@ -276,6 +277,14 @@ class Ledger:
                     f"accuracy is {here!r}, that of the run was {known!r}. Move it out of the "
                     "sweep's folder, and this command makes it again."
                 )
+
+    def clear_locks(self) -> None:
+        """Removes the locks that workers left who were killed when their run was recorded."""
+        for name, trial in self.latest().items():
+            if trial.state.is_finished() and folder_lock.left_in(self.out / name):
+                descriptor = self.locks.acquire(name)
+                if descriptor is not None:
+                    self.locks.release(name, descriptor)
 
     def take(self) -> Claim | None:
         """Takes a run that an ended worker left or nobody has begun; None if there is none."""

@@ -76,6 +76,7 @@ def run_sweep(
             ledger = stack.enter_context(Ledger.open(sweep, out, storage, data_dir))
             ledger.reopen(failed=retry_failed, lost=storage is None)
             ledger.check_folders()
+            ledger.clear_locks()
             if announcement:
                 cli.say(announcement)
             if ledger.finished():
