@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -64,8 +63,8 @@ def built(folder: Path) -> tuple[Path, Path]:
         (source / name).write_bytes((ROOT / name).read_bytes())
     call(sys.executable, "-m", "build", "--outdir", folder / "dist", source, folder=folder)
     (archive,), (wheel,) = ((folder / "dist").glob(f"*{end}") for end in (".tar.gz", ".whl"))
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder / "unpacked", filter="data")
+    (folder / "unpacked").mkdir()
+    call("tar", "-xf", archive, folder=folder / "unpacked")
     (unpacked,) = (folder / "unpacked").iterdir()
     lacking = [n for n in files if not n.startswith(".") and not (unpacked / n).is_file()]
     if lacking:
