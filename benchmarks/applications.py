@@ -11,7 +11,7 @@ runs in a process of its own, and its row is written as soon as it is known.
 checks: `check_network` in training mode, in both forward modes, with fresh weights for each seed.
 errors: `spectral_norm(method="exact")` compared with the SVD of the dense Jacobian in float64, in
 inference mode, for the network in float64 and for the same weights in float32.
-timings: training steps of `RegularizedModel` on one batch, without and with `SpectralNorm`.
+timings: training steps on one batch, of the network by Keras alone and with `SpectralNorm`.
 """
 
 import functools

@@ -180,8 +180,6 @@ def times(name: str, size: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Seconds of a step and until the first one is done, for each variant."""
     data, runs, found = batch(name, size), {}, {}
     for variant in VARIANTS:
-        if (name, variant) == ("LSTM", "accumulator"):
-            continue  # TensorFlow has no tangents for a loop.
         model = made(name, variant)
         step = step_by_differences(model, 1e-2) if variant == "differences" else model.train_step
         runs[variant] = tf.function(step, autograph=False)

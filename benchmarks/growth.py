@@ -10,8 +10,8 @@ of its own for each variant, after three steps.
 
 The floor counts multiply-adds of convolutions and dense layers, F in one forward pass and F1 in the
 first of these layers. A plain step is the forward pass, the gradients of the kernels, and those of
-all inputs but the first: 3 F - F1. Algorithm 1 with N = 1 adds J v, J^T u, the tangent of the new v
-and another gradient of the kernels: 4 F.
+all inputs except the first: 3 F - F1. Algorithm 1 with N = 1 adds J v, J^T u, the tangent of the
+new v and another gradient of the kernels: 4 F.
 """
 
 import functools

@@ -102,7 +102,7 @@ def test_names_the_layer_that_breaks_the_jacobian(name, forward_mode):
 def test_a_loop_needs_transposition():
     """TensorFlow has no tangents for loops in a graph; the message says what to do.
 
-    Where the length is not known a recurrence is one, and so it is in the check.
+    A recurrence whose length is not known is one, also in the check.
     """
 
     def model(forward_mode):

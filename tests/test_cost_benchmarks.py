@@ -193,6 +193,17 @@ def test_the_tables_of_the_pages_are_those_of_the_results(script):
     assert page.strip() == expected
 
 
+def test_the_table_of_growth_is_that_of_the_results():
+    content = json.loads((ROOT / "results/growth.json").read_text())
+    assert list(content["points"]) == growth.POINTS
+    page = (ROOT / "docs/cost.md").read_text()
+    table = page.split(growth.BEGIN)[1].split(growth.END)[0]
+    assert table.strip() == growth.table(content)
+    total, first = growth.multiply_adds(networks.lenet())
+    floor = (7 * total - first) / (3 * total - first)
+    assert content["points"]["batch 16"]["steps"]["floor"] == pytest.approx(floor)
+
+
 def test_what_the_readme_says_of_the_cost():
     """In `fit`: the medians of the processes, at batch 32 and 256, on two threads and on one."""
     cases = json.loads(fit_time.JSON.read_text())["cases"]

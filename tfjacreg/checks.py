@@ -327,8 +327,8 @@ class _Check:
             if (kind := call.kind(position)) in seen:
                 continue
             seen.add(kind)
-            # The loops of Keras' recurrences are compared with JAX in a graph
-            # (`benchmarks/second_derivatives.py`): here each would take seconds to trace.
+            # A recurrence of Keras that stays a loop is compared eagerly: as a graph it would take
+            # seconds to trace.
             in_graph = (
                 self.runs_functions
                 and not call.is_of_keras

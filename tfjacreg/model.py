@@ -259,9 +259,9 @@ class RegularizedModel(keras.Model):
     def _building(self, train: Any) -> Any:
         """The training function for the first step, which makes the optimizer's variables before.
 
-        If the step makes them, as those of the metrics, TensorFlow traces it a second time. Keras
-        does that where the variables are not known beforehand: if a layer is not built yet, or the
-        step is not this class' own, so that it may train others.
+        If the step makes them, or the variables of the metrics, TensorFlow traces it a second time.
+        It still does where they cannot be made before: if a layer is not built yet, or if the step
+        is not the one of this class and may train other weights.
         """
 
         def first(iterator: Any) -> Any:

@@ -217,7 +217,8 @@ class SpectralNorm(JacobianRegularizer):
         seed: Seed of the random starts; None draws a new one.
         forward_mode: How the first J v is computed: `"accumulator"` along the forward pass, with a
             `tf.autodiff.ForwardAccumulator`; `"transpose"` after it, by transposing J^T u, as all
-            later products are. Both give the same numbers; loops in a graph need `"transpose"`.
+            later products are. Both give the same numbers. Loops in a graph need `"transpose"`; a
+            recurrence of more than 64 steps or of an open length is such a loop.
         fraction: The part of each batch that is penalized; see `JacobianRegularizer`.
         threshold: h acts on `max(sigma - threshold, 0)`, so slopes up to the threshold are not
             penalized. Its unit is sigma's: outputs (for example logits) per unit of the network's

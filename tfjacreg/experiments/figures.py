@@ -303,7 +303,7 @@ def step_time_figure(contents: Sequence[Mapping[str, Any]], path: str | Path) ->
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("batch size")
         ax.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("seconds per training step (median)")
+    axes[0].set_ylabel("seconds per training step")
     legend_below(figure)
     save(figure, path)
 

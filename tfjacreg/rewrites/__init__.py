@@ -2,8 +2,8 @@
 
 TensorFlow's own functions have the right values, but a derivative that is wrong, missing or slow.
 `context` replaces something for a time. The other modules are the replacements: a table of
-functions and a table by layer class. `tangents` gives TensorFlow's accumulator rules for the
-tangents along a pass.
+functions, a table by layer class, and the function by which Keras runs recurrences. `tangents`
+gives TensorFlow's accumulator rules for the tangents along a pass.
 """
 
 from __future__ import annotations

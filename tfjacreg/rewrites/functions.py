@@ -3,7 +3,7 @@
 The originals have the right values, but wrong derivatives: `cumprod` the first one at an exact 0,
 `max_pool` the derivative of its derivative under XLA, and the others the second one, of which a
 part is missing, or which is NaN where it has a value. `silu` is right, but its `tf.custom_gradient`
-takes many more operations, and the check of it a graph of its own.
+takes many more operations, and its check would need a graph of its own.
 
 A replacement acts on every caller: `keras.ops`, `tf.math`, `tf.nn`, `tf.compat.v1`, bound to a name
 or not. All of these end in the function that TensorFlow generates for an operation, found here
