@@ -11,6 +11,7 @@ import fit_time
 import growth
 import journey
 import numpy as np
+import operations
 import peers
 import pytest
 import training_set_size
@@ -123,6 +124,20 @@ def test_steps_of_fit_are_timed_and_told(monkeypatch):
     assert len(lines) == 2 + len(fit_time.PENALTIES)
 
 
+def test_the_milliseconds_of_operations(monkeypatch):
+    monkeypatch.setattr(operations, "STEPS", 2)
+    found = {kind: operations.milliseconds(kind, 2) for kind in ("plain", "N = 1")}
+    for of in found.values():
+        for kind in ("Conv2D", "Conv2DBackpropFilter", "MatMul"):  # oneDNN has names of its own.
+            assert any(kind in name for name in of), kind
+        assert all(0 < value < 1000 for value in of.values())
+    content = {"milliseconds": {"Frobenius": found["plain"], **found}}
+    rows = [line.split(" | ") for line in operations.table(content).splitlines()[2:]]
+    sums = [float(row[-1].rstrip(" |")) for row in rows]
+    assert sums[-1] == pytest.approx(sum(found["N = 1"].values()), abs=0.01)
+    assert sum(sums[:-1]) == pytest.approx(sums[-1], abs=0.1)
+
+
 def test_training_sets_are_shares_of_each_class(monkeypatch):
     rng = np.random.default_rng(0)
     splits = [
@@ -186,7 +201,7 @@ def test_gains_by_training_set_size_are_paired_by_seed(tmp_path, monkeypatch):
     assert "training images" in (tmp_path / "size.svg").read_text()
 
 
-@pytest.mark.parametrize("script", [fit_time, peers, training_set_size])
+@pytest.mark.parametrize("script", [fit_time, operations, peers, training_set_size])
 def test_the_tables_of_the_pages_are_those_of_the_results(script):
     expected = script.table(json.loads(script.JSON.read_text()))
     page = script.PAGE.read_text().split(script.BEGIN)[1].split(script.END)[0]
