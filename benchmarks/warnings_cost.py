@@ -64,9 +64,7 @@ def without(warns: bool) -> Any:
         if not warns:
             for name in ("warn_of_layers", "warn_of_first_step"):
                 stack.enter_context(mock.patch.object(weak_penalties, name))
-            stack.enter_context(
-                mock.patch.object(tfjacreg.RegularizedModel, "_weighing", lambda _, train: train)
-            )
+            stack.enter_context(mock.patch.object(tfjacreg.RegularizedModel, "_weigh"))
         yield
 
 

@@ -66,8 +66,12 @@ def _is_alone(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_session():
-    """Clears Keras' session; not for every test, since that collects garbage and is slow."""
+    """Clears Keras' session; not for every test, since that collects garbage and is slow.
+
+    What TensorFlow keeps after that it keeps for good: it is not searched again after each module.
+    """
     keras.utils.clear_session()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -89,34 +89,32 @@ def fixed(penalty):
 
 
 @pytest.fixture(scope="module")
-def of_fixed_shapes():
-    return {}
+def plain():
+    return trained(RegularizedModel(network()), "train_on_batch")
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("way", ["train_on_batch", "PyDataset", "tf.data"])
-def test_batches_of_several_lengths_train(of_fixed_shapes, penalty, way):
-    if penalty not in of_fixed_shapes:
-        of_fixed_shapes[penalty] = fixed(penalty)
-    got = trained(RegularizedModel(network(), PENALTIES[penalty]()), way)
-    for a, b in zip(of_fixed_shapes[penalty], got, strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-5)
-    plain = RegularizedModel(network())
-    assert np.max(np.abs(trained(plain, way)[-2] - got[-2])) > 1e-3  # The penalty counts.
+def test_batches_of_several_lengths_train(plain, penalty):
+    """However they come; some of the penalties also eagerly, and some under XLA.
 
+    XLA draws other numbers: there with a factor of 0 the weights are those of plain Keras.
+    """
 
-@pytest.mark.parametrize("penalty", ["power", "lanczos", "frobenius"])
-@pytest.mark.parametrize("mode", ["eager", "xla"])
-def test_eagerly_and_with_xla(penalty, mode):
-    """XLA draws other numbers: with a factor of 0 the weights are those of plain Keras."""
-    model = RegularizedModel(network(), PENALTIES[penalty]())
-    model.regularizer.factor = 0.3 if mode == "eager" else 0.0
-    options = {"run_eagerly": True} if mode == "eager" else {"jit_compile": True}
-    got = trained(model, "train_on_batch", **options)
-    other = RegularizedModel(network(), PENALTIES[penalty]() if mode == "eager" else None)
-    for a, b in zip(trained(other, "train_on_batch"), got, strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-5)
-    assert mode == "eager" or np.isfinite(float(model.get_metrics_result()["penalty"]))
+    def same(expected, way, factor=0.3, **options):
+        model = RegularizedModel(network(), PENALTIES[penalty]())
+        model.regularizer.factor = factor
+        for a, b in zip(expected, trained(model, way, **options), strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-5)
+        return model
+
+    expected = fixed(penalty)
+    assert np.max(np.abs(plain[-2] - expected[-2])) > 1e-3  # The penalty counts.
+    for way in ("train_on_batch", "PyDataset", "tf.data"):
+        same(expected, way)
+    if penalty in ("power", "lanczos", "frobenius"):
+        same(expected, "train_on_batch", run_eagerly=True)
+        compiled = same(plain, "train_on_batch", 0.0, jit_compile=True)
+        assert np.isfinite(float(compiled.get_metrics_result()["penalty"]))
 
 
 def test_outputs_of_several_lengths_and_padded_batches():

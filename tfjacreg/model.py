@@ -240,10 +240,9 @@ class RegularizedModel(keras.Model):
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
             self(_symbolic(self._example.specs))
         graph, targets = _keras.graph_of(self.network), keras.tree.flatten(y)
-        is_known = graph is not None and self._is_as_written("train_step", "call")
-        is_known = is_known and type(self).compute_metrics is keras.Model.compute_metrics
-        # Otherwise what the metrics compare is known to the step alone.
-        if is_known and targets and all(_has_a_shape(t) and t.shape for t in targets):
+        if graph is None or not self._is_as_written("train_step", "call", "compute_metrics"):
+            return  # What the metrics compare is known to the step alone.
+        if targets and all(_has_a_shape(t) and t.shape for t in targets):
             _keras.build_metrics(self, _symbolic(y), graph.output)
 
     def make_train_function(self, force: bool = False) -> None:
@@ -252,50 +251,49 @@ class RegularizedModel(keras.Model):
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
-            train = self.train_function
-            train = train if self._is_weighed else self._weighing(train)
-            self.train_function = self._building(train)
+            self.train_function = self._first_step(self.train_function)
 
-    def _building(self, train: Any) -> Any:
-        """The training function for the first step, which makes the optimizer's variables before.
+    def _first_step(self, train: Any) -> Any:
+        """The training function until one step is done, around which it does what comes once."""
+
+        def first(iterator: Any) -> Any:
+            self._build_optimizer()
+            logs = train(iterator)
+            self.train_function = train
+            if not self._is_weighed:
+                self._weigh(logs)
+            return logs
+
+        return first
+
+    def _build_optimizer(self) -> None:
+        """Makes the optimizer's variables before the step that uses them.
 
         If the step makes them, or the variables of the metrics, TensorFlow traces it a second time.
         It still does where they cannot be made before: if a layer is not built yet, or if the step
         is not the one of this class and may train other weights.
         """
+        is_known = self._is_as_written("train_step") and bool(self.trainable_variables)
+        is_known = is_known and all(layer.built for layer in _keras.layers_of(self))
+        if is_known and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
 
-        def first(iterator: Any) -> Any:
-            is_known = self._is_as_written("train_step") and bool(self.trainable_variables)
-            is_known = is_known and all(layer.built for layer in _keras.layers_of(self))
-            if is_known and not self.optimizer.built:
-                with self.distribute_strategy.scope():
-                    self.optimizer.build(self.trainable_variables)
-            self.train_function = train
-            return train(iterator)
-
-        return first
+    def _weigh(self, logs: Any) -> None:
+        """Warns if the penalty added next to nothing to the loss of the first step."""
+        self._is_weighed = True
+        factor, name = getattr(self.regularizer, "factor", None), self._penalty_name
+        # Below a threshold the penalty is not meant to act; a schedule may begin at 0.
+        acts = isinstance(factor, float) and not getattr(self.regularizer, "threshold", 0)
+        if factor and acts and self._is_of_the_jacobian and {name, "loss"} <= set(logs):
+            weak_penalties.warn_of_first_step(
+                self.network, factor, float(logs[name]), float(logs["loss"])
+            )
 
     def _is_as_written(self, *methods: str) -> bool:
         """Whether neither a subclass nor this object has another method of these names."""
         own = (getattr(getattr(self, name), "__func__", None) for name in methods)
         return all(f is getattr(RegularizedModel, n) for f, n in zip(own, methods, strict=True))
-
-    def _weighing(self, train: Any) -> Any:
-        """The training function of the first step, which also checks how much the penalty adds."""
-
-        def first(iterator: Any) -> Any:
-            logs = train(iterator)
-            self.train_function, self._is_weighed = train, True
-            factor, name = getattr(self.regularizer, "factor", None), self._penalty_name
-            # Below a threshold the penalty is not meant to act; a schedule may begin at 0.
-            acts = isinstance(factor, float) and not getattr(self.regularizer, "threshold", 0)
-            if factor and acts and self._is_of_the_jacobian and {name, "loss"} <= set(logs):
-                weak_penalties.warn_of_first_step(
-                    self.network, factor, float(logs[name]), float(logs["loss"])
-                )
-            return logs
-
-        return first
 
     @property
     def _is_of_the_jacobian(self) -> bool:

@@ -119,8 +119,9 @@ def linear_maps(network):
 
 
 def in_its_modes(name, function):
-    """Under XLA only where Keras compiles the layer."""
-    compiled = ("xla",) if name in RESIZES else ()
+    """Under XLA where Keras compiles the layer, with a few of the weights of one matrix product."""
+    like_another = name.endswith(("area", "lanczos3", "lanczos5", "nearest", "_tall"))
+    compiled = ("xla",) if name in RESIZES and not like_another else ()
     return in_all_modes(function, ("eager", "graph", *compiled))
 
 
@@ -139,6 +140,13 @@ def plain(layer, x):
 
 def plain_affine_map(layer, shape=SHAPE):
     """Matrices `[B, n_out, n_in]` and constants `[B, n_out]` of the layer's first draw."""
+    if isinstance(layer, (layers.Resizing, layers.UpSampling2D, layers.CenterCrop)):
+        # Nothing is drawn: zero and the basis are one batch.
+        size = np.prod(shape)
+        values = np.asarray(layer(np.eye(size + 1, size, -1).reshape(-1, *shape)))
+        constant, *columns = values.reshape(size + 1, -1)
+        columns = np.stack(columns, axis=-1) - constant[:, None]
+        return tuple(np.repeat(part[None], BATCH, axis=0) for part in (columns, constant))
     constant = plain(layer, np.zeros((BATCH, *shape))).reshape(BATCH, -1)
     columns = []
     for k in range(np.prod(shape)):
