@@ -40,11 +40,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """Sorts files with many slow tests first, so that the processes end at about the same time.
 
-    Within a file, tests that must run alone come last.
+    Files with tests that must run alone come last, when few others are left to wait.
     """
     sizes = collections.Counter(item.path for item in items)
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], -sizes[item.path], item.path, _is_alone(item)))
+    alone = {item.path for item in items if _is_alone(item)}
+    items.sort(key=lambda i: (i.path in alone, -slow[i.path], -sizes[i.path], i.path))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,9 +32,10 @@ X, Y = seeded_input((5,), 32, "float32"), seeded_input((4,), 32, "float32")
 POINTS = seeded_input((5,), 150, "float32")
 
 
-def fit(model, callbacks, epochs=3):
+def fit(model, callbacks, epochs=3, **options):
     model.compile(keras.optimizers.SGD(0.1), "mse")
-    return model.fit(X, Y, epochs=epochs, batch_size=8, verbose=0, callbacks=callbacks).history
+    options = {"epochs": epochs, "batch_size": 8, "verbose": 0, **options}
+    return model.fit(X, Y, callbacks=callbacks, **options).history
 
 
 def expected(network, points):
@@ -66,13 +67,46 @@ def test_values_against_numpys_svd(wrapped, method):
 
 
 def test_every_other_epoch():
-    """Between two measurements the logs repeat the last one."""
-    oracle = Oracle()
-    history = fit(network(), [SpectralNormMonitor(POINTS, every=2), oracle], epochs=4)
-    means = [found[0] for found in oracle.found]
-    np.testing.assert_allclose(
-        history["val_sigma_mean"], [means[0], means[0], means[2], means[2]], rtol=1e-4
-    )
+    """From the first of a fit on; between two measurements the logs repeat the last one."""
+    oracle, monitor, watched = Oracle(), SpectralNormMonitor(POINTS, every=2), network()
+    for first in (0, 5):
+        history = fit(watched, [monitor, oracle], epochs=first + 4, initial_epoch=first)
+        means = [found[0] for found in oracle.found]
+        expected = [means[0], means[0], means[2], means[2]]
+        np.testing.assert_allclose(history["val_sigma_mean"], expected, rtol=1e-4)
+
+
+class Scaled(keras.Model):
+    """Keeps what it scales under the name that a RegularizedModel has for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.scale = layers.Dense(4), layers.Rescaling(100.0)
+
+    def call(self, x):
+        return self.scale(self.network(x))
+
+
+def test_an_attribute_called_network_is_not_the_network():
+    watched = Scaled()
+    history = fit(watched, [SpectralNormMonitor(POINTS, "exact")], epochs=1)
+    left, *_ = np.linalg.svd(watched.network.get_weights()[0])[1]
+    assert history["val_sigma_mean"][0] == pytest.approx(100 * left, rel=1e-4)
+
+
+def test_strings_beside_the_input_are_constants():
+    inputs = [keras.Input((2,), name="a"), keras.Input((1,), dtype="string", name="word")]
+    lookup = layers.StringLookup(vocabulary=["red", "green"], output_mode="one_hot")
+    hidden = layers.Concatenate()([inputs[0], lookup(inputs[1])])
+    watched = keras.Model(dict(zip(("a", "word"), inputs, strict=True)), layers.Dense(3)(hidden))
+    watched.compile("sgd", "mse")
+    x = {"a": X[:4, :2], "word": tf.constant([["red"], ["green"], ["none"], ["red"]])}
+    monitor = SpectralNormMonitor(x, "exact")
+    history = watched.fit(x, np.zeros((4, 3)), callbacks=[monitor], verbose=0).history
+    sigma = np.linalg.svd(watched.get_weights()[0][:2])[1][0]
+    assert history["val_sigma_mean"][0] == pytest.approx(sigma, rel=1e-4)
+    with pytest.raises(TypeError, match="`x` must hold real numbers"):
+        SpectralNormMonitor(x["word"])
 
 
 def test_it_measures_in_inference_mode_and_leaves_no_trace():

@@ -273,15 +273,53 @@ def test_a_penalty_without_jacobian_takes_any_network(name):
     assert np.all(np.isfinite(history["loss"]))
 
 
-def test_fit_checks_once(monkeypatch):
+def test_fit_checks_once_each_compilation_and_all_trainable_weights(monkeypatch):
     calls = []
-    monkeypatch.setattr("tfjacreg.model.check_network", lambda *_, **__: calls.append(1))
+
+    def check(network, x, *, jit_compile, **_):
+        calls.append((jit_compile, len(network.trainable_weights)))
+
+    monkeypatch.setattr("tfjacreg.model.check_network", check)
     model = RegularizedModel(good(), "spectral")
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    for _ in range(2):
-        model.fit(seeded_input((6, 6, 2), 6), np.zeros(6), epochs=2, verbose=0)
-    model.evaluate(seeded_input((6, 6, 2), 6), np.zeros(6), verbose=0)
-    assert calls == [1]
+    x, y = seeded_input((6, 6, 2), 6), np.zeros((6, 3))
+    whole = len(model.network.trainable_weights)
+    for jit_compile, last_trains in ((False, False), (False, True), (True, True), (False, False)):
+        model.network.layers[-1].trainable = last_trains
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        for _ in range(2):
+            model.make_train_function(force=True)
+    model.evaluate(x, y, verbose=0)
+    assert calls == [(False, whole - 2), (False, whole), (True, whole)]
+
+
+class LosesABranch(layers.Layer):
+    """Of the two terms one has no derivative."""
+
+    def call(self, x):
+        return x + tf.ensure_shape(tf.numpy_function(np.square, [x], x.dtype), x.shape)
+
+
+@pytest.mark.parametrize("batch", ["of the network", "of the data"])
+def test_one_example_at_a_time_is_checked(batch):
+    size = 1 if batch == "of the network" else None
+    inputs = keras.Input((3,), batch_size=size)
+    outputs = LosesABranch(name="culprit")(layers.Dense(3)(inputs))
+    model = RegularizedModel(keras.Model(inputs, outputs), "spectral")
+    model.compile("sgd", "mse")
+    data = tf.data.Dataset.from_tensors((np.ones((1, 3), "float32"), np.ones((1, 3), "float32")))
+    with pytest.raises(ValueError, match="culprit"):
+        model.fit(data, verbose=0)
+
+
+def test_where_no_example_can_be_made_fit_says_so():
+    network = keras.Sequential([keras.Input((None, 3)), layers.Conv1D(2, 300)])
+    model = RegularizedModel(network, "spectral")
+    model.compile("sgd", "mse")
+    specs = tf.TensorSpec((None, None, 3)), tf.TensorSpec((None, 1, 2))
+    batch = np.ones((2, 300, 3), "float32"), np.ones((2, 1, 2), "float32")
+    data = tf.data.Dataset.from_generator(lambda: iter([batch]), output_signature=specs)
+    with pytest.warns(tfjacreg.PenaltyWarning, match="is not checked before training"):
+        model.fit(data.apply(tf.data.experimental.assert_cardinality(1)), verbose=0)
 
 
 def test_multi_worker_strategy_is_refused(monkeypatch):

@@ -43,6 +43,12 @@ def test_metrics_are_built_from_symbolic_tensors(network):
     assert made.metrics == [accuracy]
 
 
+def test_ask_to_overwrite(monkeypatch):
+    for answer in ("n", "y"):
+        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        assert _keras.ask_to_overwrite("some.weights.h5") == (answer == "y")
+
+
 def test_losses_kept(network):
     network(np.ones((2, 3), "float32"))
     before = [float(loss) for loss in network.losses]

@@ -95,7 +95,7 @@ def plain():
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_batches_of_several_lengths_train(plain, penalty):
-    """However they come; some of the penalties also eagerly, and some under XLA.
+    """However they come with one of the penalties; some also eagerly and under XLA.
 
     XLA draws other numbers: there with a factor of 0 the weights are those of plain Keras.
     """
@@ -109,7 +109,7 @@ def test_batches_of_several_lengths_train(plain, penalty):
 
     expected = fixed(penalty)
     assert np.max(np.abs(plain[-2] - expected[-2])) > 1e-3  # The penalty counts.
-    for way in ("train_on_batch", "PyDataset", "tf.data"):
+    for way in ("train_on_batch", *(("PyDataset", "tf.data") if penalty == "power" else ())):
         same(expected, way)
     if penalty in ("power", "lanczos", "frobenius"):
         same(expected, "train_on_batch", run_eagerly=True)

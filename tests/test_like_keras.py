@@ -190,14 +190,13 @@ class Named(keras.metrics.MeanSquaredError):
         return super().update_state(0.0, y_pred, sample_weight)
 
 
-@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(
-    ("names", "ours"),
+    ("names", "ours", "eager"),
     [
-        (["accuracy"], "penalty"),
-        (["penalty"], "regularizer_penalty"),
-        (["penalty", "regularizer_penalty"], "regularizer_regularizer_penalty"),
-        (["regularizer_penalty"], "penalty"),
+        (["accuracy"], "penalty", False),
+        (["penalty"], "regularizer_penalty", True),
+        (["penalty", "regularizer_penalty"], "regularizer_regularizer_penalty", False),
+        (["regularizer_penalty"], "penalty", False),
     ],
 )
 def test_a_metric_of_any_name_keeps_it(names, ours, eager):
@@ -341,3 +340,60 @@ def test_a_weights_file_keeps_the_optimizer_and_the_state_of_the_penalty(tmp_pat
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-6)
+
+
+def test_a_weights_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    """And only if the user says so, as in Keras, where that is asked."""
+    model, path = wrapped("spectral"), tmp_path / "model.weights.h5"
+    compiled(model).fit(X, Y, **FIT)
+    model.save_weights(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("builtins.input", lambda _: "n")
+    model.fit(X, Y, **FIT)
+    model.save_weights(path, overwrite=False)
+    assert path.read_bytes() == before
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tfjacreg.weights_files.put_network_first", killed)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_weights(path)
+    assert path.read_bytes() == before
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    model.save_weights(path, overwrite=False)
+    assert list(tmp_path.iterdir()) == [path]
+    other = network()
+    other.load_weights(path)
+    for a, b in zip(model.network.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Mistaken(regularizers.JacobianRegularizer):
+    """A penalty with a mistake, before or after a product that has no derivative."""
+
+    def __init__(self, mistake):
+        super().__init__(0.1)
+        self.mistake = mistake
+
+    def per_example(self, jacobian, key):
+        return self.mistake(jacobian)
+
+
+class NoPenalty(regularizers.JacobianRegularizer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("penalty", "error", "message"),
+    [
+        (lambda: Mistaken(lambda _: {}["typo"]), KeyError, "^'typo'$"),
+        (lambda: Mistaken(lambda jacobian: jacobian.typo), AttributeError, "no attribute 'typo'"),
+        (lambda: NoPenalty(0.1), TypeError, "must define per_example"),
+    ],
+)
+def test_a_mistake_in_a_penalty_is_shown_as_it_is(penalty, error, message):
+    model = compiled(wrapped(penalty()))
+    with pytest.raises(error, match=message):
+        model.fit(X, Y, **FIT)

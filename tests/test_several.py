@@ -109,6 +109,13 @@ def test_without_a_penalty_it_is_plain_keras_step_for_step(name, eager):
         np.testing.assert_allclose(b, a, atol=1e-6)
 
 
+@functools.cache
+def plain_logs(name):
+    """Those of the network without a penalty, which does not move."""
+    kind, options = COMPILED[name]
+    return fit(compiled(network(kind), options, rate=0.0), kind)
+
+
 @pytest.mark.parametrize(
     ("name", "penalty"),
     [
@@ -118,7 +125,7 @@ def test_without_a_penalty_it_is_plain_keras_step_for_step(name, eager):
 )
 def test_logs_are_those_of_keras_and_the_penalty(name, penalty):
     kind, options = COMPILED[name]
-    expected = fit(compiled(network(kind), options, rate=0.0), kind)
+    expected = plain_logs(name)
     of = {"input": "c", "output": "depth"} if penalty in ("spectral", "frobenius") else {}
     model = RegularizedModel(network(kind), penalty, **of)
     got = fit(compiled(model, options, rate=0.0), kind)
@@ -401,3 +408,17 @@ def test_an_output_that_is_not_there_is_no_fault_of_the_network():
     )
     with pytest.raises(ValueError, match="^`output` must be .*'logits'.*Received: output='noth"):
         model.fit(*data("dict"), verbose=0)
+
+
+def test_an_optional_input_may_be_left_out():
+    class Optional(layers.Layer):
+        def call(self, a, c=None):
+            return a if c is None else a + c
+
+    a, c = keras.Input((4,), name="a"), keras.Input((4,), name="c", optional=True)
+    made = keras.Model([a, c], layers.Dense(3, use_bias=False)(Optional()(a, c)))
+    model = RegularizedModel(made, regularizers.SpectralNorm(0.0, "exact"), input="a")
+    model.compile("sgd", CROSS_ENTROPY)
+    kernel = made.get_weights()[0]
+    history = model.fit([A, None], LABELS, batch_size=N, verbose=0).history
+    assert history["penalty"][0] == pytest.approx(np.linalg.svd(kernel)[1][0], rel=1e-5)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+from keras.src.utils import io_utils
 from keras.src.utils.naming import to_snake_case
 
 
@@ -34,6 +35,11 @@ def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
 def loss_tracker(model: keras.Model) -> keras.metrics.Metric:
     """The mean that a compiled model logs as `loss`, whatever its other metrics are called."""
     return model._loss_tracker
+
+
+def ask_to_overwrite(path: str) -> bool:
+    """Asks at the terminal, as Keras does, whether a file may be replaced."""
+    return io_utils.ask_to_proceed_with_overwrite(path)
 
 
 def build_metrics(model: keras.Model, y: Any, y_pred: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import arguments, estimators, norms, signature
+from tfjacreg.model import RegularizedModel
 
 # Points measured at a time: every batch has this size, so that the measurement is traced once.
 _BATCH = 128
@@ -53,26 +54,31 @@ class SpectralNormMonitor(keras.callbacks.Callback):
         self.iterations = arguments.unrolled_count("iterations", iterations)
         self.every = arguments.positive_integer("every", every)
         signature.refuse_ragged(keras.tree.flatten(x))
-        self.x = keras.tree.map_structure(np.asarray, x)
-        sizes = {len(leaf) if leaf.ndim else 0 for leaf in keras.tree.flatten(self.x)}
+        self.x = keras.tree.map_structure(lambda t: None if t is None else np.asarray(t), x)
+        leaves = [leaf for leaf in keras.tree.flatten(self.x) if leaf is not None]
+        sizes = {len(leaf) if leaf.ndim else 0 for leaf in leaves}
         if len(sizes) != 1 or sizes == {0}:
             raise ValueError(
                 "`x` must hold at least one point along the first axis of every tensor, and the "
                 f"same number in each. Received: tensors of {sorted(sizes)} points"
             )
-        if any(leaf.dtype.kind in "cOSU" for leaf in keras.tree.flatten(self.x)):
-            kinds = sorted({str(leaf.dtype) for leaf in keras.tree.flatten(self.x)})
+        # Beside the input of the Jacobian there may be strings.
+        numbers = [leaf for leaf in leaves if not _is_text(leaf)]
+        if not numbers or any(leaf.dtype.kind in "cO" for leaf in numbers):
+            kinds = sorted({str(leaf.dtype) for leaf in leaves})
             raise TypeError(f"`x` must hold real numbers. Received: tensors of dtype {kinds}")
         (self._points,) = sizes
         signature.check_name("input", input)
         signature.check_name("output", output)
         self._of: dict[str, Any] = {"input": input, "output": output}
         self._sigma: Any = None
+        self._first: int | None = None
         self._last: dict[str, float] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Makes the function that measures a batch on the network that is being trained."""
-        network = getattr(self.model, "network", self.model)
+        self._first = None
+        network = self.model.network if isinstance(self.model, RegularizedModel) else self.model
         self._sigma = tf.function(
             lambda x: (
                 norms.spectral_norm(
@@ -84,7 +90,9 @@ class SpectralNormMonitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures if it is due, and adds the result to the logs of the epoch."""
-        if epoch % self.every == 0 or not self._last:
+        if self._first is None:
+            self._first = epoch
+        if (epoch - self._first) % self.every == 0:
             sigma = self.measure()
             self._last = {
                 "val_sigma_mean": float(np.mean(sigma)),
@@ -103,7 +111,14 @@ class SpectralNormMonitor(keras.callbacks.Callback):
             # The last batch is filled up with points from the beginning.
             rows = np.arange(start, start + size) % self._points
             batch = keras.tree.map_structure(
-                lambda leaf, rows=rows: tf.constant(leaf[rows]), self.x
+                lambda leaf, rows=rows: None if leaf is None else tf.constant(leaf[rows]), self.x
             )
             found.append(self._sigma(batch).numpy())
         return np.concatenate(found)[: self._points]
+
+
+def _is_text(leaf: np.ndarray) -> bool:
+    """Whether an array holds strings, which TensorFlow's are as objects."""
+    return leaf.dtype.kind in "SU" or (
+        leaf.dtype.kind == "O" and all(isinstance(one, bytes | str) for one in leaf.flat)
+    )

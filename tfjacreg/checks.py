@@ -113,7 +113,7 @@ def check_network(
 
     Args:
         network: A `keras.Layer`.
-        x: What the network takes, with at least two examples.
+        x: What the network takes, with at least two examples, or one if its `Input` fixes that.
         training: Whether the network runs in training mode.
         forward_mode: `"accumulator"` or `"transpose"`; see `regularizers.SpectralNorm`.
         jit_compile: Whether XLA is going to compile the training step, as in `compile`.
@@ -124,7 +124,7 @@ def check_network(
     Raises:
         TypeError: If `network` is not a `keras.Layer`, `x` or the output holds no floating tensor,
             or `training` or `jit_compile` is not True or False.
-        ValueError: If `x` has fewer than two examples, or another argument is out of range. If the
+        ValueError: If `x` has too few examples, or another argument is out of range. If the
             network or a layer fails; the message names it.
     """
     arguments.network(network)
@@ -135,17 +135,13 @@ def check_network(
     )
     given = signature.resolve_input(network, x, input)
     shape = tuple(given.x.shape)
-    if shape[0] < 2:
+    if shape[0] < 2 and not signature.takes_one(network):
         raise ValueError(
             "`x` must hold at least two examples, to see whether the network mixes them. "
             f"Received: x of shape {shape}"
         )
     if not network.built:
-        network(
-            keras.tree.map_structure(
-                lambda t: keras.KerasTensor(t.shape, dtype=t.dtype.name), given.packed()
-            )
-        )
+        network(signature.symbolic(given.packed()))
     with _restored(network) as variables:
         found = _Check(network, given, settings, output, variables).run()
     if found is not None:

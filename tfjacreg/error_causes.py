@@ -1,5 +1,10 @@
 """Finds what an error came from."""
 
+import traceback
+
+# Where TensorFlow differentiates.
+_DIFFERENTIATING = ("tensorflow.python.eager.backprop", "tensorflow.python.eager.forwardprop")
+
 
 def find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
     """Returns the error, or the first in its chain of causes, that is of these kinds; or None.
@@ -30,3 +35,15 @@ def raise_an_interrupt(error: BaseException) -> None:
     """Raises KeyboardInterrupt if Ctrl-C caused the error: in C++ it becomes a SystemError."""
     if came_from(error, KeyboardInterrupt):
         raise KeyboardInterrupt from error
+
+
+def is_of_a_derivative(error: BaseException) -> bool:
+    """Whether the error was raised while TensorFlow differentiated.
+
+    Args:
+        error: What was caught.
+    """
+    modules = (
+        frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    return any(module in _DIFFERENTIATING for module in modules)

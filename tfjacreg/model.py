@@ -7,6 +7,7 @@ import contextvars
 import functools
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ import tensorflow as tf
 from tfjacreg import (
     _keras,
     arguments,
+    atomic_files,
     regularizers,
     rewrites,
     signature,
@@ -23,6 +25,7 @@ from tfjacreg import (
     weights_files,
 )
 from tfjacreg.checks import check_network, explained
+from tfjacreg.error_causes import is_of_a_derivative
 from tfjacreg.jacobian import JacobianOperator
 
 # The name of the mean penalty in the logs, as long as no metric of the user has it.
@@ -99,8 +102,10 @@ class RegularizedModel(keras.Model):
                 f"{self.regularizer!r}"
             )
         self._of: dict[str, Any] = {"input": input, "output": output}
-        # The check, the warnings about the layers and the one of the first step come once.
-        self._is_checked = self._is_told = self._is_weighed = False
+        # The warnings about the layers and the one of the first step come once.
+        self._is_told = self._is_weighed = False
+        # The weights that the check has seen, once for each way to compile the step.
+        self._checked: set[tuple[bool, int]] = set()
         self._example = _Specs(None)
         self._penalty_state: list[keras.Variable] = []
         self._penalty_name: str | None = None
@@ -109,7 +114,7 @@ class RegularizedModel(keras.Model):
         inputs = _keras.input_structure(network) if network.built else None
         if inputs is not None:
             # Called once on symbolic inputs, so that it can be summarized and exported at once.
-            self(_symbolic(inputs))
+            self(signature.symbolic(inputs))
             # A subclass may keep a teacher or a metric as an attribute, as a functional model may.
             _keras.unlock(self)
 
@@ -184,7 +189,7 @@ class RegularizedModel(keras.Model):
             self.network(
                 keras.tree.map_shape_structure(lambda s: keras.KerasTensor(s, dtype), input_shape)
                 if self._example.specs is None
-                else _symbolic(self._example.specs)
+                else signature.symbolic(self._example.specs)
             )
         if self.regularizer is not None:
             if not self.network.trainable_variables and not _is_made_again.get():
@@ -238,12 +243,12 @@ class RegularizedModel(keras.Model):
             return  # The parts of a batch for several devices do not share one shape.
         self._example = _Specs(keras.tree.map_structure(_spec, x))
         if not self.built and all(t.shape.rank for t in keras.tree.flatten(self._example.specs)):
-            self(_symbolic(self._example.specs))
+            self(signature.symbolic(self._example.specs))
         graph, targets = _keras.graph_of(self.network), keras.tree.flatten(y)
         if graph is None or not self._is_as_written("train_step", "call", "compute_metrics"):
             return  # What the metrics compare is known to the step alone.
         if targets and all(_has_a_shape(t) and t.shape for t in targets):
-            _keras.build_metrics(self, _symbolic(y), graph.output)
+            _keras.build_metrics(self, signature.symbolic(y), graph.output)
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes the training function; the first time, outside any graph, checks the Jacobian."""
@@ -320,41 +325,50 @@ class RegularizedModel(keras.Model):
             self._factor_variable.assign(factor)
 
     def _check(self) -> None:
-        """Checks the network once, if the penalty is one of its Jacobian."""
+        """Checks the network, if the penalty is one of its Jacobian and this is not done yet.
+
+        XLA computes other products, and weights that were frozen have other second derivatives.
+        """
         regularizer: Any = self.regularizer
         if not self._is_of_the_jacobian:
             return
+        is_compiled = bool(self.jit_compile and not self.run_eagerly)
+        subjects = {(is_compiled, id(v)) for v in self.network.trainable_variables}
         tells = regularizer.factor != 0 and not self._is_told
-        if self._is_checked and not tells:
+        if subjects <= self._checked and not tells:
             return
         example = signature.example(self.network, self._example.specs)
         if tells:
             self._is_told = True
             weak_penalties.warn_of_layers(self.network, self.loss, example=example, **self._of)
-        if self._is_checked or example is None:
-            return  # The network takes none of the lengths tried, or one example at a time.
-        # FrobeniusNorm and custom penalties compute no product along the pass.
-        forward_mode = getattr(regularizer, "forward_mode", "transpose")
-        is_open = signature.leaves_lengths_open(self.network, self._example.specs)
-        with rewrites.keeping_loops() if is_open else contextlib.nullcontext():
-            check_network(
-                self.network,
-                example,
-                forward_mode=forward_mode,
-                jit_compile=bool(self.jit_compile and not self.run_eagerly),
-                **self._of,
-            )
-        self._is_checked = True
+        if subjects <= self._checked:
+            return
+        if example is None:
+            weak_penalties.warn_of_no_check(self.network)
+        else:
+            # FrobeniusNorm and custom penalties compute no product along the pass.
+            forward_mode = getattr(regularizer, "forward_mode", "transpose")
+            is_open = signature.leaves_lengths_open(self.network, self._example.specs)
+            with rewrites.keeping_loops() if is_open else contextlib.nullcontext():
+                check_network(
+                    self.network,
+                    example,
+                    forward_mode=forward_mode,
+                    jit_compile=is_compiled,
+                    **self._of,
+                )
+        self._checked |= subjects
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step on the loss plus the penalty, in the order of Algorithm 1."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         # Eagerly an empty batch is known to be empty: there is nothing to penalize.
-        if self.regularizer is None or any(t.shape[:1] == (0,) for t in keras.tree.flatten(x)):
+        is_empty = any(t is not None and t.shape[:1] == (0,) for t in keras.tree.flatten(x))
+        if self.regularizer is None or is_empty:
             return super().train_step(data)
         with tf.GradientTape() as tape:
             # Forward mode, along the pass of the loss.
-            with self._explained(only_of="variant"):  # Keras' own errors stay what they are.
+            with self._explained(is_forward=True):  # Keras' own errors stay what they are.
                 subject, y_pred = self._forward(x)
             loss = _keras.compute_loss(self, x, y, y_pred, sample_weight)
             # Backward mode.
@@ -396,16 +410,18 @@ class RegularizedModel(keras.Model):
         return self._factor_variable
 
     @contextlib.contextmanager
-    def _explained(self, only_of: str = "") -> Iterator[None]:
+    def _explained(self, *, is_forward: bool = False) -> Iterator[None]:
         """Explains an error of TensorFlow that says that a derivative is missing.
 
         Args:
-            only_of: What an error must mention to be one of these.
+            is_forward: Whether only the forward pass runs, which may lack tangents alone.
         """
         try:
             yield
         except (TypeError, LookupError, AttributeError, tf.errors.InternalError) as error:
-            if only_of not in str(error):
+            lacks_tangents = "variant" in str(error)
+            # Others are mistakes in a penalty, a network or a loss, and say so themselves.
+            if not lacks_tangents and (is_forward or not is_of_a_derivative(error)):
                 raise
             mode = getattr(self.regularizer, "forward_mode", "transpose")
             raise explained(error, self.network, mode) from error
@@ -444,11 +460,14 @@ class RegularizedModel(keras.Model):
             overwrite: Whether an existing file is replaced without asking.
             **kwargs: Further arguments of `keras.Model.save_weights`.
         """
-        before = weights_files.stamp(filepath)
-        super().save_weights(filepath, overwrite=overwrite, **kwargs)
-        is_one = weights_files.is_one(filepath) and not kwargs.get("max_shard_size")
-        if is_one and weights_files.stamp(filepath) != before:
-            weights_files.put_network_first(filepath, self.network)
+        if not weights_files.is_one(filepath) or kwargs.get("max_shard_size"):
+            super().save_weights(filepath, overwrite=overwrite, **kwargs)
+            return
+        path = Path(filepath)
+        if overwrite or not path.exists() or _keras.ask_to_overwrite(str(path)):
+            with atomic_files.replacing(path) as partial:
+                super().save_weights(partial, **kwargs)
+                weights_files.put_network_first(partial, self.network)
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
         """Loads weights; a `.weights.h5` file of the network alone is loaded into the network.
@@ -613,15 +632,3 @@ def _spec(data: Any) -> tf.TensorSpec | tf.SparseTensorSpec:
     shape = tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
     is_sparse = isinstance(data, (tf.SparseTensor, tf.SparseTensorSpec))
     return (tf.SparseTensorSpec if is_sparse else tf.TensorSpec)(shape, data.dtype)
-
-
-def _symbolic(structure: Any) -> Any:
-    """Symbolic Keras tensors with the shapes and dtypes of a structure of tensors."""
-    return keras.tree.map_structure(
-        lambda t: keras.KerasTensor(
-            tuple(t.shape),
-            keras.backend.standardize_dtype(t.dtype),
-            sparse=getattr(t, "sparse", isinstance(t, tf.SparseTensorSpec)),
-        ),
-        structure,
-    )

@@ -179,9 +179,10 @@ def example(network: keras.Layer, specs: Any) -> Any:
             network's `Input`s declare.
 
     Returns:
-        Tensors of two examples, or of as many as the network's `Input` fixes. An axis of unknown
-        size gets the first of a few lengths that the network takes. None if a rank is not known, if
-        the network takes none of these lengths, or if it takes one example at a time.
+        Tensors of two examples, or of as many as the data or the network's `Input` fix; of one
+        example only where the `Input` fixes that. An axis of unknown size gets the first of a few
+        lengths that the network takes. None if a rank is not known, or if the network takes none of
+        these lengths.
     """
     inputs = list(getattr(network, "inputs", None) or [])
     specs = _specs_of_data(network, specs)
@@ -197,7 +198,7 @@ def example(network: keras.Layer, specs: Any) -> Any:
         return _random(specs, known, shapes, 0)
     for length in _LENGTHS:
         made = _random(specs, known, shapes, length)
-        if made is None or _takes(network, made):
+        if _takes(network, made):
             return made
     return None
 
@@ -239,25 +240,41 @@ def _known_shape(leaf: Any, spec: Any) -> tuple[int | None, ...] | None:
     return tuple(shape) if shape.rank else None
 
 
+def symbolic(x: Any) -> Any:
+    """Symbolic Keras tensors in the place of tensors or their specs; None stays."""
+
+    def of(leaf: Any) -> Any:
+        is_sparse = isinstance(leaf, tf.SparseTensor | tf.SparseTensorSpec)
+        is_sparse = is_sparse or getattr(leaf, "sparse", False)
+        dtype = keras.backend.standardize_dtype(leaf.dtype)
+        return keras.KerasTensor(tuple(leaf.shape), dtype, sparse=is_sparse)
+
+    return keras.tree.map_structure(lambda leaf: None if leaf is None else of(leaf), x)
+
+
+def takes_one(network: keras.Layer) -> bool:
+    """Whether a network declares that it takes one example at a time: there it can mix none."""
+    inputs = list(getattr(network, "inputs", None) or [])
+    return bool(inputs) and all(spec.shape[0] == 1 for spec in inputs)
+
+
 def _takes(network: keras.Layer, x: Any) -> bool:
     """Whether a network takes tensors of these shapes, and returns any of at least one element."""
-    symbolic = keras.tree.map_structure(
-        lambda t: keras.KerasTensor(t.shape, t.dtype.name, isinstance(t, tf.SparseTensor)), x
-    )
     try:
-        outputs = keras.tree.flatten(network.compute_output_spec(symbolic))
+        outputs = keras.tree.flatten(network.compute_output_spec(symbolic(x)))
     except Exception:  # Whatever its layers have for a shape that is too small.
         return False
     return all(size is None or size > 0 for output in outputs for size in output.shape)
 
 
 def _random(specs: Any, known: list[Any], shapes: list[Any], length: int) -> Any:
-    """Random tensors of these shapes, with `length` in the place of what is not known; or None."""
+    """Random tensors of these shapes, with `length` in the place of what is not known."""
     made = []
     for number, ((leaf, spec), (batch, *rest)) in enumerate(zip(known, shapes, strict=True)):
-        shape = (2 if batch is None else batch, *(length if n is None else n for n in rest))
-        if shape[0] < 2:
-            return None
+        # Data that come one by one leave it to the network whether it takes more.
+        is_one = spec is not None and spec.shape[0] == 1
+        size = 1 if is_one else max(2, batch or 2)
+        shape = (size, *(length if n is None else n for n in rest))
         dtype = tf.as_dtype(leaf.dtype if spec is None else spec.dtype)
         if dtype.is_floating:
             dtype = tf.float32 if dtype.size < 4 else dtype

@@ -56,8 +56,9 @@ class PenaltyWarning(UserWarning):
     """A penalty of the Jacobian that cannot act, or is measured in other units than it seems.
 
     `RegularizedModel` gives each warning once, before or at the first training step: for outputs
-    that are probabilities, for inputs that the network itself scales down, and if factor times
-    penalty is below 3e-5 of the loss in the first step. `docs/troubleshooting.md` says what to do.
+    that are probabilities, for inputs that the network itself scales down, for a network that could
+    not be checked, and if factor times penalty is below 3e-5 of the loss in the first step (with
+    `steps_per_execution`, in the first of these). `docs/troubleshooting.md` says what to do.
     `warnings.filterwarnings("ignore", category=tfjacreg.PenaltyWarning)` silences all of them; with
     its argument `message=` it silences one kind.
     """
@@ -101,6 +102,19 @@ def warn_of_layers(
         )
 
 
+def warn_of_no_check(network: keras.Layer) -> None:
+    """Warns that `fit` cannot check the network.
+
+    Args:
+        network: The network.
+    """
+    _warn(
+        f"Network {network.name!r} is not checked before training: no example could be made for "
+        "it, since the rank of its inputs is not known, or it takes none of the lengths tried. "
+        "Check it on two examples of yours: tfjacreg.check_network(model.network, x, ...)"
+    )
+
+
 def warn_of_first_step(network: keras.Layer, factor: float, penalty: float, loss: float) -> None:
     """Warns if the penalty is negligible beside the loss.
 
@@ -115,7 +129,7 @@ def warn_of_first_step(network: keras.Layer, factor: float, penalty: float, loss
     part, rest = abs(factor * penalty), abs(loss - factor * penalty)
     if math.isfinite(rest) and 0 < part < _LEAST_PART * rest:
         _warn(
-            f"The penalty of network {network.name!r} hardly acts: in the first step factor times "
+            f"The penalty of network {network.name!r} hardly acts: at the start factor times "
             f"penalty is {part:.2g} beside a loss of {rest:.2g}. Take a larger factor, or look for "
             "what makes the Jacobian small: inputs in 0..255, a loss that is a sum, outputs that "
             "saturate"

@@ -25,14 +25,6 @@ def is_one(path: Any) -> bool:
     return str(path).endswith(".weights.h5") and "://" not in str(path)
 
 
-def stamp(path: Any) -> tuple[int, int] | None:
-    """A value that changes when the file is written anew; None if there is no file."""
-    with contextlib.suppress(OSError):
-        found = Path(path).stat()
-        return found.st_mtime_ns, found.st_ino
-    return None
-
-
 def put_network_first(path: Any, network: keras.Layer) -> None:
     """Moves the network to the root of a file that Keras wrote for the model around it.
 
