@@ -9,7 +9,13 @@ import tensorflow as tf
 from keras import layers
 
 import tfjacreg
-from tfjacreg import PenaltyWarning, RegularizedModel, regularizers, weak_penalties
+from tfjacreg import (
+    PenaltyWarning,
+    RegularizedModel,
+    network_ends,
+    regularizers,
+    weak_penalties,
+)
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 6)).astype("float32")
@@ -263,7 +269,7 @@ def test_the_number_in_the_message_is_that_of_sigma():
     """The norm per grey level is that of the rest of the network times the scale."""
     dense = layers.Dense(3)
     network = chain(layers.Rescaling(1 / 50), dense)
-    _, scale = weak_penalties.shrinking_start(network, None)
+    _, scale = network_ends.shrinking_start(network, None)
     whole = tfjacreg.spectral_norm(network, X, method="exact").sigma
     behind = tfjacreg.spectral_norm(chain(dense), X, method="exact").sigma
     np.testing.assert_allclose(whole, scale * behind, rtol=1e-5)

@@ -294,6 +294,18 @@ def with_code(folder):
     return npz({})(folder) | {"network": str(folder / "mine.keras")}
 
 
+def by_operations(start, end):
+    """A network that begins or ends with an operation in place of a layer."""
+
+    def make(folder):
+        inputs = keras.Input(SHAPE)
+        outputs = end(layers.Dense(3)(layers.Flatten()(start(inputs))))
+        keras.Model(inputs, outputs).save(folder / "mine.keras")
+        return npz({})(folder) | {"network": str(folder / "mine.keras")}
+
+    return make
+
+
 IMPORTS = "import keras\n"
 CODE = IMPORTS + "def make(shape, classes):\n    "
 NETWORKS = [
@@ -322,6 +334,16 @@ NETWORKS = [
             lambda: layers.Dense(3),
         ),
         "(Normalization). Take it off",
+    ),
+    (
+        "a division of the pixels at the start",
+        by_operations(lambda x: x / 255.0, lambda y: y),
+        "one that scales them by 0.0039",
+    ),
+    (
+        "a softmax by an operation at the end",
+        by_operations(lambda x: x, keras.ops.softmax),
+        "one whose outputs are probabilities",
     ),
     (
         "images of another size",

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfjacreg import _keras, networks
+from tfjacreg import _keras, network_ends, networks
 from tfjacreg.experiments import checkpoint, files
 from tfjacreg.printable import is_one_line
 
@@ -210,6 +210,13 @@ def _check(
             f"    {_without(layer, inner, input_shape)}"
             '.save("from_standardized.keras")'
         )
+    scaled = network_ends.shrinking_start(network, None)
+    if scaled is not None:
+        what, by = scaled
+        raise ValueError(
+            f"{name}: the network must take standardized images, which train.py makes. Received: "
+            f"one that scales them by {by:.2g}, by {what}. Build it without that"
+        )
     end = _end(network)
     if end is not None:
         layer, kind, inner = end
@@ -227,6 +234,13 @@ def _check(
             f"{layer.name!r} ({type(layer).__name__}). Take it off:\n"
             f'    network = keras.models.load_model("{_file_of(name)}"); '
             f"inner = network{_inside(network, inner)}\n    {mend}"
+        )
+    graph = _keras.graph_of(network)
+    saturating = graph and network_ends.saturating_end(graph, graph.outputs[0])
+    if saturating:
+        raise ValueError(
+            f"{name}: the network must end in logits. Received: one whose outputs are "
+            f"probabilities: {saturating}. Build it without that"
         )
     if output != (num_classes,):
         raise ValueError(

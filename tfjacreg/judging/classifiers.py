@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg import weak_penalties
+from tfjacreg import network_ends
 
 Array = npt.NDArray[np.floating]
 Progress = Callable[[int], object]
@@ -68,7 +68,7 @@ def check_classifier(
     if not isinstance(classifier, keras.Model):
         raise TypeError(f"classifier must be a keras.Model. Received: {type(classifier).__name__}.")
     pixels, labels = _check_examples(classifier, _as_array("x", x), _as_array("y", y))
-    scaled = weak_penalties.shrinking_start(classifier, None)
+    scaled = network_ends.shrinking_start(classifier, None)
     if scaled is not None:
         layer, factor = scaled
         warnings.warn(
