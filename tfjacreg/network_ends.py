@@ -142,13 +142,9 @@ def _constant(node: Any) -> float | None:
 def _inputs_meant(graph: Any, name: signature.Name) -> list[Any]:
     """The inputs that a name stands for; all floating inputs if it is none of their names."""
     inputs = list(graph.inputs)
-    keys = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(graph.input)]
-    named = [
-        tensor
-        for number, (tensor, key) in enumerate(zip(inputs, keys, strict=True))
-        if name is not None and name in (key, tensor.name, number)
-    ]
-    return named or [tensor for tensor in inputs if "float" in tensor.dtype]
+    names = list(zip(signature.keys(graph.input), (t.name for t in inputs), strict=True))
+    found = signature.named(name, names, range(len(inputs)))
+    return [inputs[n] for n in found] or [tensor for tensor in inputs if "float" in tensor.dtype]
 
 
 def saturating_end(graph: Any, tensor: Any) -> str | None:

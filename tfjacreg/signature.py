@@ -55,6 +55,26 @@ class NetworkInput(NamedTuple):
         return keras.tree.pack_sequence_as(self.structure, self.leaves)
 
 
+def keys(structure: Any) -> list[str]:
+    """The keys or positions that lead to each tensor of a structure, with points between them."""
+    return [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(structure)]
+
+
+def named(name: Name, names: Sequence[Sequence[str]], candidates: Sequence[int]) -> list[int]:
+    """The candidates that a name stands for: a key goes before a name, and that before a position.
+
+    Args:
+        name: The position, key or name.
+        names: The key and the names of each tensor.
+        candidates: The positions of the tensors that may be meant.
+    """
+    found = [n for n in candidates if name in names[n][:1]]
+    found = found or [n for n in candidates if name in names[n]]
+    if not found and isinstance(name, numbers.Integral) and not isinstance(name, bool):
+        found = [n for n in candidates if n == name]
+    return found
+
+
 def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInput:
     """Casts what a network takes as Keras casts it, and finds the input of the Jacobian.
 
@@ -74,7 +94,7 @@ def resolve_input(network: keras.Layer, x: Any, name: Name = None) -> NetworkInp
             is empty or has no batch axis.
     """
     inputs = list(getattr(network, "inputs", None) or [])
-    paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(x)]
+    paths = keys(x)
     leaves = keras.tree.flatten(x)
     if any(isinstance(leaf, int | float) for leaf in leaves):
         raise TypeError(
@@ -133,7 +153,7 @@ def select_output(network: keras.Layer, outputs: Any, name: Name = None) -> tf.T
         ValueError: If there are several and `name` is None, or `name` is none of them.
     """
     leaves = keras.tree.flatten(outputs)
-    paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(outputs)]
+    paths = keys(outputs)
     known = getattr(network, "output_names", None) or []
     if len(known) != len(leaves):
         known = [None] * len(leaves)
@@ -189,8 +209,7 @@ def example(network: keras.Layer, specs: Any) -> Any:
     leaves = keras.tree.flatten(specs)
     if not leaves or any(leaf.shape is None for leaf in leaves):
         return None
-    paths = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(specs)]
-    known = list(zip(leaves, _specs(specs, paths, inputs), strict=True))
+    known = list(zip(leaves, _specs(specs, keys(specs), inputs), strict=True))
     shapes = [_known_shape(leaf, spec) for leaf, spec in known]
     if any(shape is None for shape in shapes):
         return None
@@ -310,10 +329,7 @@ def _chosen(
             f"The candidates are {shown}. Received: {kind}=None"
         )
     check_name(kind, name)
-    found = [n for n in candidates if name in names[n][:1]]  # A key goes before a name.
-    found = found or [n for n in candidates if name in names[n]]
-    if not found and isinstance(name, numbers.Integral) and not isinstance(name, bool):
-        found = [n for n in candidates if n == name]
+    found = named(name, names, candidates)
     if len(found) != 1:
         raise NotOne(
             f"`{kind}` must be the position, key or name of one floating {kind} of the network: "

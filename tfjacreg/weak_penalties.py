@@ -113,14 +113,9 @@ def warn_of_first_step(network: keras.Layer, factor: float, penalty: float, loss
 
 def _outputs_meant(network: keras.Layer, graph: Any, name: signature.Name) -> list[int]:
     """The positions of the outputs that a name stands for; all if it is none of their names."""
-    keys = [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(graph.output)]
-    names = getattr(network, "output_names", None) or keys
-    named = [
-        number
-        for number, key in enumerate(keys)
-        if name is not None and name in (key, names[number], number)
-    ]
-    return named or list(range(len(keys)))
+    keys = signature.keys(graph.output)
+    names = list(zip(keys, getattr(network, "output_names", None) or keys, strict=True))
+    return signature.named(name, names, range(len(keys))) or list(range(len(keys)))
 
 
 def _saturating_end(

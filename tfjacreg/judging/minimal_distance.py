@@ -23,6 +23,7 @@ from tfjacreg.judging.classifiers import (
     pad_rows,
     scaled_margin,
 )
+from tfjacreg.vectors import broadcast_like
 
 _DIRECTIONS = 12
 # The number of other classes, the most likely ones, to whose boundaries the feet are computed.
@@ -165,21 +166,16 @@ def _descent_function(
             gradient = tape.gradient(margin, candidate)
             fooled, length = margin < 0, _length(perturbation)
             closer = fooled & (length < shortest)
-            nearest = tf.where(_like(closer, images), candidate, nearest)
+            nearest = tf.where(broadcast_like(closer, images), candidate, nearest)
             shortest = tf.where(closer, length, shortest)
             phase = tf.cast(iteration, tf.float32) / iterations
             share = _LAST_STEP + (_FIRST_STEP - _LAST_STEP) * (1 + tf.cos(np.pi * phase)) / 2
-            perturbation -= _like(share * radius, images) * _unit(gradient)
+            perturbation -= broadcast_like(share * radius, images) * _unit(gradient)
             radius *= tf.where(fooled, 1 - _LENGTH_CHANGE, 1 + _LENGTH_CHANGE)
-            perturbation = _like(radius, images) * _unit(perturbation)
+            perturbation = broadcast_like(radius, images) * _unit(perturbation)
         return nearest, perturbation
 
     return concrete_function(descent, checked.x, checked.y, checked.x)
-
-
-def _like(rows: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
-    """Returns `rows` `[B]` with the rank of `images`, for broadcasting."""
-    return tf.reshape(rows, [-1, *[1] * (len(images.shape) - 1)])
 
 
 def _length(images: tf.Tensor) -> tf.Tensor:
@@ -191,4 +187,4 @@ def _length(images: tf.Tensor) -> tf.Tensor:
 
 def _unit(images: tf.Tensor) -> tf.Tensor:
     """Returns `images` with length 1, or 0 where they are 0."""
-    return tf.math.divide_no_nan(images, _like(_length(images), images))
+    return tf.math.divide_no_nan(images, broadcast_like(_length(images), images))
