@@ -25,7 +25,7 @@ class Rows(NamedTuple):
         names: The networks, in the order of the rows.
         parts: What can be measured of each.
         timed: Those parts whose figures belong to this machine.
-        repeats: How many steps are timed, unless the command says so.
+        repeats: How many steps are timed, unless the command says so; 0 if none are.
         json: The file of the results.
         page: The page with the table.
         in_a_process: What the script runs in processes of its own, by name.
@@ -52,9 +52,11 @@ class Rows(NamedTuple):
         names, parts = list(self.names), list(self.parts)
         parser.add_argument(f"--{self.key}", nargs="+", choices=names, default=names, dest="names")
         parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
-        parser.add_argument(
-            "--repeats", type=int, default=self.repeats, help="steps that are timed"
-        )
+        parser.set_defaults(repeats=self.repeats)
+        if self.repeats:
+            parser.add_argument(
+                "--repeats", type=int, default=self.repeats, help="steps that are timed"
+            )
         parser.add_argument("--redo", action="store_true", help="also what is there already")
         parser.add_argument("--json", type=Path, default=self.json)
         parser.add_argument("--page", type=Path, default=self.page)

@@ -1,8 +1,7 @@
-"""For every family of keras.applications: whether it works, the error of its sigma, its cost.
+"""For every family of keras.applications: whether it works, and the error of its sigma.
 
     python benchmarks/applications.py                         # what is missing in the results
     python benchmarks/applications.py --models VGG16 --redo   # anew
-    python benchmarks/applications.py --redo --parts timings  # on a quiet machine
     python benchmarks/applications.py --parts                 # docs/verification.md alone
 
 Every model is made without weights, at its smallest size, with ten logits. Each part of a model
@@ -11,16 +10,12 @@ runs in a process of its own, and its row is written as soon as it is known.
 checks: `check_network` in training mode, in both forward modes, with fresh weights for each seed.
 errors: `spectral_norm(method="exact")` compared with the SVD of the dense Jacobian in float64, in
 inference mode, for the network in float64 and for the same weights in float32.
-timings: training steps on one batch, of the network by Keras alone and with `SpectralNorm`.
 """
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-import _memory
 import _rows
 import _setup  # noqa: F401
 import keras
@@ -50,9 +45,7 @@ MODELS = {
     "InceptionV3": (75, 10),
     "InceptionResNetV2": (75, 10),
 }
-PARTS = ("checks", "errors", "timings")
-VARIANTS = ("plain", *FORWARD_MODES)
-BATCH_SIZE = 16
+PARTS = ("checks", "errors")
 BEGIN, END = "<!-- applications.py: begin -->", "<!-- applications.py: end -->"
 
 
@@ -135,14 +128,6 @@ def dense_jacobian(made: keras.Model, x: np.ndarray) -> np.ndarray:
     return np.stack(rows, axis=1)
 
 
-def timings(name: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds of the first and of a later step, and peak memory, of every variant."""
-    rows = {}
-    for variant in VARIANTS:
-        rows[variant] = in_a_process("variant", name, variant, str(repeats))
-    return rows
-
-
 def compiled(made: keras.Model, kind: str) -> keras.Model:
     """A network to be trained: `"plain"` by Keras alone, or with the penalty in a forward mode."""
     model = made
@@ -156,61 +141,28 @@ def compiled(made: keras.Model, kind: str) -> keras.Model:
     return model
 
 
-def variant(name: str, kind: str, repeats: int) -> dict[str, float]:
-    """The same of one variant, in this process."""
-    model = compiled(network(name), kind)
-    x = tf.constant(images(name, BATCH_SIZE).astype("float32"))
-    y = tf.constant(np.random.default_rng(0).integers(0, 10, BATCH_SIZE))
-    # Not fit: its check would be timed too.
-    step = tf.function(model.train_step, autograph=False)
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        logs = {key: float(value) for key, value in step((x, y)).items()}
-        seconds.append(time.perf_counter() - start)
-    return {
-        "first": seconds[0],
-        "step": statistics.median(seconds[1:]),
-        "peak_gib": _memory.gib(),
-        **{key: logs[key] for key in ("loss", "penalty") if key in logs},
-    }
-
-
-IN_A_PROCESS: dict[str, Callable[..., Any]] = {
-    "checks": checks,
-    "errors": errors,
-    "variant": lambda name, kind, repeats: variant(name, kind, int(repeats)),
-}
+IN_A_PROCESS: dict[str, Callable[..., Any]] = {"checks": checks, "errors": errors}
 
 
 in_a_process = functools.partial(_rows.in_a_process, __file__)
 
 
-def measured(name: str, part: str, repeats: int) -> Any:
-    """One part of the results of a model."""
-    return timings(name, repeats) if part == "timings" else in_a_process(part, name)
+def measured(name: str, part: str, _repeats: int) -> Any:
+    """One part of the results of a model; no step is timed."""
+    return in_a_process(part, name)
 
 
 def table(content: dict[str, Any]) -> str:
     """The table of docs/verification.md."""
     lines = [
-        "| model | pixels | seeds refused | error of sigma, float64 | float32 "
-        "| first step, s: plain, accumulator, transpose | a step, times the plain one "
-        "| peak memory, GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | pixels | seeds refused | error of sigma, float64 | float32 |",
+        "|---|---|---|---|---|",
     ]
     for name, row in content["models"].items():
         cells = [name, f"{MODELS[name][0]}"]
-        checked, wrong, times = (row.get(part) for part in PARTS)
+        checked, wrong = (row.get(part) for part in PARTS)
         cells.append(f"{len(checked['refused'])} of {checked['seeds']}" if checked else "")
         cells += [f"{wrong[dtype]:.0e}" if wrong else "" for dtype in ("float64", "float32")]
-        if times:
-            plain = times["plain"]["step"]
-            cells.append(", ".join(f"{times[kind]['first']:.0f}" for kind in VARIANTS))
-            cells.append(", ".join(f"{times[kind]['step'] / plain:.1f}" for kind in FORWARD_MODES))
-            cells.append(", ".join(f"{times[kind]['peak_gib']:.1f}" for kind in VARIANTS))
-        else:
-            cells += ["", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -226,8 +178,8 @@ def main() -> None:
         key="models",
         names=tuple(MODELS),
         parts=PARTS,
-        timed=("timings",),
-        repeats=5,
+        timed=("errors",),
+        repeats=0,
         json=_rows.ROOT / "results" / "applications.json",
         page=_rows.ROOT / "docs" / "verification.md",
         in_a_process=IN_A_PROCESS,

@@ -101,8 +101,8 @@ def thresholds_table(content: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def estimators_table(content: dict[str, Any], errors: dict[str, Any], steps: dict[str, Any]) -> str:
-    """The digits, beside the error and the step time that other benchmarks measured."""
+def estimators_table(content: dict[str, Any], errors: dict[str, Any]) -> str:
+    """The digits, beside the error that another benchmark measured."""
     trained = [network for network in errors["networks"] if network["name"] == "power_1"]
 
     def error(variant: dict[str, Any]) -> str:
@@ -112,14 +112,7 @@ def estimators_table(content: dict[str, Any], errors: dict[str, Any], steps: dic
         found = [network["errors"][variant["method"]][index]["mean"] for network in trained]
         return f"{100 * statistics.mean(found):.0f}"
 
-    def times(variant: dict[str, Any]) -> str:
-        fraction = {0.25: "_quarter", 1: ""}.get(variant.get("fraction", 1))
-        name = f"{variant['method']}_{variant.get('iterations', 1)}_transpose{fraction}"
-        name = "exact" if variant["method"] == "exact" else name
-        ratios = [steps["batch_size"][size].get(name, {}).get("ratio") for size in ("32", "256")]
-        return " / ".join(f"{ratio:.1f}" for ratio in ratios if ratio)
-
-    head = ["estimator", "products", "too low by, in %", "a step, batch 32 / 256"]
+    head = ["estimator", "products", "too low by, in %"]
     head += ["test accuracy in %", "under noise in %", "mean exact sigma"]
     rows = []
     for row in content["estimators"]:
@@ -130,7 +123,6 @@ def estimators_table(content: dict[str, Any], errors: dict[str, Any], steps: dic
                 estimator_name(variant),
                 "10" if exact else f"{2 * variant['iterations']}",
                 error(variant),
-                times(variant),
                 spread(row["test_accuracy"], 1, 100),
                 spread(row["noisy_accuracy"], 1, 100),
                 spread(row["sigma_mean"], 2),
@@ -192,11 +184,7 @@ def tables(results: Path) -> dict[str, str]:
         "factors": factors_table(content),
         "fashion_mnist": fashion_table(results / "fashion_mnist" / "grid"),
         "thresholds": thresholds_table(content),
-        "estimators": estimators_table(
-            content,
-            files.read_json(results / "estimator_error.json"),
-            files.read_json(results / "step_time_lenet.json"),
-        ),
+        "estimators": estimators_table(content, files.read_json(results / "estimator_error.json")),
         "denoiser": denoiser_table(content),
         "monitor": monitor_table(content),
     }

@@ -180,8 +180,10 @@ def table(content: dict[str, Any]) -> str:
     """The table of docs/cost.md."""
     lines = [
         "| network | plain step, ms | double backward | N = 1 | N = 1, transpose "
-        "| first step, s | times plain | N = 1 to transpose | of them the check "
-        "| peak memory, GiB |",
+        "| first step, s: plain, N = 1, transpose "
+        "| first step / plain: double backward, N = 1, transpose "
+        "| first step: N = 1 / transpose | check, s: N = 1, transpose "
+        "| peak memory, GiB: plain, N = 1, transpose |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in content["networks"].items():

@@ -1,8 +1,7 @@
-"""What `check_network` finds about second derivatives: right networks, planted errors, its time.
+"""What `check_network` finds about second derivatives: right networks, planted errors.
 
     python benchmarks/second_derivative_check.py                    # what is missing in the results
     python benchmarks/second_derivative_check.py --networks ResNet50 --redo
-    python benchmarks/second_derivative_check.py --parts seconds --before CHECKOUT --redo
     python benchmarks/second_derivative_check.py --parts            # docs/verification.md alone
 
 The networks are the families of keras.applications (`applications.py`), those of `networks.py`,
@@ -17,13 +16,10 @@ those without a verdict.
 planted: the same network followed by a layer whose value and first derivative are right, and whose
 second derivative is wrong by a given part. The part rises until two in a row are refused at all of
 three seeds; the figure is the smaller of these two.
-seconds: the time of the check, of this checkout and another one in turns, the smallest of several.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,14 +38,12 @@ from tfjacreg.checks import check_network
 from tfjacreg.experiments import files
 from tfjacreg.experiments.environment import environment
 
-PARTS = ("right", "planted", "seconds")
+PARTS = ("right", "planted")
 SEEDS = 10
 POLICIES = ("float32", "mixed_float16", "mixed_bfloat16")
 PLANTED = (0.00001, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 LAYERS = "layers of the table"
 NAMES = (*applications.MODELS, *networks.OWN, LAYERS)
-TIMED = networks.NETWORKS
-REPETITIONS = 3
 JSON = _rows.ROOT / "results" / "second_derivative_check.json"
 PAGE = _rows.ROOT / "docs" / "verification.md"
 BEGIN = "<!-- second_derivative_check.py: begin -->"
@@ -174,37 +168,6 @@ def planted(name: str) -> dict[str, Any]:
     return {"seen_of_3": seen, "smallest": min(always, default=None)}
 
 
-def seconds(name: str, before: Path, repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds of the check of the checkout before and of this one, by forward mode."""
-    script = f"""
-        import sys, time, os
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-        import networks, tfjacreg
-        network, (x, _) = networks.network({name!r}), networks.batch({name!r}, 2)
-        start = time.perf_counter()
-        tfjacreg.check_network(network, x, forward_mode=sys.argv[1])
-        print(time.perf_counter() - start)
-    """
-    lines = "\n".join(line.strip() for line in script.strip().splitlines())
-    rows: dict[str, dict[str, float]] = {}
-    for mode in networks.FORWARD_MODES:
-        times: dict[str, list[float]] = {"before": [], "after": []}
-        for _ in range(repetitions):
-            for side, checkout in (("before", before), ("after", _rows.ROOT)):
-                path = os.pathsep.join([str(checkout), str(checkout / "benchmarks")])
-                done = subprocess.run(
-                    [sys.executable, "-c", lines, mode],
-                    env={**os.environ, "PYTHONPATH": path},
-                    cwd=checkout,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                times[side].append(float(done.stdout.splitlines()[-1]))
-        rows[mode] = {side: min(of_side) for side, of_side in times.items()}
-    return rows
-
-
 def table(content: dict[str, Any]) -> str:
     """The table of docs/verification.md."""
     lines = [
@@ -227,35 +190,17 @@ def table(content: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {checks}, {refused} | {kinds}, {uncertain} | {error:.0e} | {shown} |"
         )
-    if not any("seconds" in row for row in content["networks"].values()):
-        return "\n".join(lines)
-    lines += [
-        "",
-        "| seconds of the check, before and now | transpose | accumulator |",
-        "|---|---|---|",
-    ]
-    for name, row in content["networks"].items():
-        if "seconds" in row:
-            cells = [
-                f"{row['seconds'][mode]['before']:.1f}, {row['seconds'][mode]['after']:.1f}"
-                if mode in row["seconds"]
-                else "-"
-                for mode in ("transpose", "accumulator")
-            ]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Fills in the results, row by row, and writes the tables."""
+    """Fills in the results, row by row, and writes the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS[:2]))
-    parser.add_argument("--before", type=Path, help="another checkout, for the seconds")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of right networks")
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="of the seconds")
     parser.add_argument("--redo", action="store_true", help="also what is there already")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -265,20 +210,15 @@ def main() -> None:
         part, name, *rest = arguments.run
         print(json.dumps(right(name, int(*rest)) if part == "right" else planted(name)))
         return
-    if "seconds" in arguments.parts and arguments.before is None:
-        parser.error("the seconds need --before CHECKOUT")
     content = files.read_json(arguments.json) if arguments.json.exists() else {"networks": {}}
     for name in arguments.networks:
         for part in arguments.parts:
             row = content["networks"].setdefault(name, {})
-            if (part in row and not arguments.redo) or (part == "seconds" and name not in TIMED):
+            if part in row and not arguments.redo:
                 continue
-            if part == "seconds":
-                row[part] = seconds(name, arguments.before.resolve(), arguments.repetitions)
-                content["environment"] = environment()
-            else:
-                rest = [str(arguments.seeds)] if part == "right" else []
-                row[part] = _rows.in_a_process(__file__, part, name, *rest)
+            rest = [str(arguments.seeds)] if part == "right" else []
+            row[part] = _rows.in_a_process(__file__, part, name, *rest)
+            content["environment"] = environment()
             print(name, part, json.dumps(row[part]), flush=True)
             known = content["networks"]
             content["networks"] = {n: known[n] for n in NAMES if n in known}

@@ -448,8 +448,8 @@ def table(content: dict[str, Any]) -> str:
     """The table of docs/verification.md, a row for each family and one for all."""
     lines = [
         "| layers | networks | weights | error of sigma | of the gradient: eager, graph | XLA "
-        "| other values on JAX | wrong | refused | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| other values on JAX | wrong | refused |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows = content["networks"]
     for family in _oracle_networks.FAMILIES:
@@ -480,7 +480,6 @@ def _line(title: str, rows: dict[str, Any]) -> str:
         f"{len(others)}, by {max(others):.0e}" if others else "-",
         "; ".join(wrong) or "-",
         _refusals(rows) or "-" if title in _oracle_networks.FAMILIES else str(refused),
-        f"{sum(row['seconds'] for row in rows.values()):.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
 

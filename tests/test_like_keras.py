@@ -102,7 +102,7 @@ def test_every_attribute_is_that_of_the_network_or_differs_for_a_reason():
 def test_the_table_of_the_guide_says_so_too():
     """A row of the network's own names attributes that are the same, others those that differ."""
     page = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
-    table = page.split("## Beside the network alone")[1].split("\n## ")[0]
+    table = page.split("## Attributes of a RegularizedModel")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*`) \| (.*) \|$", table, re.M)
     kinds = {name: what for names, what in rows for name in re.findall(r"`(\w+)`", names)}
     methods = {"save", "get_config", "clone_model", "export", "save_weights", "get_layer"}
