@@ -396,5 +396,10 @@ CLASSIFIERS = [
         options("--mean", "1", "1", "--std", "1", "1"),
         "or one for each of the 1 channels",
     ),
+    (
+        "--image-size for a data set of the project",
+        options("--image-size", "32", "32"),
+        "--image-size is for folders and tfds:NAME; digits has one size",
+    ),
 ]
 RUNS = [*NPZ, *FOLDERS, *TFDS, *NETWORKS]
