@@ -689,6 +689,31 @@ def test_the_points_of_the_runs_of_figure_4(judged, nothing, monkeypatch):
     assert "sigma.svg" not in text and "sqrt(2)" not in text and "](distance.svg)" in text
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_collapsed_runs_leave_a_page(judged, nothing, shared):
+    """A constant classifier has slope 0 and no boundary; others get none of its images right."""
+    for number, path in enumerate(sorted(judged.glob("*/evaluation.json"))):
+        right = 0 if shared else number % 6
+        wrong = [i for i in range(6) if i != right]
+        content = json.loads(path.read_text()) | {
+            "boundary_distance": [None] * 6,
+            "boundary": {"misclassified": wrong, "beyond_max_radius": [right]},
+            "minimal_distance": [None] * 6,
+            "distance": {"misclassified": wrong, "not_found": [right]},
+            "sigma": [0.0] * 6,
+            "margin": [0.0] * 6,
+        }
+        path.write_text(json.dumps(content))
+    text = write(judged, nothing)
+    assert "](sigma.svg)" in text
+    assert ("](boundary.svg)" in text, "](distance.svg)" in text) == (shared, shared)
+    if shared:
+        assert len(re.findall(r"\| Spectral \| 1( \| inf){5} \| 1 \|", text)) == 2
+        assert len(re.findall(r"\| Spectral \| 1( \| -){6} \|", text)) == 2
+    else:
+        assert text.count("Left out: there is no point that every run classifies correctly.") == 2
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_evaluations_of_the_first_version_are_shown_for_what_they_have(judged, nothing):
     for path in judged.glob("*/evaluation.json"):
