@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import keras
@@ -17,6 +18,7 @@ from wrong_inputs import CLASSIFIERS, RUNS, arrays
 
 from tfjacreg import dataset_files, datasets, published
 from tfjacreg.experiments import data_sources, evaluation, measures, network_sources, pipeline
+from tfjacreg.experiments.classifier_files import Scale
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.ledger import study_name
 from tfjacreg.experiments.run import run
@@ -332,15 +334,20 @@ def test_augmentation_and_batch_norm_work_as_in_fit(tmp_path, monkeypatch):
 
 
 def test_a_function(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "my_networks.py").write_text(
-        "import keras\n"
+        "import os, keras\n"
+        "os.chdir('elsewhere')\n"
         "def make(input_shape, num_classes):\n"
         "    return keras.Sequential([keras.Input(input_shape), keras.layers.Flatten(),\n"
         "                             keras.layers.Dense(num_classes)])\n"
     )
     monkeypatch.chdir(tmp_path)
     config = RunConfig.of(network="my_networks:make").identified()
+    path = list(sys.path)
     assert config.make_network((4, 5, 3), 7).output_shape == (None, 7)
+    assert sys.path == path
+    monkeypatch.chdir(tmp_path)
     assert config.network_digest == network_sources.digest("my_networks:make") is not None
     assert config.default_folder().name == "digits-my_networks-make-spectral-0.01-seed0"
     (tmp_path / "sweep.toml").write_text(
@@ -491,6 +498,13 @@ def test_pixels_mean_and_std(of_pixels, monkeypatch, capsys):
     with pytest.raises(AssertionError):  # Another scale is another measurement.
         judged(of_pixels, "pixels.keras", monkeypatch=monkeypatch)
     assert "scale=pixels in [0, 255], now it is pixels in [0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--pixels", "--pix"])
+def test_a_range_below_0(option):
+    args = script("evaluate").parse(["theirs.keras", option, "-1..1", "--mean", "-0.5"])
+    assert (args.pixels, args.mean) == ("-1..1", [-0.5])
+    assert Scale.of(args.pixels, [], []) == Scale(-1.0, 1.0)
 
 
 def test_a_classifier_that_guesses_is_told(of_pixels, monkeypatch):
