@@ -357,6 +357,21 @@ def test_what_is_missing_is_said(folder, nothing):
     assert "Left out" not in text
 
 
+def test_every_missing_method_is_named_once(tmp_path, nothing):
+    """Also one whose name is part of the name of a method that an earlier sweep lacks."""
+    folders = []
+    for other in ("spectral_bound", "spectral"):
+        folders.append(tmp_path / other)
+        folders[-1].mkdir()
+        planned = f"[methods.none]\n[methods.{other}]\n"
+        (folders[-1] / "sweep.toml").write_text(f"epochs = {EPOCHS}\nrepeats = 1\n{planned}")
+        config = RunConfig.of(regularizer="none", epochs=EPOCHS)
+        write_run(folders[-1] / Sweep.folder(config), config, 0.5, 0.4, 0)
+    text = write(*folders[:1], nothing, *folders[1:])
+    for name in ("Spectral", "Spectral-Bound"):
+        assert text.count(f"- {name} is missing: each of its cells has not finished.") == 1
+
+
 def test_runs_of_others_are_left_out_and_named(folder, nothing):
     before = write(folder, nothing)
     other = RunConfig.of(dataset="fashion_mnist", epochs=EPOCHS, factor=0.5)
