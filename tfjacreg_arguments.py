@@ -6,6 +6,8 @@ they agree.
 """
 
 import argparse
+import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -231,7 +233,7 @@ def evaluate(description: str | None, argv: list[str] | None = None) -> argparse
     add(
         "--pixels",
         metavar="LOW..HIGH",
-        help="scale of the pixels that .keras files take, such as 0..255 (default: 0..1)",
+        help="scale of the pixels that .keras files take, such as 0..255 or -1..1 (default: 0..1)",
     )
     add(
         "--mean",
@@ -250,7 +252,18 @@ def evaluate(description: str | None, argv: list[str] | None = None) -> argparse
         default=(),
         help="what they want the difference divided by",
     )
-    return parser.parse_args(argv)
+    return parser.parse_args(_ranges_joined(sys.argv[1:] if argv is None else argv))
+
+
+def _ranges_joined(argv: list[str]) -> list[str]:
+    """Joins --pixels and a range below 0 with a =, or argparse would take that for an option."""
+    joined: list[str] = []
+    for word in argv:
+        if re.match(r"-\d", word) and joined and re.fullmatch("--p[a-z]*", joined[-1]):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def module(argv: list[str] | None = None) -> argparse.Namespace:

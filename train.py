@@ -16,7 +16,6 @@ if __name__ == "__main__":
     tfjacreg_arguments.train(__doc__)  # --help and mistakes end here, before seconds of imports.
     tfjacreg_startup.import_tensorflow()
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tfjacreg.printable import printable
 
 with optional_packages.script_importing("experiments", "train.py"):
     from tfjacreg.experiments import stopped
-    from tfjacreg.experiments.config import RunConfig
+    from tfjacreg.experiments.config import RunConfig, file_name
     from tfjacreg.experiments.folder_reader import FolderReader
     from tfjacreg.experiments.run import run
 
@@ -60,7 +59,7 @@ def _one(*, overwrite: bool = False, wait: bool = False, **settings: Any) -> int
     metrics = run(config, out, overwrite=overwrite, wait=wait, verbose=verbose)
     if finished:
         cli.say(f"{out} has this run, finished; --overwrite repeats it.")
-    print(f"\n{config.dataset}, {config.network}, {config.regularizer}, factor {config.factor:g}")
+    print(f"\n{config.named()}")
     for label, value in (
         ("test accuracy", f"{metrics['test_accuracy']:.4f}"),
         ("test loss", f"{metrics['test_loss']:.4f}"),
@@ -77,8 +76,8 @@ def _one(*, overwrite: bool = False, wait: bool = False, **settings: Any) -> int
 
 def _sweep_folder(*, sweep: Path, dataset: str = "", network: str = "", **_: Any) -> Path:
     """The folder of a sweep if none is given; its name includes a data set or network given."""
-    given = (re.sub(r"\W+", "-", Path(name).stem).strip("-") for name in (dataset, network))
-    return Path("runs") / "-".join(filter(None, (sweep.stem, *given)))
+    given = (file_name(name) for name in (dataset, network) if name)
+    return Path("runs") / "-".join((sweep.stem, *given))
 
 
 def _sweep(

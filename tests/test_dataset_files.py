@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from tfjacreg import dataset_files, datasets, hosts, published
 
@@ -186,6 +188,35 @@ def test_prepared_data_that_is_damaged(prepared, tmp_path, monkeypatch, any_file
     again = datasets.prepare("kmnist", prepared.parents[2] / "source", tmp_path / "data")
     assert again == folder and [p.name for p in folder.parent.iterdir()] == [folder.name]
     np.testing.assert_array_equal(datasets.load("kmnist", tmp_path / "data").test.x, whole.test.x)
+
+
+UNREADABLE = {
+    "permission": PermissionError(13, "Permission denied"),
+    "disk": OSError(5, "Input/output error"),
+    "memory": MemoryError(),
+    "permission in TensorFlow": tf.errors.PermissionDeniedError(None, None, "denied"),
+    "disk in TensorFlow": tf.errors.UnknownError(None, None, "Input/output error"),
+    "memory in TensorFlow": tf.errors.ResourceExhaustedError(None, None, "OOM"),
+}
+
+
+@pytest.mark.parametrize("error", UNREADABLE.values(), ids=UNREADABLE)
+def test_prepared_data_that_cannot_be_read_is_not_called_damaged(prepared, monkeypatch, error):
+    """Nor made again in place of the data that may be whole."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_dataset", fail)
+    before = {path: path.stat() for path in prepared.iterdir()}
+    place = prepared.parents[1]
+    for read in (
+        lambda: datasets.load("kmnist", place),
+        lambda: datasets.prepare("kmnist", place.parent / "source", place),
+    ):
+        with pytest.raises(OSError, match="Cannot read the data set kmnist in .*may be whole"):
+            read()
+    assert {path: path.stat() for path in prepared.iterdir()} == before
 
 
 @pytest.mark.slow

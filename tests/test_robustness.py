@@ -36,6 +36,29 @@ CENTRE = np.full((1, 2, 2, 1), 0.5)
 ZERO = np.zeros(1, int)
 
 
+class NotFinite(keras.Model):
+    """One logit has a value of its own wherever a pixel differs from 0.5."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def call(self, x):
+        moved = tf.reduce_any(x != 0.5, axis=[1, 2, 3])
+        other = tf.where(moved, self.value, -1.0)
+        return tf.stack([tf.zeros_like(other), other], axis=1)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize(
+    "measure", [lambda *a: robustness.noise_accuracy(*a, [0.1]), robustness.boundary_distance]
+)
+def test_logits_that_become_nan_or_infinite_are_refused(measure, value):
+    """The argmax of NaN is some class, and would be counted."""
+    with pytest.raises(ValueError, match="finite logits. Received: NaN or infinity for 1 of 1"):
+        measure(NotFinite(value), CENTRE, ZERO)
+
+
 # --- noise ---
 
 

@@ -26,7 +26,7 @@ INNER = {"... images in the ... split, not", "labels from ... to"}
 
 
 def is_of_experiments(path):
-    return "experiments" in path.parts
+    return "experiments" in path.relative_to(ROOT).parts  # ROOT may have any name.
 
 
 @functools.cache

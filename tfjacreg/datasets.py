@@ -37,6 +37,13 @@ _HOSTS = {
     "kmnist": "http://codh.rois.ac.jp/",
     "cifar10": "https://www.cs.toronto.edu/",
 }
+# Errors of the machine say nothing of the files, but for a missing file or a folder in its place.
+# TensorFlow has an UnknownError for an error of the disk.
+_OF_THE_MACHINE = (
+    *(OSError, MemoryError, tf.errors.ResourceExhaustedError),
+    *(tf.errors.PermissionDeniedError, tf.errors.UnknownError),
+)
+_OF_THE_FILES = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class Split(NamedTuple):
@@ -109,6 +116,7 @@ def load(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Dat
         ValueError: If `name` is unknown, `seed` or `data_dir` is not valid, or the stored data is
             damaged; the message names the command that makes it again.
         FileNotFoundError: If the data is not there and cannot be downloaded.
+        OSError: If the stored data cannot be read, which may be whole.
         ImportError: If a package that is needed is not installed; the message names the command
             that installs it.
     """
@@ -158,7 +166,8 @@ def prepare(name: str, source_dir: str | Path, data_dir: str | Path | None = Non
         ValueError: If `name` is not one of the three, or a file is damaged or belongs to another
             set; the message names the file.
         FileNotFoundError: If a file is missing.
-        OSError: If the data set cannot be written.
+        OSError: If the data set cannot be written, or an existing one, which may be whole, cannot
+            be read.
         ImportError: If tensorflow-datasets is not installed.
     """
     if not isinstance(name, str) or name not in DOWNLOADED:
@@ -226,16 +235,16 @@ def _target(name: str, data_dir: Path | None) -> Path:
 
 
 def _builder(name: str, data_dir: Path | None) -> Any:
-    """The builder of tensorflow-datasets; raises ValueError if what it finds is damaged."""
+    """The builder of tensorflow-datasets; raises what `_unreadable` says."""
     tfds = _tensorflow_datasets(name)
     try:
         return tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # Of many kinds, from JSON, protocol buffers, assertions.
-        raise _damaged(name, _target(name, data_dir), error) from error
+        raise _unreadable(name, _target(name, data_dir), error) from error
 
 
 def _stored(name: str, builder: Any) -> tuple[Split, Split]:
-    """Reads the training and test splits of a prepared data set; raises ValueError if damaged."""
+    """Reads the training and test splits of a prepared data set; raises what `_unreadable` says."""
     tfds = _tensorflow_datasets(name)
     splits = []
     try:
@@ -249,14 +258,21 @@ def _stored(name: str, builder: Any) -> tuple[Split, Split]:
                 raise ValueError(f"labels from {labels.min()} to {labels.max()}")
             splits.append(Split(_pixels(images), labels.astype("int32")))
     except Exception as error:  # TensorFlow has error classes of its own.
-        raise _damaged(name, Path(builder.data_dir), error) from error
+        raise _unreadable(name, Path(builder.data_dir), error) from error
     return splits[0], splits[1]
 
 
-def _damaged(name: str, folder: Path, error: Exception) -> ValueError:
+def _unreadable(name: str, folder: Path, error: Exception) -> OSError | ValueError:
+    """What an error in reading a data set means: a ValueError if the data set is damaged."""
     # Without TensorFlow's names of its internal nodes.
     text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error))
     reason = " ".join(text.split()) or type(error).__name__
+    cause = error_causes.find(error, *_OF_THE_MACHINE)
+    if cause is not None and not isinstance(cause, _OF_THE_FILES):
+        return OSError(
+            f"Cannot read the data set {name} in {folder}: {reason[:300]}. It may be whole: see to "
+            "its permissions, its disk and the free memory. The same command then reads it."
+        )
     return ValueError(
         f"The data set {name} in {folder} is damaged: {reason[:300]}. Make it again from its "
         f"original files ({_originals(name)}) with: python -m tfjacreg prepare {name} FOLDER "

@@ -18,6 +18,7 @@ from tfjacreg.judging.classifiers import (
     batches,
     check_classifier,
     concrete_function,
+    finite,
     image_rng,
     pad_rows,
     predict,
@@ -61,8 +62,8 @@ def noise_accuracy(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the classifier fails a check (see
-            `judging.classifiers.check_classifier`).
+        ValueError: If an argument is out of range, the classifier fails a check (see
+            `judging.classifiers.check_classifier`) or its logits become NaN or infinite.
     """
     scales = np.sqrt(_squares(variances))
     _check(seed, progress, draws=draws, batch_size=batch_size)
@@ -76,8 +77,8 @@ def noise_accuracy(
             noise = np.stack([rng.standard_normal(images.shape[1:]) for rng in rngs[s]])
             for row, scale in enumerate(scales):
                 noisy = np.clip(images + scale * noise, 0, 1).astype(np.float32)
-                predicted = logits(pad_rows(noisy)).numpy()[: len(images)].argmax(axis=1)
-                correct[row] += (predicted == checked.y[s]).sum()
+                found = finite(logits(pad_rows(noisy)).numpy()[: len(images)], "logits")
+                correct[row] += (found.argmax(axis=1) == checked.y[s]).sum()
                 if progress is not None:
                     progress(len(images))
     return correct / (len(checked.x) * draws)
@@ -142,8 +143,8 @@ def boundary_distance(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range or the classifier fails a check (see
-            `judging.classifiers.check_classifier`).
+        ValueError: If an argument is out of range, the classifier fails a check (see
+            `judging.classifiers.check_classifier`) or its logits become NaN or infinite.
     """
     _check(seed, progress, samples=samples, spheres=spheres, batch_size=batch_size)
     resolution = arguments.positive("resolution", resolution)

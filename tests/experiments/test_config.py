@@ -2,7 +2,8 @@
 
 import pytest
 
-from tfjacreg.experiments.config import RunConfig
+from tfjacreg import datasets, networks
+from tfjacreg.experiments.config import RunConfig, file_name
 
 BAD_SETTINGS = {
     "dataset": ({"dataset": "mnist"}, "digits.*fashion_mnist.*Received: dataset='mnist'"),
@@ -30,6 +31,30 @@ def test_bad_settings(case):
     settings, message = BAD_SETTINGS[case]
     with pytest.raises(ValueError, match=message):
         RunConfig.of(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, name) for name in (*datasets.NAMES, *networks.NAMES)),
+        ("some/mine.npz", "mine"),
+        ("some/mine.v2.keras", "mine-v2"),
+        ("some/flowers/", "flowers"),
+        ("some/flowers.2", "flowers-2"),
+        ("tfds:mnist", "tfds-mnist"),
+        ("tfds:cifar10_corrupted/brightness_1", "tfds-cifar10_corrupted-brightness_1"),
+        ("tfds:mnist:3.0.1", "tfds-mnist-3-0-1"),
+        ("my_networks:make", "my_networks-make"),
+        ("models.small:net", "models-small-net"),
+    ],
+)
+def test_names_in_folders_keep_what_differs(name, expected):
+    assert file_name(name) == expected
+
+
+def test_a_run_without_a_penalty_names_no_factor():
+    assert RunConfig.of(regularizer="none").named() == "digits, lenet, none"
+    assert RunConfig.of(factor=0.1).named() == "digits, lenet, spectral, factor 0.1"
 
 
 def test_defaults_follow_the_network():

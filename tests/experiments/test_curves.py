@@ -45,8 +45,21 @@ def test_distances_refuse_different_point_sets():
     short = Evaluation("digits", "none", judged(distances=(1.0, 2.0), wrong=()))
     with pytest.raises(ValueError, match="share their points"):
         curves.distances([RUNS[0], short])
-    with pytest.raises(ValueError, match="no point on digits"):
-        curves.distances([Evaluation("digits", "none", judged(wrong=(0, 1, 2)))])
+
+
+def test_a_data_set_without_a_shared_point_is_left_out_and_told():
+    """A run that gets none right takes its data set out of the tables, and no other."""
+    none = measured_at_points([None] * 3, [1] * 3, [-1] * 3, wrong=(0, 1, 2))
+    kmnist = Evaluation("kmnist", "none", measured_at_points([2, 4], [1, 1], [1, 1]))
+    runs = [RUNS[0], Evaluation("digits", "spectral 0.01", none), kmnist]
+    assert list(curves.distances(runs)) == ["kmnist"]
+    left_out, shown = map(str, curves.distance_tables(runs))
+    assert left_out.splitlines()[0].startswith("digits: distance to the decision boundary")
+    assert left_out.splitlines()[1:] == [
+        "Left out: there is no point that every run classifies correctly."
+    ]
+    assert "the 2 of 2 points" in shown
+    assert curves.ratio_tables([runs[1]]) == [] and len(curves.ratio_tables(runs[1:])) == 2
 
 
 def test_tables():

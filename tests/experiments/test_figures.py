@@ -31,6 +31,20 @@ def test_figures_are_drawn(tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_number_of_channels_are_drawn(tmp_path, monkeypatch, channels):
+    """Matplotlib would refuse two channels, and take four for RGB and transparency."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    clean = np.random.default_rng(0).random((1, 1, 5, channels)).astype("float32")
+    figures.adversarial_figure(clean, clean, [1], [3], "title", tmp_path / "examples.png")
+    (image,) = drawn[0].axes[0].get_images()
+    expected = clean[0] if channels == 3 else clean[0].mean(axis=-1)
+    np.testing.assert_array_equal(image.get_array(), expected)
+    told = "" if channels in (1, 3) else f"\nmean over {channels} channels"
+    assert drawn[0].get_suptitle() == f"title{told}"
+
+
 def test_the_robustness_figure_shows_the_drop_and_its_spread(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))

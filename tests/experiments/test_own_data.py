@@ -1,9 +1,11 @@
 """Data and networks of one's own: from files to a run, and what is refused before it."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import keras
@@ -15,8 +17,10 @@ from keras import layers
 from wrong_inputs import CLASSIFIERS, RUNS, arrays
 
 from tfjacreg import dataset_files, datasets, published
-from tfjacreg.experiments import data_sources, measures, network_sources, pipeline
+from tfjacreg.experiments import data_sources, evaluation, measures, network_sources, pipeline
+from tfjacreg.experiments.classifier_files import Scale
 from tfjacreg.experiments.config import RunConfig, RunError
+from tfjacreg.experiments.ledger import study_name
 from tfjacreg.experiments.run import run
 from tfjacreg.experiments.sweep import Sweep
 
@@ -330,15 +334,20 @@ def test_augmentation_and_batch_norm_work_as_in_fit(tmp_path, monkeypatch):
 
 
 def test_a_function(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "my_networks.py").write_text(
-        "import keras\n"
+        "import os, keras\n"
+        "os.chdir('elsewhere')\n"
         "def make(input_shape, num_classes):\n"
         "    return keras.Sequential([keras.Input(input_shape), keras.layers.Flatten(),\n"
         "                             keras.layers.Dense(num_classes)])\n"
     )
     monkeypatch.chdir(tmp_path)
     config = RunConfig.of(network="my_networks:make").identified()
+    path = list(sys.path)
     assert config.make_network((4, 5, 3), 7).output_shape == (None, 7)
+    assert sys.path == path
+    monkeypatch.chdir(tmp_path)
     assert config.network_digest == network_sources.digest("my_networks:make") is not None
     assert config.default_folder().name == "digits-my_networks-make-spectral-0.01-seed0"
     (tmp_path / "sweep.toml").write_text(
@@ -381,7 +390,73 @@ def test_a_sweep_of_one_s_own(tmp_path):
     assert (config.dataset, config.pretrained, config.image_size) == (path, True, (8, 8))
 
 
+def test_sweeps_on_other_data_share_no_study(tmp_path):
+    """Under the same name on one server; a folder has its own database, and one sweep."""
+    (tmp_path / "own.toml").write_text('dataset = "a.npz"\nrepeats = 1\n[methods.none]\n')
+    sweep = Sweep.load(tmp_path / "own.toml")
+    config = sweep.any_config
+    others = [
+        dataclasses.replace(config, data_digest=64 * "1"),
+        dataclasses.replace(config, network_digest=64 * "2"),
+    ]
+    assert len({study_name(sweep, c, shared=True) for c in (config, *others)}) == 3
+    assert len({study_name(sweep, c, shared=False) for c in (config, *others)}) == 1
+    # Without digests the name is that of the versions before, so that their studies go on.
+    digest = hashlib.sha256(sweep.content).hexdigest()
+    assert study_name(sweep, config, shared=True) == f"a-lenet-{digest[:16]}"
+
+
 # --- evaluate.py ---
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Evaluates a small classifier on data of one's own, by measures that take no time."""
+    found = {"iterations": [1], "accuracy": [0.5]}
+    monkeypatch.setattr(measures, "measure", lambda name, *_: {name: found})
+    file = tmp_path / "theirs.keras"
+    small_network((None, None, 3), 3).save(file)
+
+    def measured(name, dataset, image_size=None):
+        (target,) = evaluation.find_targets(
+            [tmp_path / "theirs.keras"],
+            dataset=dataset,
+            out=tmp_path / "out",
+            image_size=image_size,
+        )
+        test = evaluation.test_images(target)
+        return evaluation.evaluate(target, test.x, test.y, perturbations=[name])
+
+    return measured
+
+
+@pytest.mark.filterwarnings("ignore:.* is right on:UserWarning")
+def test_an_evaluation_has_one_data_set(evaluate, tmp_path):
+    content = arrays(shape=(12, 12, 3))
+    path = save(tmp_path / "mine.npz", **content)
+    before = evaluate("tpgd", path)
+    assert before["settings"]["data_digest"] == data_sources.digest(data_sources.load(path))
+    save(tmp_path / "mine.npz", **content | {"x_test": 255 - content["x_test"]})
+    with pytest.raises(ValueError, match="made with data_digest=.*, now it is"):
+        evaluate("pgd", path)
+    # An evaluation from before the digest was written goes on.
+    file = tmp_path / "out" / "theirs" / "evaluation.json"
+    old = json.loads(file.read_text())
+    del old["sha256"], old["settings"]["data_digest"], old["settings"]["image_size"]
+    file.write_text(json.dumps(old))
+    assert {"tpgd", "pgd"} < evaluate("pgd", path).keys()
+
+
+@pytest.mark.filterwarnings("ignore:.* is right on:UserWarning")
+def test_an_evaluation_has_images_of_one_size(evaluate, tmp_path):
+    for label in "abc":
+        (tmp_path / "mine" / label).mkdir(parents=True)
+        for number, image in enumerate(arrays(n=9, shape=(12, 12, 3))["x_train"]):
+            png = tf.io.encode_png(image).numpy()
+            (tmp_path / "mine" / label / f"{number}.png").write_bytes(png)
+    evaluate("tpgd", str(tmp_path / "mine"), (8, 8))
+    with pytest.raises(ValueError, match=r"image_size=\[8, 8\], now it is \[9, 9\]"):
+        evaluate("pgd", str(tmp_path / "mine"), (9, 9))
 
 
 @pytest.fixture
@@ -423,6 +498,13 @@ def test_pixels_mean_and_std(of_pixels, monkeypatch, capsys):
     with pytest.raises(AssertionError):  # Another scale is another measurement.
         judged(of_pixels, "pixels.keras", monkeypatch=monkeypatch)
     assert "scale=pixels in [0, 255], now it is pixels in [0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--pixels", "--pix"])
+def test_a_range_below_0(option):
+    args = script("evaluate").parse(["theirs.keras", option, "-1..1", "--mean", "-0.5"])
+    assert (args.pixels, args.mean) == ("-1..1", [-0.5])
+    assert Scale.of(args.pixels, [], []) == Scale(-1.0, 1.0)
 
 
 def test_a_classifier_that_guesses_is_told(of_pixels, monkeypatch):

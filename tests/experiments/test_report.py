@@ -357,6 +357,21 @@ def test_what_is_missing_is_said(folder, nothing):
     assert "Left out" not in text
 
 
+def test_every_missing_method_is_named_once(tmp_path, nothing):
+    """Also one whose name is part of the name of a method that an earlier sweep lacks."""
+    folders = []
+    for other in ("spectral_bound", "spectral"):
+        folders.append(tmp_path / other)
+        folders[-1].mkdir()
+        planned = f"[methods.none]\n[methods.{other}]\n"
+        (folders[-1] / "sweep.toml").write_text(f"epochs = {EPOCHS}\nrepeats = 1\n{planned}")
+        config = RunConfig.of(regularizer="none", epochs=EPOCHS)
+        write_run(folders[-1] / Sweep.folder(config), config, 0.5, 0.4, 0)
+    text = write(*folders[:1], nothing, *folders[1:])
+    for name in ("Spectral", "Spectral-Bound"):
+        assert text.count(f"- {name} is missing: each of its cells has not finished.") == 1
+
+
 def test_runs_of_others_are_left_out_and_named(folder, nothing):
     before = write(folder, nothing)
     other = RunConfig.of(dataset="fashion_mnist", epochs=EPOCHS, factor=0.5)
@@ -687,6 +702,31 @@ def test_the_points_of_the_runs_of_figure_4(judged, nothing, monkeypatch):
         path.write_text(json.dumps(content))
     text = write(judged, nothing)
     assert "sigma.svg" not in text and "sqrt(2)" not in text and "](distance.svg)" in text
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_collapsed_runs_leave_a_page(judged, nothing, shared):
+    """A constant classifier has slope 0 and no boundary; others get none of its images right."""
+    for number, path in enumerate(sorted(judged.glob("*/evaluation.json"))):
+        right = 0 if shared else number % 6
+        wrong = [i for i in range(6) if i != right]
+        content = json.loads(path.read_text()) | {
+            "boundary_distance": [None] * 6,
+            "boundary": {"misclassified": wrong, "beyond_max_radius": [right]},
+            "minimal_distance": [None] * 6,
+            "distance": {"misclassified": wrong, "not_found": [right]},
+            "sigma": [0.0] * 6,
+            "margin": [0.0] * 6,
+        }
+        path.write_text(json.dumps(content))
+    text = write(judged, nothing)
+    assert "](sigma.svg)" in text
+    assert ("](boundary.svg)" in text, "](distance.svg)" in text) == (shared, shared)
+    if shared:
+        assert len(re.findall(r"\| Spectral \| 1( \| inf){5} \| 1 \|", text)) == 2
+        assert len(re.findall(r"\| Spectral \| 1( \| -){6} \|", text)) == 2
+    else:
+        assert text.count("Left out: there is no point that every run classifies correctly.") == 2
 
 
 @pytest.mark.usefixtures("no_pictures")

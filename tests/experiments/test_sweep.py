@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tfjacreg import regularizers
 from tfjacreg.experiments.config import RunConfig
 from tfjacreg.experiments.measures import PERTURBATIONS, POINTWISE
-from tfjacreg.experiments.sweep import Cell, Sweep
+from tfjacreg.experiments.sweep import Cell, Sweep, _in_toml
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 METHODS = {"none", *regularizers.BY_NAME}
@@ -32,9 +33,9 @@ learning_rate = [1]
 """
 
 
-def load(tmp_path, text):
+def load(tmp_path, text, **options):
     (tmp_path / "some.toml").write_text(text)
-    return Sweep.load(tmp_path / "some.toml")
+    return Sweep.load(tmp_path / "some.toml", **options)
 
 
 def test_cells_in_order(tmp_path):
@@ -309,6 +310,23 @@ def test_the_second_stage_is_a_sweep_of_the_chosen_cells(tmp_path):
     assert len({other.content for other in (second, *others)}) == 3
 
 
+@pytest.mark.parametrize("how", ["in the file", "beside it"])
+def test_names_of_any_characters_reach_the_second_stage(tmp_path, how):
+    name = '\N{CAMERA WITH FLASH} \N{GRINNING FACE} \u00e4"\\.npz'
+    sweep = load(tmp_path, GOOD + FINAL_TABLE, **({"dataset": name} if how == "beside it" else {}))
+    if how == "in the file":
+        text = sweep.content.decode()
+        quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+        sweep = load(tmp_path, text.replace('"digits"', f'"{quoted}"'))
+    assert sweep.settings["dataset"] == name
+    assert sweep.second_stage(sweep.cells[:1]).settings["dataset"] == name
+
+
+def test_every_string_is_one_of_toml():
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    assert tomllib.loads(f"text = {_in_toml(everything)}") == {"text": everything}
+
+
 @pytest.mark.parametrize("where", ["", 'network = "lenet"\n', "# dataset = 1\n"])
 def test_data_and_network_given_beside_the_file_take_the_place_of_its_own(tmp_path, where):
     """And the copy in the sweep's folder says so."""
@@ -331,6 +349,10 @@ BAD = {
     "an unknown key of the second stage": (
         GOOD + FINAL_TABLE + "epochs = 3",
         r"\[final\] has keys out of .*Received: epochs",
+    ),
+    "no seeds left for the second stage": (
+        f"first_seed = {2**31 - 1}\n" + GOOD + FINAL_TABLE,
+        r"\[final\] gives no second stage: `first_seed` must be .*Received: first_seed=2147483649",
     ),
     "no repeats of the second stage": (
         GOOD + "[final]",

@@ -273,7 +273,10 @@ def saved(*stack, shape=SHAPE):
 def named(name, text=None):
     def make(folder):
         if text is not None:
-            (folder / f"{name.partition(':')[0]}.py").write_text(text)
+            file = folder / f"{name.partition(':')[0].replace('.', '/')}.py"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+            (file.parent / "__init__.py").write_text("no_such_name")  # Of a package, in a folder.
             sys.path.insert(0, str(folder))
         return npz({})(folder) | {"network": name}
 
@@ -377,6 +380,26 @@ NETWORKS = [
         ),
         "no code is imported or run for a file",
     ),
+    (
+        "a function that returns a model with code of its own",
+        named(
+            "wrong_f:make",
+            IMPORTS
+            + "class Net(keras.Model):\n    def call(self, x):\n        return x\n"
+            + "def make(shape, classes):\n    return Net()\n",
+        ),
+        "Build it from inputs = keras.Input(input_shape), and return keras.Model(inputs, outputs)",
+    ),
+    (
+        "a function whose network is too deep for the images",
+        named("wrong_g:make", CODE + "return keras.Sequential([keras.layers.Conv2D(3, 13)])"),
+        "does not take images of 12x12x1",
+    ),
+    (
+        "a function in a package with a mistake",
+        named("wrong_package.module:make", CODE + "pass"),
+        "cannot be imported: NameError: name 'no_such_name' is not defined",
+    ),
     ("a file of HDF5", lambda f: npz({})(f) | {"network": "mine.h5"}, ".save('mine.keras')"),
     (
         "--pretrained for a name",
@@ -417,6 +440,11 @@ CLASSIFIERS = [
         "--mean of too many channels",
         options("--mean", "1", "1", "--std", "1", "1"),
         "or one for each of the 1 channels",
+    ),
+    (
+        "--image-size for a data set of the project",
+        options("--image-size", "32", "32"),
+        "--image-size is for folders and tfds:NAME; digits has one size",
     ),
 ]
 RUNS = [*NPZ, *FOLDERS, *TFDS, *NETWORKS]

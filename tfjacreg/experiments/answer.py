@@ -229,13 +229,15 @@ def _not_shown(results: SweepResults, others: Sequence[SweepResults]) -> list[st
     """Methods that were planned and have no result, here or in the sweep of the grid."""
     config = results.sweep.any_config
     texts: list[str] = []
+    told = set(results.chosen)
     for other in others:
         theirs = other.sweep.any_config
         if (theirs.dataset, theirs.network) != (config.dataset, config.network):
             continue
         for method, cells in other.methods.items():
-            if method in results.chosen or any(LABELS[method] in text for text in texts):
+            if method in told:
                 continue
+            told.add(method)
             failed = [run for cell in cells for run in cell.runs if run.failed]
             why = f" ({code(str(failed[0].problem))})" if failed else ""
             ended = "failed or did not finish" if failed else "has not finished"

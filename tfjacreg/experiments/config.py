@@ -11,7 +11,7 @@ from typing import Any, Self
 import keras
 
 from tfjacreg import arguments, datasets, networks, regularizers
-from tfjacreg.experiments import data_sources, network_sources
+from tfjacreg.experiments import data_readers, data_sources, network_sources
 from tfjacreg.printable import shown
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -235,11 +235,13 @@ class RunConfig:
                 different[name] = (there, value)
         return different
 
+    def named(self) -> str:
+        """Data set, network and penalty; a run without a penalty has no factor."""
+        factor = "" if self.regularizer == "none" else f", factor {self.factor:g}"
+        return f"{self.dataset}, {self.network}, {self.regularizer}{factor}"
+
     def described(self) -> str:
         """The settings in two lines, to print when the run starts."""
-        penalty = self.regularizer
-        if penalty != "none":
-            penalty += f", factor {self.factor:g}"
         parts = [
             f"{self.epochs} epoch{'s' * (self.epochs != 1)}",
             f"batches of {self.batch_size}",
@@ -257,8 +259,7 @@ class RunConfig:
             parts.append("images cropped and flipped")
         if self.whole_training_set:
             parts.append("whole training set")
-        first = f"{self.dataset}, {self.network}, {penalty}, seed {self.seed}"
-        return f"{first}\n  {', '.join(parts)}"
+        return f"{self.named()}, seed {self.seed}\n  {', '.join(parts)}"
 
     def default_folder(self) -> Path:
         """The folder of the run if none is given."""
@@ -276,8 +277,14 @@ class RunConfig:
 
 
 def file_name(name: str) -> str:
-    """The name of a data set or network as a part of a folder's name."""
-    return re.sub(r"\W+", "-", Path(name).stem).strip("-") or "own"
+    """The name of a data set or network as a part of a folder's name.
+
+    Of a path the last part, without .npz or .keras; a function and a set of tensorflow-datasets
+    have names that differ in any part.
+    """
+    if not name.startswith(data_readers.TFDS) and not network_sources.is_function(name):
+        name = Path(name).name.removesuffix(".npz").removesuffix(".keras")
+    return re.sub(r"\W+", "-", name).strip("-") or "own"
 
 
 def _check_network(name: Any) -> None:

@@ -31,6 +31,7 @@ _AGAINST_SIGMA = "distance to the nearest image found / (margin / (sqrt(2) sigma
 _NOT_TESTED = (
     "* Not tested: so many % of the images are right, but the attack has lost its gradient there."
 )
+_NONE_SHARED = "Left out: there is no point that every run classifies correctly."
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _HEAD = [f"{100 * q:g} %" for q in _QUANTILES]
 
@@ -55,7 +56,8 @@ class Table(NamedTuple):
     Attributes:
         title: What it shows.
         head: The names of the columns.
-        rows: Rows with a cell for each column; the first cell names the method.
+        rows: Rows with a cell for each column; the first cell names the method. Without rows there
+            are the title and the note alone.
         note: The note below it, or nothing.
     """
 
@@ -74,6 +76,8 @@ class Table(NamedTuple):
         Args:
             width: The most characters in a line; None for any number.
         """
+        if not self.rows:
+            return f"{self.title}\n{self.note}"
         rows = [self.head, *self.rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         parts: list[list[int]] = [[]]
@@ -176,19 +180,20 @@ def distances(
         name: "boundary", along random directions, or "distance", to the nearest image found.
 
     Returns:
-        The distances of each method of each data set, at the points that all runs get right.
+        The distances of each method of each data set, at the points that all runs get right;
+        without the data sets of which they all get none right.
 
     Raises:
-        ValueError: If runs on one data set were evaluated on different numbers of points, or share
-            no correctly classified one.
+        ValueError: If runs on one data set were evaluated on different numbers of points.
     """
     gathered: dict[str, dict[str, Distances]] = {}
     for dataset, runs in _by_dataset(evaluations).items():
         shared = _shared(dataset, runs, name)
-        gathered[dataset] = {
-            method: Distances(_distances(repeats, name)[:, shared], len(shared))
-            for method, repeats in _by_method(runs).items()
-        }
+        if shared.any():
+            gathered[dataset] = {
+                method: Distances(_distances(repeats, name)[:, shared], len(shared))
+                for method, repeats in _by_method(runs).items()
+            }
     return gathered
 
 
@@ -240,8 +245,6 @@ def _shared(dataset: str, runs: Sequence[Evaluation], name: str) -> npt.NDArray[
     shared = np.ones(_count(dataset, runs, DISTANCES[name]), bool)
     for run in runs:
         shared[run.result[name]["misclassified"]] = False
-    if not shared.any():
-        raise ValueError(f"There is no point on {dataset} that every run classifies correctly.")
     return shared
 
 
@@ -293,14 +296,19 @@ def robustness_tables(evaluations: Sequence[Evaluation], names: Sequence[str]) -
 
 
 def distance_tables(evaluations: Sequence[Evaluation], name: str = "boundary") -> list[Table]:
-    """Distances to the boundary: a table per data set.
+    """Distances to the boundary: a table per data set, without rows if runs share no point.
 
     Args:
         evaluations: The evaluated runs.
         name: "boundary" or "distance", as for `distances`.
     """
     blocks = []
-    for dataset, methods in distances(evaluations, name).items():
+    gathered = distances(evaluations, name)
+    for dataset in _by_dataset(evaluations):
+        if dataset not in gathered:
+            blocks.append(Table(f"{dataset}: {_MEANINGS[name]}", [], [], _NONE_SHARED))
+            continue
+        methods = gathered[dataset]
         shared = next(iter(methods.values()))
         rows = [
             [
@@ -340,7 +348,7 @@ def sigma_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
 
 
 def ratio_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """Ratios of the distances at each point: two tables per data set.
+    """Ratios of the distances at each point: two tables per data set whose runs share points.
 
     One compares the distance along random directions with the distance to the nearest image found.
     The other compares the latter with the distance that the margin and sigma alone would give,
@@ -349,22 +357,26 @@ def ratio_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     blocks = []
     for dataset, runs in _by_dataset(evaluations).items():
         shared = _shared(dataset, runs, "distance")
+        if not shared.any():
+            continue
         ratios: dict[str, list[list[str]]] = {_AGAINST_SPHERES: [], _AGAINST_SIGMA: []}
         for method, repeats in _by_method(runs).items():
             spheres, nearest = (
                 _distances(repeats, name)[:, shared] for name in ("boundary", "distance")
             )
             slope = slopes(repeats)[dataset][method]
-            # The margin is positive where an image is classified correctly; sigma is where the
-            # class can change nearby.
-            with np.errstate(divide="ignore"):
+            # The margin is positive where an image is classified correctly, and sigma where the
+            # class can change nearby. Where it cannot, both distances may be infinite.
+            with np.errstate(divide="ignore", invalid="ignore"):
                 linear = slope.margin[:, shared] / (math.sqrt(2) * slope.sigma[:, shared])
                 found = {_AGAINST_SPHERES: spheres / nearest, _AGAINST_SIGMA: nearest / linear}
             for title, ratio in found.items():
                 ratio = ratio[np.isfinite(ratio)]
-                below = f"{100 * (ratio < 1).mean():.1f}"
-                quantiles = (f"{q:.2f}" for q in _quantiles(ratio))
-                ratios[title].append([method, str(len(repeats)), *quantiles, below])
+                cells = ["-"] * (len(_QUANTILES) + 1)
+                if len(ratio):
+                    quantiles = (f"{q:.2f}" for q in _quantiles(ratio))
+                    cells = [*quantiles, f"{100 * (ratio < 1).mean():.1f}"]
+                ratios[title].append([method, str(len(repeats)), *cells])
         head = ["method", "runs", *_HEAD, "below 1, in %"]
         blocks += [
             Table(f"{dataset}: {title}, quantiles over {shared.sum()} points", head, rows)

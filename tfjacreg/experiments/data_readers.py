@@ -284,7 +284,7 @@ def _tfds(name: str, data_dir: str | Path | None, image_size: Size) -> Raw:
             pairs = list(tfds.as_numpy(builder.as_dataset(split=split, as_supervised=True)))
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{name}, split {split}, is damaged: {reason}") from error
+            raise ValueError(f"{name}, split {split}, cannot be read: {reason}") from error
         images += [image for image, _ in pairs]
         labels[mine] = np.array([label for _, label in pairs], "int64")
     numbered = [f"image {number} of {name}" for number in range(len(images))]

@@ -25,13 +25,16 @@ def boundary_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
     """Draws the distribution of the distances to the decision boundary (Figure 4).
 
     One panel per data set: for each method the share of points, over all its runs, that have a
-    boundary within the given distance. Only points that every run classifies correctly count.
+    boundary within the given distance. Only points that every run classifies correctly count;
+    without such points nothing is drawn.
 
     Args:
         evaluations: The evaluated runs.
         path: File to write, `.svg` or `.png`.
     """
     gathered = curves.distances(evaluations)
+    if not gathered:
+        return
     figure, axes = _shares(gathered)
     drawn_as = styles(evaluations)
     for ax, (dataset, methods) in zip(axes, gathered.items(), strict=True):
@@ -60,6 +63,8 @@ def distance_figure(evaluations: Sequence[Evaluation], path: str | Path) -> None
     if all("boundary" in e.result for e in evaluations):
         names.append("boundary")
     measured = [curves.distances(evaluations, name) for name in names]
+    if not measured[0]:
+        return
     figure, axes = _shares(measured[0])
     drawn_as = styles(evaluations)
     for ax, dataset in zip(axes, measured[0], strict=True):
@@ -138,14 +143,15 @@ def _draw_shares(ax: Axes, values: npt.NDArray[np.float64], style: Style, **opti
 
 
 def _logarithmic(ax: Axes, drawn: Sequence[npt.NDArray[np.float64]]) -> None:
-    """Makes the axis logarithmic, over the range of the curves."""
-    ax.set_xscale("log")
+    """Makes the axis logarithmic, over the range of the curves; not if it has no value above 0."""
     values = np.concatenate([values.ravel() for values in drawn])
     values = values[np.isfinite(values) & (values > 0)]
-    if len(values):
-        low, high = np.quantile(values, (_TAIL, 1 - _TAIL))
-        if low < high:
-            ax.set_xlim(low / 1.1, high * 1.1)
+    if not len(values):
+        return
+    ax.set_xscale("log")
+    low, high = np.quantile(values, (_TAIL, 1 - _TAIL))
+    if low < high:
+        ax.set_xlim(low / 1.1, high * 1.1)
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

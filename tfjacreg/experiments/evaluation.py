@@ -43,7 +43,8 @@ class Target(NamedTuple):
         method: Name of the training method; runs that differ only in the seed share it.
         seed: Seed of the training run, or None if not known.
         image_size: `(H, W)` that the images are resized to, or None.
-        data_digest: The digest of the data that a run was trained on, if the data is your own.
+        data_digest: If the data is your own, its digest; for a run that of the data it was trained
+            on.
         scale: The scale of the pixels that a bare file takes; None for a run's classifier.
     """
 
@@ -134,6 +135,11 @@ def find_targets(
         raise ValueError(f"A bare classifier needs --dataset. Received: {bare[0]}.")
     if dataset is not None and len(bare) < len(paths):
         raise ValueError("Run folders name their own data set: give --dataset for bare files only.")
+    if image_size is not None and dataset in datasets.NAMES:
+        raise ValueError(
+            f"--image-size is for folders and tfds:NAME; {dataset} has one size. Received: "
+            f"--image-size {image_size[0]} {image_size[1]}."
+        )
     configs = {}
     for path in map(Path, paths):
         if path not in bare:
@@ -142,6 +148,7 @@ def find_targets(
             configs[path] = reader.read_config()
         elif not path.is_file():
             raise ValueError(f"There is no classifier at {path}.")
+    digest = data_sources.digest_of(dataset, data_dir, image_size) if dataset is not None else None
     targets = []
     for path in map(Path, paths):
         if path in configs:
@@ -159,7 +166,7 @@ def find_targets(
         else:
             folder = RunFolder(Path(out) / path.stem)
             target = Target(path, folder, str(dataset), data_dir, path.stem, None, image_size)
-            target = target._replace(scale=scale or Scale())
+            target = target._replace(scale=scale or Scale(), data_digest=digest)
         targets.append(target)
     seen: dict[tuple[str, str, int | None], Path] = {}
     for target in targets:
@@ -331,6 +338,7 @@ def evaluate(
             "seed": seed,
             "classifier_sha256": files.sha256(_file(target.classifier)),
             **({} if scale.is_plain else {"scale": str(scale)}),
+            **_data_of_ones_own(target),
             **measures.PLAN,
         },
         "environment": environment.environment(),
@@ -420,13 +428,22 @@ def _method(config: dict[str, Any], configs: Iterable[dict[str, Any]]) -> str:
     return " ".join([name, *others])
 
 
+def _data_of_ones_own(target: Target) -> dict[str, Any]:
+    """The settings that say which data it is; empty for the project's own data sets."""
+    if target.data_digest is None:
+        return {}
+    size = None if target.image_size is None else list(target.image_size)
+    return {"image_size": size, "data_digest": target.data_digest}
+
+
 def _refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     settings = before.get("settings", {})
+    # A file of an earlier version lacks what its measures or settings did not have then.
+    later = {*measures.PLAN, "image_size", "data_digest"}
     different = {
         name: (settings.get(name), value)
         for name, value in now["settings"].items()
-        if settings.get(name) != value
-        and (name in settings or name in before or name not in measures.PLAN)
+        if settings.get(name) != value and (name in settings or name in before or name not in later)
     }
     if "scale" in settings and "scale" not in now["settings"]:
         different["scale"] = (settings["scale"], str(Scale()))

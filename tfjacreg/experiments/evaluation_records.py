@@ -67,6 +67,8 @@ def _check_settings(settings: Any) -> None:
         ("images", "a count", lambda v: isinstance(v, int) and is_number(v, 1, _COUNT)),
         ("seed", "an integer from 0", lambda v: isinstance(v, int) and is_number(v, 0, _COUNT)),
         ("classifier_sha256", "64 digits from 0 to f", _is_digest),
+        ("data_digest", "64 digits from 0 to f", _is_digest),
+        ("image_size", "null or two counts", _is_size),
     ):
         if name in settings:
             _require(holds(settings[name]), f"settings.{name}", what, settings[name])
@@ -74,6 +76,14 @@ def _check_settings(settings: Any) -> None:
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(side, int) and is_number(side, 1, _COUNT) for side in value)
+    )
 
 
 def _check_list(name: str, values: Any, low: float, high: float) -> None:

@@ -233,6 +233,8 @@ def adversarial_figure(
 ) -> None:
     """Draws images, their perturbed versions, the differences and the predicted classes.
 
+    Images of other than one or three channels are drawn as the mean over their channels.
+
     Args:
         clean: Images in [0, 1], `[N, H, W, C]`.
         perturbed: The same images, perturbed.
@@ -243,6 +245,7 @@ def adversarial_figure(
     """
     difference = perturbed - clean
     limit = max(float(np.abs(difference).max()), float(np.finfo(np.float32).tiny))
+    channels = clean.shape[-1]
     figure = Figure(figsize=(6.0, 1.9 * len(clean) + 0.5), dpi=130)
     axes = figure.subplots(len(clean), 3, squeeze=False)
     for row in range(len(clean)):
@@ -252,10 +255,11 @@ def adversarial_figure(
             (0.5 + difference[row] / (2 * limit), f"difference (grey 0, ±{limit:.3f})"),
         )
         for ax, (image, caption) in zip(axes[row], cells, strict=True):
-            ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+            shown = image if channels == 3 else image.mean(axis=-1)
+            ax.imshow(shown, cmap="gray", vmin=0, vmax=1)
             ax.set_title(caption, fontsize=9)
             ax.axis("off")
-    figure.suptitle(title)
+    figure.suptitle(title if channels in (1, 3) else f"{title}\nmean over {channels} channels")
     _show_as_written(figure)
     figure.tight_layout()
     save(figure, path)

@@ -149,8 +149,7 @@ class Ledger:
         for run in configs:
             FolderReader(out / run).refuse_link()
         database = database_of(out, storage)
-        digest = hashlib.sha256(sweep.content).hexdigest()[:16]
-        name = f"{file_name(known.dataset)}-{file_name(known.network)}-{digest}"
+        name = study_name(sweep, known, shared=storage is not None)
         locks: FileLocks
         if isinstance(database, DatabaseFile):
             database.check_kind()
@@ -364,6 +363,22 @@ class Ledger:
             elif trial.state == TrialState.FAIL:
                 failures[name] = trial.user_attrs.get("error", "its val_loss is not a number")
         return Summary(self.sweep.repeats, list(results.values()), failures)
+
+
+def study_name(sweep: Sweep, config: RunConfig, *, shared: bool) -> str:
+    """The name of a sweep's study in its database.
+
+    Args:
+        sweep: The sweep.
+        config: One of its configurations, identified.
+        shared: Whether others have studies there too. Their data and networks may be other ones
+            under the same names; a folder holds the runs of one sweep.
+    """
+    content = hashlib.sha256(sweep.content)
+    for digest in (config.data_digest, config.network_digest) if shared else ():
+        content.update((digest or "").encode())
+    kinds = f"{file_name(config.dataset)}-{file_name(config.network)}"
+    return f"{kinds}-{content.hexdigest()[:16]}"
 
 
 def database_of(out: Path, storage: str | None) -> DatabaseFile | Server:

@@ -55,7 +55,8 @@ def digest(name: str) -> str | None:
         return None
     path: str | None = str(Path(name).expanduser())
     if is_function(name):
-        with _working_folder(), contextlib.suppress(ImportError, ValueError):
+        # The packages around a module are imported, and may raise anything; `make` reports it.
+        with _working_folder(), contextlib.suppress(Exception):
             found = importlib.util.find_spec(name.partition(":")[0])
             path = found.origin if found else None
     if path is None or not Path(path).is_file():
@@ -128,11 +129,13 @@ def _dictionaries(item: Any) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def _working_folder() -> Iterator[None]:
     """Allows imports from the current folder, as `python -c` does."""
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())  # The imported code may change it.
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(str(Path.cwd()))
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
 
 
 def _call(name: str, input_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
@@ -159,8 +162,13 @@ def _call(name: str, input_shape: tuple[int, int, int], num_classes: int) -> ker
         raise ValueError(
             f"{name}: the function must return a keras.Model. Received: {type(network).__name__}"
         )
-    if not network.built:
-        network.build((None, *input_shape))
+    if not isinstance(network, keras.Sequential) and not hasattr(network, "inputs"):
+        raise ValueError(
+            f"{name}: the function must return a keras.Model of known inputs and outputs. "
+            f"Received: {type(network).__name__}, whose layers are called in code of its own. "
+            "Build it from inputs = keras.Input(input_shape), and return keras.Model(inputs, "
+            "outputs)"
+        )
     return network
 
 
@@ -182,8 +190,11 @@ def _check(
     name: str, network: keras.Model, input_shape: tuple[int, int, int], num_classes: int
 ) -> None:
     shown = "x".join(map(str, input_shape))
-    if not network.built:
-        network.build((None, *input_shape))
+    try:
+        if not network.built:
+            network.build((None, *input_shape))
+    except Exception as error:
+        raise _unfit(name, shown, error) from error
     if len(network.inputs) != 1 or len(network.outputs) != 1:
         raise ValueError(
             f"{name}: the network must have one input and one output. Received: "
@@ -254,15 +265,17 @@ def _check(
     try:
         found = network(np.zeros((2, *input_shape), "float32"), training=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{name}: the network does not take images of {shown}: {reason}"
-        ) from error
+        raise _unfit(name, shown, error) from error
     if found.shape != (2, num_classes):
         raise ValueError(
             f"{name}: the network must give {num_classes} logits for each image. Received: shape "
             f"{tuple(found.shape)} for two"
         )
+
+
+def _unfit(name: str, shown: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"{name}: the network does not take images of {shown}: {reason}")
 
 
 def _file_of(name: str) -> str:

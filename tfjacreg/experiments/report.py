@@ -261,7 +261,9 @@ def _markdown(shown: Iterable[curves.Table]) -> list[str]:
     blocks = []
     for table in shown:
         rows = [[tables.plain(cell) for cell in row] for row in table.rows]
-        blocks += [f"{tables.plain(table.title)}:", tables.table(table.head, rows)]
+        blocks.append(f"{tables.plain(table.title)}:")
+        if rows:
+            blocks.append(tables.table(table.head, rows))
         if table.note:
             blocks.append(tables.plain(table.note))
     return blocks
@@ -284,21 +286,22 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
     if measured["boundary"]:
         distributions.boundary_figure(measured["boundary"], out / "boundary.svg")
         shown = curves.distance_tables(measured["boundary"])
-        blocks += [
-            f"![Share of the points with a boundary within a distance; {_medians(shown)}]"
-            "(boundary.svg)",
-            *_markdown(shown),
-        ]
+        if _has_rows(shown):
+            blocks.append(
+                f"![Share of the points with a boundary within a distance; {_medians(shown)}]"
+                "(boundary.svg)"
+            )
+        blocks += _markdown(shown)
     if measured["distance"]:
         distributions.distance_figure(measured["distance"], out / "distance.svg")
         shown = curves.distance_tables(measured["distance"], "distance")
-        blocks += [
-            "## The nearest adversarial image",
-            NEAREST,
-            f"![Share of the points with another class within a distance; {_medians(shown)}]"
-            "(distance.svg)",
-            *_markdown(shown),
-        ]
+        blocks += ["## The nearest adversarial image", NEAREST]
+        if _has_rows(shown):
+            blocks.append(
+                f"![Share of the points with another class within a distance; {_medians(shown)}]"
+                "(distance.svg)"
+            )
+        blocks += _markdown(shown)
     if measured["sigma"]:
         distributions.sigma_figure(measured["sigma"], out / "sigma.svg")
         shown = curves.sigma_tables(measured["sigma"])
@@ -310,9 +313,14 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
             *_markdown(shown),
         ]
     whole = [e for e in measured["distance"] if _has(e.result, POINTWISE)]
-    if whole:
-        blocks += [RATIOS, *_markdown(curves.ratio_tables(whole))]
+    ratios = curves.ratio_tables(whole)
+    if ratios:
+        blocks += [RATIOS, *_markdown(ratios)]
     return blocks
+
+
+def _has_rows(shown: Iterable[curves.Table]) -> bool:
+    return any(table.rows for table in shown)
 
 
 def _medians(shown: Sequence[curves.Table]) -> str:

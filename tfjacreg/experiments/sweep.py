@@ -224,7 +224,7 @@ class Sweep:
         lines = [
             f"# Written by train.py --sweep: each method's cell of best {final.choose_by}, out of",
             f"# the sweep whose file has the SHA-256 {digest}.",
-            *(f"{name} = {json.dumps(value)}" for name, value in settings.items()),
+            *(f"{name} = {_in_toml(value)}" for name, value in settings.items()),
         ]
         for cell in chosen:
             lines += ["", f"[methods.{cell.method}]"]
@@ -262,7 +262,7 @@ def _with_settings(text: str, table: dict[str, Any], given: dict[str, str]) -> s
     replaced = re.compile(rf"\s*({'|'.join(given)})\s*=")
     kept = [line for i, line in enumerate(lines) if i >= top or not replaced.match(line)]
     written = [
-        f"{name} = {json.dumps(value)}  # Given with --{name}.\n" for name, value in given.items()
+        f"{name} = {_in_toml(value)}  # Given with --{name}.\n" for name, value in given.items()
     ]
     result = "".join([*written, *kept])
     try:
@@ -277,13 +277,18 @@ def _with_settings(text: str, table: dict[str, Any], given: dict[str, str]) -> s
     return result
 
 
+def _in_toml(value: Any) -> str:
+    """A setting as TOML writes it: as JSON does, but for the pairs of surrogates, and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
     keys = ("repeats", "first_seed", "judge", "limit", "grid", "methods", "final")
     _known("The top level ", table, (*SETTINGS, *keys))
     if "repeats" not in table:
         raise ValueError("`repeats` is missing: how often each cell is run, such as `repeats = 5`.")
     arguments.positive_integer("repeats", table["repeats"])
-    first_seed = arguments.fixed_seed(table.get("first_seed", 0), below=2**31)
+    first_seed = arguments.fixed_seed(table.get("first_seed", 0), "first_seed", below=2**31)
     judgement = _judgement("", table)
     final = _final(table["final"]) if "final" in table else None
     settings = {key: _typed(key, table[key]) for key in SETTINGS if key in table}
@@ -334,7 +339,7 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
             "A sweep with [final] needs a validation split to choose by. Received: "
             "`whole_training_set = true` at the top level. Say it in [final], or leave [final] out."
         )
-    return Sweep(
+    sweep = Sweep(
         name=name,
         content=content,
         repeats=table["repeats"],
@@ -344,6 +349,13 @@ def _parsed(name: str, content: bytes, table: dict[str, Any]) -> Sweep:
         judgement=judgement,
         final=final,
     )
+    if final:
+        # What is wrong with the second stage must not come out after the grid was trained.
+        try:
+            sweep.second_stage(list({cell.method: cell for cell in reversed(cells)}.values()))
+        except ValueError as error:
+            raise ValueError(f"[final] gives no second stage: {error}") from error
+    return sweep
 
 
 def _final(value: Any) -> Final:

@@ -57,7 +57,7 @@ def run_sweep(
         out: The sweep's folder. It holds a copy of the file, `sweep.toml`; a run folder for each
             run, with `error.txt` if it failed; and, without `storage`, Optuna's `sweep.sqlite3`.
         storage: A `postgresql://` URL, for workers on several machines. The study in it is named
-            after the content of the sweep file.
+            after the content of the sweep file, and of data and a network of your own.
         data_dir: The folder in which tensorflow-datasets keeps its data; None for its default.
         retry_failed: Whether runs that have failed by now are tried once more.
         announcement: Printed once the folder and the storage can be used.

@@ -8,7 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from tfjacreg.judging.classifiers import Array, CheckedClassifier, concrete_function, image_rng
+from tfjacreg.judging.classifiers import (
+    Array,
+    CheckedClassifier,
+    concrete_function,
+    image_rng,
+    require_finite,
+)
 
 _DIRECTIONS = 11
 
@@ -34,7 +40,8 @@ def search_function(
 
     Returns:
         A function from the indices `[B]` of images that are classified correctly to the smallest
-        radii at which a sampled point has another class, `[B]`; infinite if none was found.
+        radii at which a sampled point has another class, `[B]`; infinite if none was found. It
+        raises ValueError if a logit at a sampled point is NaN or infinite.
     """
     spacing = max_radius / spheres
     changes = _change_function(checked, samples)
@@ -48,28 +55,38 @@ def search_function(
             if not len(busy):
                 return outer
             radii = np.where(outward, inner + spacing, (inner + outer) / 2)[busy]
-            hit = changes(
+            changed, is_finite = changes(
                 *(tf.constant(a[index[busy]]) for a in (checked.x, checked.y)),
                 tf.constant(directions[busy]),
                 tf.constant(radii, tf.float32),
-            ).numpy()
+            )
+            require_finite(is_finite.numpy(), "logits")
+            hit = changed.numpy()
             outer[busy[hit]] = radii[hit]
             inner[busy[~hit]] = radii[~hit]
 
     return search
 
 
-def _change_function(checked: CheckedClassifier, samples: int) -> Callable[..., tf.Tensor]:
-    """Returns the function that tells if a point of each image's sphere has another class."""
+def _change_function(
+    checked: CheckedClassifier, samples: int
+) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    """Returns the function that tells if a point of each image's sphere has another class.
+
+    And whether all logits on that sphere are finite.
+    """
     shape = checked.x.shape[1:]
 
     def changes(
         images: tf.Tensor, labels: tf.Tensor, directions: tf.Tensor, radii: tf.Tensor
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         rays = tf.reshape(radii, [-1, *[1] * len(directions.shape[1:])]) * directions
         points = tf.reshape(images[:, None] + rays, [-1, *shape])
-        classes = tf.argmax(checked.logits(points), axis=1, output_type=tf.int32)
-        return tf.reduce_any(tf.reshape(classes, [-1, samples]) != labels[:, None], axis=1)
+        logits = checked.logits(points)
+        classes = tf.argmax(logits, axis=1, output_type=tf.int32)
+        changed = tf.reduce_any(tf.reshape(classes, [-1, samples]) != labels[:, None], axis=1)
+        per_image = tf.reshape(tf.math.is_finite(logits), [-1, samples * logits.shape[1]])
+        return changed, tf.reduce_all(per_image, axis=1)
 
     directions = tf.TensorSpec([None, samples, *shape], tf.float32)
     radii = tf.TensorSpec([None], tf.float32)

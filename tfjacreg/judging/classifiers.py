@@ -252,13 +252,18 @@ def predict(checked: CheckedClassifier, x: Array | None = None, *, batch_size: i
 
 def finite(rows: Array, what: str) -> Array:
     """Returns `rows` of one image each; raises ValueError if one is NaN or infinite."""
-    bad = int((~np.isfinite(rows)).reshape(len(rows), -1).any(axis=1).sum())
+    require_finite(np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1)), what)
+    return rows
+
+
+def require_finite(is_finite: npt.NDArray[np.bool_], what: str) -> None:
+    """Raises ValueError unless all that the classifier gave for each image, `[B]`, is finite."""
+    bad = int((~is_finite).sum())
     if bad:
         raise ValueError(
             f"The classifier must give finite {what}. Received: NaN or infinity for "
-            f"{bad} of {len(rows)} images."
+            f"{bad} of {len(is_finite)} images."
         )
-    return rows
 
 
 def other_logits(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
