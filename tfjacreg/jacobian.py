@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfjacreg import arguments, graph_search, recording, rewrites, signature
+from tfjacreg import arguments, graph_search, passes, recording, rewrites, signature
 
 FORWARD_MODES = ("accumulator", "transpose")
 
@@ -198,7 +198,9 @@ class JacobianOperator:
     def matvec(self, v: Any) -> tf.Tensor:
         """Computes `J_i v_i` for every example: the forward mode, eq. (6).
 
-        For `tangent` itself, the result is the product that was computed along the pass.
+        For `tangent` itself, the result is the product that was computed along the pass. The first
+        call records a `J^T u`, which all calls transpose; if it came while an outer tape did not
+        record (`stop_recording`) or in another graph, a later one that needs it records another.
 
         Args:
             v: Tangents, `[B, *in]`.
@@ -216,9 +218,9 @@ class JacobianOperator:
             return self.tangent_out
         v = arguments.vector("v", v, self.x, "the input x")
         try:
-            if self._transposable is None:
+            if not self._can_transpose():
                 self.rmatvec_to_transpose(tf.zeros_like(self.primal))
-            tape, u, pulled_back = self._transposable
+            _, tape, u, pulled_back = self._transposable
             product = tape.gradient(pulled_back, u, output_gradients=v)
         # An operation whose gradient has no registered gradient raises one of these, as does
         # `tf.recompute_grad`.
@@ -260,8 +262,18 @@ class JacobianOperator:
         with tape:
             tape.watch(u)
             pulled_back = self._vjp(u)
-        self._transposable = tape, u, pulled_back
+        self._transposable = passes.current_graph(), tape, u, pulled_back
         return pulled_back
+
+    def _can_transpose(self) -> bool:
+        """Whether what the last J^T u to transpose was recorded from is all that is needed now.
+
+        It is not for a tape that was not recording then: to that tape it would be a constant.
+        """
+        if self._transposable is None:
+            return False
+        graph, _, _, pulled_back = self._transposable
+        return passes.can_use(graph) and passes.is_followed_like(pulled_back, self.primal)
 
     def _vjp(self, u: tf.Tensor) -> tf.Tensor:
         return self._connected(
