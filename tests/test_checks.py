@@ -270,6 +270,29 @@ def test_ctrl_c_is_not_blamed_on_the_network(monkeypatch):
         tfjacreg.spectral_norm(network, seeded_input((4, 4, 2), 3))
 
 
+@pytest.mark.parametrize("kind", ["python", "tensorflow"])
+@pytest.mark.parametrize("place", ["pass", "calls", "compare"])
+def test_a_lack_of_memory_is_not_blamed_on_the_network(monkeypatch, place, kind):
+    """Nor does it count as a check that was passed."""
+    exhausted = {
+        "python": MemoryError("no room"),
+        "tensorflow": tf.errors.ResourceExhaustedError(None, None, "no room"),
+    }[kind]
+
+    def fails(*args, **kwargs):
+        raise ValueError("called with tensors") from exhausted
+
+    name = {
+        "pass": "tfjacreg.jacobian.recording.record",
+        "calls": "tfjacreg.checks.calls_of_layers",
+        "compare": "tfjacreg.second_derivatives._Subject.compared",
+    }[place]
+    monkeypatch.setattr(name, fails)
+    with pytest.raises(ValueError, match="called with tensors") as caught:
+        check_network(images(), seeded_input((4, 4, 2), 3))
+    assert caught.value.__cause__ is exhausted
+
+
 class Flagged(layers.Layer):
     """x, and x^2 beside it if a flag says so, without a derivative; a graph cannot hold `eager`."""
 

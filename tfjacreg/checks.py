@@ -21,7 +21,7 @@ from tfjacreg import (
     second_derivatives,
     signature,
 )
-from tfjacreg.error_causes import raise_an_interrupt
+from tfjacreg.error_causes import raise_what_says_nothing
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.layer_calls import LayerCall, calls_of_layers
 from tfjacreg.vectors import inner, length, random_unit, unit
@@ -216,7 +216,7 @@ def _hidden_fault(jacobian: JacobianOperator) -> str | None:
     try:
         return jacobian.traced(lambda op: graph_search.fault(op.x, op.primal, needs))
     except Exception as error:
-        raise_an_interrupt(error)
+        raise_what_says_nothing(error)
         if not tf.executing_eagerly():
             return None
     # The network runs eagerly only: there is no graph to look at.
@@ -269,7 +269,7 @@ class _Check:
         try:
             calls = calls_of_layers(self.network, self.given, self.settings.training)
         except Exception as error:  # It runs in a graph only: its layers cannot be looked at.
-            raise_an_interrupt(error)
+            raise_what_says_nothing(error)
             calls = []
         if fault is None:
             return self._wrong_second_derivative(calls)
@@ -371,7 +371,7 @@ class _Check:
         try:
             return graph_search.calls_functions(self._graph()[0])
         except Exception as error:  # It runs eagerly only.
-            raise_an_interrupt(error)
+            raise_what_says_nothing(error)
             return False
         finally:
             _reset_dropout_masks(self.network)
@@ -507,7 +507,7 @@ def _fault_of(error: Exception) -> _Fault:
         return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
     if isinstance(error, NotConnected):
         return _Fault(_NOT_CONNECTED, error)
-    raise_an_interrupt(error)
+    raise_what_says_nothing(error)
     reason = _reason(error)
     if "variant" in reason:
         return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)

@@ -1,5 +1,7 @@
 """Finds what an error came from."""
 
+import tensorflow as tf
+
 
 def find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
     """Returns the error, or the first in its chain of causes, that is of these kinds; or None.
@@ -30,3 +32,10 @@ def raise_an_interrupt(error: BaseException) -> None:
     """Raises KeyboardInterrupt if Ctrl-C caused the error: in C++ it becomes a SystemError."""
     if came_from(error, KeyboardInterrupt):
         raise KeyboardInterrupt from error
+
+
+def raise_what_says_nothing(error: BaseException) -> None:
+    """Raises again what says nothing of the code that was tried: Ctrl-C, and a lack of memory."""
+    raise_an_interrupt(error)
+    if came_from(error, MemoryError, tf.errors.ResourceExhaustedError):
+        raise error

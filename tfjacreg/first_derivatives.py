@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from tfjacreg import rewrites
 from tfjacreg.double_precision import in_double_precision
-from tfjacreg.error_causes import raise_an_interrupt
+from tfjacreg.error_causes import raise_an_interrupt, raise_what_says_nothing
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.second_derivatives import (
     AGREES,
@@ -57,6 +57,8 @@ def lost_part(jacobian: JacobianOperator) -> float | None:
         # It has constants in single precision, or cannot run beside x.
         except Exception as error:
             raise_an_interrupt(error)
+            failure = error
+    raise_what_says_nothing(failure)
     return None
 
 

@@ -25,7 +25,11 @@ import tensorflow as tf
 
 from tfjacreg import recording, rewrites
 from tfjacreg.double_precision import in_double_precision
-from tfjacreg.error_causes import came_from, raise_an_interrupt
+from tfjacreg.error_causes import (
+    came_from,
+    raise_an_interrupt,
+    raise_what_says_nothing,
+)
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.layer_calls import LayerCall
 from tfjacreg.vectors import inner, length, unit
@@ -75,11 +79,12 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
             functions that are other operations there.
 
     Returns:
-        None if nothing can be said: the layer mixes random draws with statistics of the batch, or
-        what it is given has no derivative.
+        None if nothing can be said: the layer mixes random draws with statistics of the batch, what
+        it is given has no derivative, or it raises an error when it runs alone or at another point.
 
     Raises:
         LookupError: If TensorFlow has no derivative of the layer's derivative.
+        MemoryError, tf.errors.ResourceExhaustedError: If memory does not suffice.
     """
     for in_double in (True, False):
         subject = _Subject(call, position, training, in_double, in_graph)
@@ -87,8 +92,10 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
             return subject.compared()
         except Exception as error:  # For example, it has constants in single precision.
             raise_an_interrupt(error)
-            if came_from(error, LookupError) and not in_double:
-                raise
+            failure = error
+    if came_from(failure, LookupError):
+        raise failure
+    raise_what_says_nothing(failure)
     return None
 
 
