@@ -263,6 +263,112 @@ def test_ctrl_c_is_not_blamed_on_the_network(monkeypatch):
     monkeypatch.setattr(layers.Activation, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_network(network, seeded_input((4, 4, 2), 3))
+    traced = "tfjacreg.jacobian.JacobianOperator.traced"
+    monkeypatch.undo()
+    monkeypatch.setattr(traced, lambda op, find: interrupted(op, find))
+    with pytest.raises(KeyboardInterrupt):
+        tfjacreg.spectral_norm(network, seeded_input((4, 4, 2), 3))
+
+
+@pytest.mark.parametrize("kind", ["python", "tensorflow"])
+@pytest.mark.parametrize("place", ["pass", "calls", "compare"])
+def test_a_lack_of_memory_is_not_blamed_on_the_network(monkeypatch, place, kind):
+    """Nor does it count as a check that was passed."""
+    exhausted = {
+        "python": MemoryError("no room"),
+        "tensorflow": tf.errors.ResourceExhaustedError(None, None, "no room"),
+    }[kind]
+
+    def fails(*args, **kwargs):
+        raise ValueError("called with tensors") from exhausted
+
+    name = {
+        "pass": "tfjacreg.jacobian.recording.record",
+        "calls": "tfjacreg.checks.calls_of_layers",
+        "compare": "tfjacreg.second_derivatives._Subject.compared",
+    }[place]
+    monkeypatch.setattr(name, fails)
+    with pytest.raises(ValueError, match="called with tensors") as caught:
+        check_network(images(), seeded_input((4, 4, 2), 3))
+    assert caught.value.__cause__ is exhausted
+
+
+class Flagged(layers.Layer):
+    """x, and x^2 beside it if a flag says so, without a derivative; a graph cannot hold `eager`."""
+
+    def __init__(self, function, eager=True):
+        super().__init__()
+        self.function, self.eager, self.flag = function, eager, False
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def call(self, x):
+        if self.eager and float(tf.reduce_max(x)) > 1e6:
+            return x
+        lost = tf.numpy_function(np.square, [x], x.dtype) if self.flag else 0 * x
+        return self.function(x) + tf.ensure_shape(lost, x.shape)
+
+
+def held_mean(x):
+    with tfjacreg.hold_constant():
+        mean = tf.reduce_mean(x, axis=0)
+    return x - mean
+
+
+# What an eager network computes, and its exact sigma at POINTS if it is known.
+POINTS = np.float32([[5, 1, 1, 0], [1, 1, 2, 3]])
+EAGER = {
+    "smooth": (lambda x: x + tf.square(x), [11, 7]),
+    "kinks at the points": (lambda x: tf.nn.relu(x - 1), None),
+    "many kinks and steps": (lambda x: x + tf.round(40 * x) / 40 + tf.abs(x), None),
+    "a wanted constant": (lambda x: x * tf.stop_gradient(tf.norm(x)), None),
+    "held for the Jacobian": (held_mean, [1, 1]),
+    "mixes examples": (lambda x: x - tf.reduce_mean(x, axis=0), None),
+    "draws": (lambda x: x * tf.random.uniform(x.shape, dtype=x.dtype), None),
+    "constants in single precision": (lambda x: tf.constant([1.0, 2, 3, 4]) * tf.square(x), None),
+    "computes in single precision": (
+        lambda x: tf.cast(tf.square(tf.cast(x, tf.float32)), x.dtype),
+        [10, 6],
+    ),
+    "only at whole numbers": (
+        lambda x: tf.debugging.assert_equal(x, tf.round(x)) or tf.square(x),
+        [10, 6],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_a_branch_that_is_lost_without_a_graph(monkeypatch, name):
+    """An eager network has no graph to search; right ones are left alone, each is compared once."""
+    compared, lost_part = [], checks.first_derivatives.lost_part
+    monkeypatch.setattr(
+        "tfjacreg.first_derivatives.lost_part", lambda op: compared.append(1) or lost_part(op)
+    )
+    function, sigma = EAGER[name]
+    network = keras.Sequential([Flagged(function)])
+    for _ in range(2):
+        found = tfjacreg.spectral_norm(network, POINTS).sigma
+        if sigma:
+            np.testing.assert_allclose(found, sigma, rtol=1e-5)
+    assert len(compared) == 1
+    network.layers[0].flag = True
+    if name in ("smooth", "constants in single precision", "computes in single precision"):
+        for norm in (tfjacreg.spectral_norm, tfjacreg.frobenius_norm):
+            with pytest.raises(ValueError, match="values contradict.*Received"):
+                norm(network, POINTS)
+    assert len(compared) <= 2
+
+
+def test_a_flag_that_adds_a_branch_after_a_measurement():
+    """What the graph showed before it was set does not count any more."""
+    network = keras.Sequential([layers.Dense(4), Flagged(tf.identity, eager=False)])
+    tfjacreg.spectral_norm(network, POINTS)
+    network.layers[1].flag = True
+    with pytest.raises(ValueError, match="without a derivative, PyFunc"):
+        tfjacreg.spectral_norm(network, POINTS)
+    network.layers[1].flag = False
+    tfjacreg.spectral_norm(network, POINTS)
 
 
 @pytest.mark.parametrize("name", [None, "weight_decay", "spectral_bound"])

@@ -1,3 +1,5 @@
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from reference import (
     operator,
     random_like,
     seeded_input,
+    slope,
 )
 
 import tfjacreg
-from tfjacreg import JacobianOperator
+from tfjacreg import JacobianOperator, passes
 from tfjacreg.estimators import METHODS
 from tfjacreg.jacobian import FORWARD_MODES
 
@@ -247,6 +250,71 @@ def test_weight_gradient_in_an_outer_tape(float64, forward_mode, product):
             variable.assign(start)
             expected = (values[0] - values[1]) / 2e-6
             np.testing.assert_allclose(gradient.numpy()[index], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("before", ["m", "stop m", "stop r", "stop mm", "other m", "m stop m"])
+def test_what_was_asked_for_before_changes_no_gradient(float64, before, compiled):
+    """Also while a tape, or one of two, does not record; against differences of J v alone."""
+    assert passes.COUNTER_OF_TAPES is not None
+    keras.utils.set_random_seed(0)
+    cubed = layers.Dense(3, activation=lambda x: x**3)
+    network = keras.Sequential([keras.Input((4,)), cubed, layers.Dense(2)])
+    x = tf.constant(seeded_input((4,), 2))
+    v = random_like(x, 1)
+    weights = [w.value for w in network.trainable_variables if w.name == "kernel"]
+
+    def gradients():
+        with tf.GradientTape() as other, tf.GradientTape() as tape:
+            op = JacobianOperator(network, x)
+            with contextlib.ExitStack() as stack:
+                for word in before.split():
+                    if word in ("stop", "other"):
+                        stack.enter_context({"stop": tape, "other": other}[word].stop_recording())
+                        continue
+                    for product in word:
+                        op.matvec(v + 1) if product == "m" else op.rmatvec(tf.ones((2, 2)))
+            forward = tf.reduce_sum(op.matvec(v) ** 2)
+            backward = tf.reduce_sum(op.rmatvec(tf.stop_gradient(op.matvec(v))) ** 2)
+            with other.stop_recording():
+                op.matvec(v)
+            total = forward + backward
+        return tape.gradient(total, weights), other.gradient(total, weights)
+
+    jacobians = dense_jacobian(network, x)
+    u = np.einsum("bij,bj->bi", jacobians, v)
+    direction = [np.random.default_rng(9).normal(size=w.shape) for w in weights]
+
+    def value():
+        jacobians = dense_jacobian(network, x)
+        forward = np.einsum("bij,bj->bi", jacobians, v)
+        return np.sum(forward**2) + np.sum(np.einsum("bij,bi->bj", jacobians, u) ** 2)
+
+    expected = slope(value, weights, direction)
+    for found in (tf.function(gradients) if compiled else gradients)():
+        got = sum(np.sum(g * move) for g, move in zip(found, direction, strict=True))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_products_in_other_graphs():
+    """First in a loop's body, then in the graph around it; and first in a graph, then eagerly."""
+    network = build("many_outputs")
+    x = tf.constant(seeded_input((3,), 2))
+    op = JacobianOperator(network, x)
+    expected = np.einsum("bij,bj->bi", dense_jacobian(network, x), x)
+
+    @tf.function(autograph=False)
+    def looped(op):
+        op = op or JacobianOperator(network, x)
+        (inside,) = tf.while_loop(
+            lambda y: tf.reduce_all(y == 0),
+            lambda y: [op.matvec(x)],
+            [tf.zeros_like(op.primal)],
+        )
+        return inside, op.matvec(x)
+
+    for found in (*looped(None), *looped(op), op.matvec(x)):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_examples_do_not_mix(float64):

@@ -355,7 +355,42 @@ class VariedBatchNorm(layers.BatchNormalization):
         self.moving_variance.assign(np.geomspace(1e-3, 4, input_shape[self.axis]))
 
 
+class Lora(layers.Dense):
+    """Its kernel is a sum, the second part of which is not 0."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        for weight in self.enable_lora(2) or self.trainable_variables:
+            weight.assign(np.random.default_rng(0).normal(size=weight.shape))
+
+
+class Standardized(layers.Conv2D):
+    """Weight standardization."""
+
+    def convolution_op(self, inputs, kernel):
+        kernel = kernel - keras.ops.mean(kernel, (0, 1, 2))
+        spread = keras.ops.std(kernel, (0, 1, 2))
+        return super().convolution_op(inputs, kernel / spread)
+
+
+def doubled(kind, *args):
+    """A layer of a class of Keras whose own `call` returns twice what the class returns."""
+
+    class Doubled(kind):
+        def call(self, inputs, **options):
+            return 2 * super().call(inputs, **options)
+
+    return Doubled(*args)
+
+
+def quantized(mode):
+    network = keras.Sequential([keras.Input((8,)), layers.Dense(4)])
+    network.layers[0].quantize(mode)
+    return network
+
+
 MAPS = {
+    "lora": ((6,), lambda: Lora(4)),
     "dense": ((7,), lambda: layers.Dense(4)),
     "einsum": ((3, 5), lambda: layers.EinsumDense("abc,cd->abd", (None, 4))),
     "conv": ((6, 5, 2), lambda: layers.Conv2D(3, 3)),
@@ -528,6 +563,27 @@ BAD = {
         ),
         "linear map of this layer is not known.*'recurrent' .GRU.",
     ),
+    **{
+        f"own_{name}": (
+            lambda make=make: tfjacreg.spectral_bound(
+                keras.Sequential([keras.Input((4, 4, 2)), make()])
+            ),
+            "linear map of this layer is not known.*Received",
+        )
+        for name, make in {
+            "convolution_op": lambda: Standardized(3, 3),
+            "call": lambda: doubled(layers.Dense, 3),
+            "call_of_batch_norm": lambda: doubled(layers.BatchNormalization),
+            "call_of_rescaling": lambda: doubled(layers.Rescaling, 1.0),
+        }.items()
+    },
+    **{
+        mode: (
+            lambda mode=mode: tfjacreg.spectral_bound(quantized(mode)),
+            "linear map of this layer is not known.*a quantized one.*Received",
+        )
+        for mode in ("int8", "float8")
+    },
     "unbuilt": (
         lambda: tfjacreg.spectral_bound(keras.Sequential([layers.Dense(2)])),
         "keras.Input.*no known input",

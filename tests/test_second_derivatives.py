@@ -1,5 +1,7 @@
 """The gradient of a product, layer by layer, against differences of values."""
 
+from concurrent import futures
+
 import keras
 import numpy as np
 import pytest
@@ -8,7 +10,13 @@ from keras import layers
 from reference import finite_difference_jacobian, seeded_input
 
 import tfjacreg
-from tfjacreg import check_network, layer_calls, second_derivatives, signature
+from tfjacreg import (
+    check_network,
+    double_precision,
+    layer_calls,
+    second_derivatives,
+    signature,
+)
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator
 
 
@@ -256,7 +264,7 @@ def test_the_gradient_of_the_difference_is_that_of_the_jacobian():
     given = signature.resolve_input(network, seeded_input((4,), 4), None)
     (call,) = (c for c in layer_calls.calls_of_layers(network, given, True) if c.layer is layer)
     subject = second_derivatives._Subject(call, call.positions[0], True, True, False)
-    x = second_derivatives._beside(subject.own)
+    x = second_derivatives.beside(subject.own)
     u, v, product, *_ = subject._run(subject._product, x, is_recorded=True)
     (kernel, _), _ = subject._run(subject._of_the_difference, x, u, v, 1e-6)
     weight, offset = (w.numpy().astype("float64") for w in layer.trainable_variables)
@@ -306,3 +314,26 @@ def test_nothing_of_the_layers_changes():
         assert vars(layer)["_dtype_policy"] is old["_dtype_policy"]
     for a, b in zip(values, network.variables, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_double_precision_is_of_one_thread():
+    """Meanwhile another thread computes, and writes a layer's policy, as always."""
+    policy = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
+    network = keras.Sequential([keras.Input((4,)), layers.Dense(3, dtype=policy)])
+    layer, x = network.layers[0], np.ones((2, 4), "float32")
+
+    def seen():
+        kind = isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap)
+        config = keras.saving.serialize_keras_object(layer.dtype_policy)
+        equal = layer.dtype_policy == policy
+        return layer(x).dtype.name, layer.compute_dtype, layer.variable_dtype, kind, config, equal
+
+    def in_both_threads():
+        assert layer(x).dtype == tf.float64 and layer.compute_dtype == "float64"
+        with futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(seen).result()
+
+    expected = seen()
+    assert expected[:3] == ("bfloat16", "bfloat16", "float32")
+    assert double_precision.in_double_precision(network, in_both_threads) == expected
+    assert vars(layer)["_dtype_policy"] is policy

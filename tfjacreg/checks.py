@@ -12,8 +12,16 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, arguments, graph_search, recording, second_derivatives, signature
-from tfjacreg.error_causes import raise_an_interrupt
+from tfjacreg import (
+    _keras,
+    arguments,
+    first_derivatives,
+    graph_search,
+    recording,
+    second_derivatives,
+    signature,
+)
+from tfjacreg.error_causes import raise_what_says_nothing
 from tfjacreg.jacobian import FORWARD_MODES, JacobianOperator, LostDerivative, NotConnected
 from tfjacreg.layer_calls import LayerCall, calls_of_layers
 from tfjacreg.vectors import inner, length, random_unit, unit
@@ -39,8 +47,10 @@ _NOT_CONNECTED = (
     "has no differentiable operation that leads from its input to its output: every product would "
     "be 0. Replace the operation without a derivative (an integer cast, tf.numpy_function, ...)"
 )
-
-
+_LOST_PART = (
+    "has a derivative that its values contradict: <J^T u, v> differs by {:.3g} % from a difference "
+    "of its values, as where an operation without a derivative stands beside others"
+)
 _NOT_FINITE = (
     "has a product J v or J^T u that is not finite where its output is finite: a derivative is NaN "
     "or infinite there, and so would be the penalty"
@@ -182,23 +192,32 @@ def refuse_hidden_operations(jacobian: JacobianOperator) -> None:
     """Refuses a network with an operation whose part of the Jacobian would be lost silently.
 
     If one branch beside others has no derivative, no product shows it, only the graph of the pass.
-    The graph is traced once for each network and shape of x.
+    If the network runs eagerly only, a product is compared with a difference of values instead.
+    Either is done once for each network, shape of x and values of the layers' flags.
 
     Raises:
         ValueError: If there is such an operation.
     """
     network = jacobian.network
-    try:
-        fault = jacobian.traced(
-            "hides", lambda op: graph_search.fault(op.x, op.primal, graph_search.Needs(order=1))
-        )
-    except Exception:  # The network runs eagerly only: there is no graph to look at.
-        return
+    fault = jacobian.once("hides", lambda: _hidden_fault(jacobian))
     if fault is not None:
         raise ValueError(
             f"The Jacobian of network {network.name!r} is not known: it {fault}. `check_network` "
             f"names the layer. Received: x of shape {tuple(jacobian.x.shape)}"
         )
+
+
+def _hidden_fault(jacobian: JacobianOperator) -> str | None:
+    needs = graph_search.Needs(order=1)
+    try:
+        return jacobian.traced(lambda op: graph_search.fault(op.x, op.primal, needs))
+    except Exception as error:
+        raise_what_says_nothing(error)
+        if not tf.executing_eagerly():
+            return None
+    # The network runs eagerly only: there is no graph to look at.
+    lost = first_derivatives.lost_part(jacobian)
+    return None if lost is None else _LOST_PART.format(100 * lost)
 
 
 def explained(error: Exception, network: keras.Layer, forward_mode: str) -> ValueError:
@@ -246,7 +265,7 @@ class _Check:
         try:
             calls = calls_of_layers(self.network, self.given, self.settings.training)
         except Exception as error:  # It runs in a graph only: its layers cannot be looked at.
-            raise_an_interrupt(error)
+            raise_what_says_nothing(error)
             calls = []
         if fault is None:
             return self._wrong_second_derivative(calls)
@@ -348,7 +367,7 @@ class _Check:
         try:
             return graph_search.calls_functions(self._graph()[0])
         except Exception as error:  # It runs eagerly only.
-            raise_an_interrupt(error)
+            raise_what_says_nothing(error)
             return False
         finally:
             _reset_dropout_masks(self.network)
@@ -484,7 +503,7 @@ def _fault_of(error: Exception) -> _Fault:
         return _Fault(f"cannot be differentiated as often as needed ({reason})", error)
     if isinstance(error, NotConnected):
         return _Fault(_NOT_CONNECTED, error)
-    raise_an_interrupt(error)
+    raise_what_says_nothing(error)
     reason = _reason(error)
     if "variant" in reason:
         return _Fault(f"{_NO_TANGENTS_OF_LOOPS} ({reason})", error)

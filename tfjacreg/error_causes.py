@@ -2,6 +2,8 @@
 
 import traceback
 
+import tensorflow as tf
+
 # Where TensorFlow differentiates.
 _DIFFERENTIATING = ("tensorflow.python.eager.backprop", "tensorflow.python.eager.forwardprop")
 
@@ -47,3 +49,10 @@ def is_of_a_derivative(error: BaseException) -> bool:
         frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
     )
     return any(module in _DIFFERENTIATING for module in modules)
+
+
+def raise_what_says_nothing(error: BaseException) -> None:
+    """Raises again what says nothing of the code that was tried: Ctrl-C, and a lack of memory."""
+    raise_an_interrupt(error)
+    if came_from(error, MemoryError, tf.errors.ResourceExhaustedError):
+        raise error

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import tensorflow as tf
 
-from tfjacreg import arguments, graph_search, recording, rewrites, signature
+from tfjacreg import _keras, arguments, graph_search, passes, recording, rewrites, signature
 
 FORWARD_MODES = ("accumulator", "transpose")
 
 
-# What has been found in the graphs of networks; see `JacobianOperator.traced`.
+T = TypeVar("T")
+
+# What has been found once; see `JacobianOperator.once`.
 _found: weakref.WeakKeyDictionary[keras.Layer, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -162,16 +164,33 @@ class JacobianOperator:
         """What the pass does differently when it is run again; in a graph its operations tell."""
         if not tf.executing_eagerly():
             return graph_search.draws_or_assigns(operations)
-        return self.traced("draws", lambda _: graph_search.draws_or_assigns(_operations()))
+        return self.once(
+            "draws",
+            lambda: self.traced(lambda _: graph_search.draws_or_assigns(_operations())),
+        )
 
-    def traced(self, kind: str, find: Callable[[JacobianOperator], Any]) -> Any:
+    def once(self, kind: str, find: Callable[[], T]) -> T:
+        """Returns what `find` returns; it is called once per network, shape of x and flags.
+
+        Args:
+            kind: A name for what is found.
+            find: Called without arguments.
+        """
+        known = _found.setdefault(self.network, {})
+        specs = [str(tf.type_spec_from_value(tensor)) for tensor in self._taken.tensors()]
+        key = kind, self.training, self._output, self._taken.position, *specs
+        flags = _flags(self.network)
+        if key not in known or known[key][0] != flags:
+            known[key] = flags, find()
+        return known[key][1]
+
+    def traced(self, find: Callable[[JacobianOperator], T]) -> T:
         """Returns what `find` finds in the graph of the same pass; the graph is never run.
 
         Args:
-            kind: A name for the search: each is done once per network and shape of x.
             find: A function of an operator of symbolic tensors; `x.graph` holds all operations.
         """
-        found: list[Any] = []
+        found: list[T] = []
 
         def forward(tensors: list[Any]) -> tf.Tensor:
             taken = self._taken.with_tensors(tensors)
@@ -187,18 +206,42 @@ class JacobianOperator:
             return symbolic.primal
 
         specs = [tf.type_spec_from_value(tensor) for tensor in self._taken.tensors()]
-        known = _found.setdefault(self.network, {})
-        key = kind, self.training, self._output, self._taken.position, str(specs)
-        if key not in known:
-            with tf.init_scope():
-                tf.function(forward, autograph=False).get_concrete_function(specs)
-            known[key] = found[0]
-        return known[key]
+        with tf.init_scope():
+            tf.function(forward, autograph=False).get_concrete_function(specs)
+        return found[0]
+
+    def moved(self, x: tf.Tensor) -> JacobianOperator:
+        """The operator at another point, from a further pass that changes nothing in the network.
+
+        Args:
+            x: The point, of the shape of `x`, in any floating dtype.
+        """
+        other = object.__new__(JacobianOperator)
+        other.network, other.training, other._output = self.network, self.training, self._output
+        with recording.without_trace(self.network):
+            other._run(self._taken_at(x), None)
+        return other
+
+    def run_again(self, x: tf.Tensor) -> None:
+        """Runs the network as it is, unrecorded, at another point; changes nothing in it.
+
+        Args:
+            x: The point, as in `moved`.
+        """
+        with recording.without_trace(self.network):
+            self.network(self._taken_at(x).packed(), training=self.training)
+
+    def _taken_at(self, x: tf.Tensor) -> signature.NetworkInput:
+        leaves = list(self._taken.leaves)
+        leaves[self._taken.position] = x
+        return self._taken._replace(leaves=leaves)
 
     def matvec(self, v: Any) -> tf.Tensor:
         """Computes `J_i v_i` for every example: the forward mode, eq. (6).
 
-        For `tangent` itself, the result is the product that was computed along the pass.
+        For `tangent` itself, the result is the product that was computed along the pass. The first
+        call records a `J^T u`, which all calls transpose; if it came while an outer tape did not
+        record (`stop_recording`) or in another graph, a later one that needs it records another.
 
         Args:
             v: Tangents, `[B, *in]`.
@@ -216,9 +259,9 @@ class JacobianOperator:
             return self.tangent_out
         v = arguments.vector("v", v, self.x, "the input x")
         try:
-            if self._transposable is None:
+            if not self._can_transpose():
                 self.rmatvec_to_transpose(tf.zeros_like(self.primal))
-            tape, u, pulled_back = self._transposable
+            _, tape, u, pulled_back = self._transposable
             product = tape.gradient(pulled_back, u, output_gradients=v)
         # An operation whose gradient has no registered gradient raises one of these, as does
         # `tf.recompute_grad`.
@@ -260,8 +303,18 @@ class JacobianOperator:
         with tape:
             tape.watch(u)
             pulled_back = self._vjp(u)
-        self._transposable = tape, u, pulled_back
+        self._transposable = passes.current_graph(), tape, u, pulled_back
         return pulled_back
+
+    def _can_transpose(self) -> bool:
+        """Whether what the last J^T u to transpose was recorded from is all that is needed now.
+
+        It is not for a tape that was not recording then: to that tape it would be a constant.
+        """
+        if self._transposable is None:
+            return False
+        graph, _, _, pulled_back = self._transposable
+        return passes.can_use(graph) and passes.is_followed_like(pulled_back, self.primal)
 
     def _vjp(self, u: tf.Tensor) -> tf.Tensor:
         return self._connected(
@@ -290,3 +343,17 @@ class JacobianOperator:
 def _operations() -> list[tf.Operation]:
     """The operations so far of the graph that is being traced; none eagerly."""
     return [] if tf.executing_eagerly() else tf.compat.v1.get_default_graph().get_operations()
+
+
+def _flags(network: keras.Layer) -> list[Any]:
+    """What may say which operations the layers run: attributes that are True, False, None or text.
+
+    Numbers do not count, since a layer may count its calls.
+    """
+    return [
+        (type(layer), *((k, v) for k, v in vars(layer).items() if isinstance(v, _FLAGS)))
+        for layer in _keras.layers_of(network)
+    ]
+
+
+_FLAGS = (bool, str, type(None))

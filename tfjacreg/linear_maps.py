@@ -5,6 +5,7 @@ See Section 2 of the paper.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,6 @@ import tensorflow as tf
 from keras import layers, ops
 
 from tfjacreg import _keras
-
-_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
 
 class LinearMap:
@@ -72,12 +69,13 @@ def chained_maps(network: keras.Layer) -> list[LinearMap]:
     """
     maps = []
     for layer in _steps(network):
-        if isinstance(layer, layers.BatchNormalization):
-            maps.append(_batch_norm_map(layer))
-        elif isinstance(layer, (layers.Normalization, layers.Rescaling)):
-            maps.append(_slope_map(layer))
-        else:
+        kind = next((kind for kind in _ELEMENTWISE if isinstance(layer, kind)), None)
+        if kind is None:
             maps += _known_maps(layer, layer.weights)
+        elif not _is_map_of(layer, kind):
+            raise _unknown(layer)
+        else:
+            maps.append(_ELEMENTWISE[kind](layer))
     return maps
 
 
@@ -138,46 +136,32 @@ def _known_maps(layer: keras.Layer, weights: list[keras.Variable]) -> list[Linea
     if linear_map is not None:
         return [linear_map]
     if weights:
-        raise ValueError(
-            "The linear map of this layer is not known; known are Dense, EinsumDense, Conv1D to "
-            "3D, their transposes, and depthwise convolutions. "
-            f"Received: layer {layer.name!r} ({type(layer).__name__}) with weights"
-        )
+        raise _unknown(layer)
     return []
 
 
+def _unknown(layer: keras.Layer) -> ValueError:
+    return ValueError(
+        "The linear map of this layer is not known; known are Dense, EinsumDense, Conv1D to "
+        "3D, their transposes, and depthwise convolutions. A subclass whose `call` or "
+        "`convolution_op` is its own counts as another layer, and so does a quantized one. "
+        f"Received: layer {layer.name!r} ({type(layer).__name__})"
+    )
+
+
+def _is_map_of(layer: keras.Layer, kind: type[keras.Layer]) -> bool:
+    """Whether a layer computes what its class of Keras computes, with its kernel as it is."""
+    # With LoRA, `kernel` is the sum; of a quantized layer it is what is stored.
+    return layer.dtype_policy.quantization_mode is None and all(
+        getattr(type(layer), name, None) is getattr(kind, name, None)
+        for name in ("call", "convolution_op")
+    )
+
+
 def _linear_map(layer: keras.Layer) -> LinearMap | None:
-    if isinstance(layer, layers.Dense):
-        return LinearMap(layer, lambda x: ops.matmul(x, layer.kernel))
-    if isinstance(layer, layers.EinsumDense):
-        return LinearMap(layer, lambda x: ops.einsum(layer.equation, x, layer.kernel))
-    if isinstance(layer, _CONVOLUTIONS):
-        return LinearMap(layer, lambda x: _convolve(layer, x))
-    if isinstance(layer, _DEPTHWISE):
-        return LinearMap(
-            layer,
-            lambda x: ops.depthwise_conv(
-                x,
-                layer.kernel,
-                strides=layer.strides,
-                padding=layer.padding,
-                data_format=layer.data_format,
-                dilation_rate=layer.dilation_rate,
-            ),
-        )
-    if isinstance(layer, _TRANSPOSED):
-        return LinearMap(
-            layer,
-            lambda x: ops.conv_transpose(
-                x,
-                layer.kernel,
-                strides=list(layer.strides),
-                padding=layer.padding,
-                output_padding=layer.output_padding,
-                data_format=layer.data_format,
-                dilation_rate=layer.dilation_rate,
-            ),
-        )
+    for kind, apply in _MAPS.items():
+        if isinstance(layer, kind) and _is_map_of(layer, kind):
+            return LinearMap(layer, functools.partial(apply, layer))
     return None
 
 
@@ -204,6 +188,42 @@ def _convolve(layer: keras.Layer, x: Any) -> Any:
     )
 
 
+def _convolve_by_channel(layer: keras.Layer, x: Any) -> Any:
+    return ops.depthwise_conv(
+        x,
+        layer.kernel,
+        strides=layer.strides,
+        padding=layer.padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
+
+
+def _convolve_transposed(layer: keras.Layer, x: Any) -> Any:
+    return ops.conv_transpose(
+        x,
+        layer.kernel,
+        strides=list(layer.strides),
+        padding=layer.padding,
+        output_padding=layer.output_padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
+
+
+# What each layer that multiplies by a kernel does, without its bias and activation.
+_MAPS: dict[type[keras.Layer], Callable[[keras.Layer, Any], Any]] = {
+    layers.Dense: lambda layer, x: ops.matmul(x, layer.kernel),
+    layers.EinsumDense: lambda layer, x: ops.einsum(layer.equation, x, layer.kernel),
+    **dict.fromkeys((layers.Conv1D, layers.Conv2D, layers.Conv3D), _convolve),
+    **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _convolve_by_channel),
+    **dict.fromkeys(
+        (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose),
+        _convolve_transposed,
+    ),
+}
+
+
 def _batch_norm_map(layer: keras.Layer) -> LinearMap:
     scale = 1 / np.sqrt(ops.convert_to_numpy(layer.moving_variance) + layer.epsilon)
     if layer.scale:
@@ -218,6 +238,13 @@ def _slope_map(layer: keras.Layer) -> LinearMap:
     ones = tf.ones((1, *_input_shape(layer)), layer.variable_dtype)
     slope = layer(ones) - layer(tf.zeros_like(ones))
     return LinearMap(layer, lambda x: x * slope)
+
+
+_ELEMENTWISE: dict[type[keras.Layer], Callable[[keras.Layer], LinearMap]] = {
+    layers.BatchNormalization: _batch_norm_map,
+    layers.Normalization: _slope_map,
+    layers.Rescaling: _slope_map,
+}
 
 
 def _input_shape(layer: keras.Layer) -> tuple[int, ...]:

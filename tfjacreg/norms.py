@@ -65,6 +65,10 @@ def spectral_norm(
     products, so it is for networks with few outputs (or inputs). Two more products then give the
     triplet and its residual (three for `"exact"`).
 
+    Whether an operation lacks a derivative is looked up once for each network, shape of x and flags
+    of its layers (attributes that are True, False, None or text): a branch that other Python state
+    adds later is not seen.
+
     Args:
         network: A network whose output is `[B, *out]`.
         x: What the network takes: `[B, *in]`, or a list, tuple or dict of tensors.
@@ -106,6 +110,8 @@ def frobenius_norm(
     output: signature.Name = None,
 ) -> tf.Tensor:
     """Measures the Frobenius norm `||df/dx||_F` at every example, in inference mode.
+
+    Whether an operation lacks a derivative is looked up once, as by `spectral_norm`.
 
     Args:
         network: A network whose output is `[B, *out]`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -57,3 +57,38 @@ recorded = _Passes()
 def current_graph() -> Any:
     """The graph that is being traced; None in eager execution."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def can_use(graph: Any) -> bool:
+    """Whether tensors of a graph (None: eager ones) can be used in the one that is traced now."""
+    current = current_graph()
+    while current is not graph and current is not None:
+        current = getattr(current, "outer_graph", None)
+    return current is graph
+
+
+def _counter_of_tapes() -> Callable[[list[tf.Tensor]], int] | None:
+    """TensorFlow's count of the tapes and accumulators that follow a tensor; it ends at 2.
+
+    The name is private, and exists from TensorFlow 2.18 to 2.21.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from tensorflow.python import pywrap_tfe
+
+        return pywrap_tfe.TFE_Py_TapeSetPossibleGradientTypes
+    return None
+
+
+COUNTER_OF_TAPES = _counter_of_tapes()
+
+
+def is_followed_like(tensor: tf.Tensor, source: tf.Tensor) -> bool:
+    """Whether every tape that records now, and follows the source, follows the tensor too.
+
+    Args:
+        tensor: What was computed from what the source was computed from.
+        source: A tensor.
+    """
+    if COUNTER_OF_TAPES is None:
+        return False
+    return COUNTER_OF_TAPES([tensor]) >= COUNTER_OF_TAPES([source])

@@ -20,25 +20,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tfjacreg import _keras, recording, rewrites
-from tfjacreg.error_causes import came_from, raise_an_interrupt
+from tfjacreg import recording, rewrites
+from tfjacreg.double_precision import in_double_precision
+from tfjacreg.error_causes import (
+    came_from,
+    raise_an_interrupt,
+    raise_what_says_nothing,
+)
 from tfjacreg.jacobian import JacobianOperator
 from tfjacreg.layer_calls import LayerCall
 from tfjacreg.vectors import inner, length, unit
 
 # Steps relative to the length of each example's input: in double precision, and for layers that
 # compute something in single precision.
-_FINE_STEPS = (1e-6, 2.5e-7)
-_COARSE_STEPS = (1e-2, 4e-3)
+FINE_STEPS = (1e-6, 2.5e-7)
+COARSE_STEPS = (1e-2, 4e-3)
 # The largest relative error of a right layer at those steps. How far right layers stay below it and
 # how small an error is still found: `benchmarks/second_derivative_check.py`.
 TOLERANCE = 1e-4
 _COARSE_TOLERANCE = 1e-3
-_AGREES = 0.25  # How far, relative to the error, the two differences may differ from each other.
+AGREES = 0.25  # How far, relative to the error, the two differences may differ from each other.
 # A gradient counts as at least this part of its natural size: anything smaller is only rounding.
 _SMALLEST = 1e-3
 
@@ -64,17 +68,6 @@ class Comparison(NamedTuple):
         return self.is_certain and not self.error <= self.tolerance
 
 
-class _DoublePrecision(keras.DTypePolicy):
-    """Computes in float64 with variables of any dtype, which Keras casts when they are used."""
-
-    def __init__(self) -> None:
-        super().__init__("float64")
-
-    @property
-    def variable_dtype(self) -> str:
-        return "float32"
-
-
 def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -> Comparison | None:
     """Compares the two gradients of one call of a layer.
 
@@ -86,11 +79,12 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
             functions that are other operations there.
 
     Returns:
-        None if nothing can be said: the layer mixes random draws with statistics of the batch, or
-        what it is given has no derivative.
+        None if nothing can be said: the layer mixes random draws with statistics of the batch, what
+        it is given has no derivative, or it raises an error when it runs alone or at another point.
 
     Raises:
         LookupError: If TensorFlow has no derivative of the layer's derivative.
+        MemoryError, tf.errors.ResourceExhaustedError: If memory does not suffice.
     """
     for in_double in (True, False):
         subject = _Subject(call, position, training, in_double, in_graph)
@@ -98,8 +92,10 @@ def compare(call: LayerCall, position: int, training: bool, *, in_graph: bool) -
             return subject.compared()
         except Exception as error:  # For example, it has constants in single precision.
             raise_an_interrupt(error)
-            if came_from(error, LookupError) and not in_double:
-                raise
+            failure = error
+    if came_from(failure, LookupError):
+        raise failure
+    raise_what_says_nothing(failure)
     return None
 
 
@@ -124,7 +120,7 @@ class _Subject:
 
     def compared(self) -> Comparison | None:
         """The verdict, near the layer's own input: at the input's zeros lie kinks and ties."""
-        for x in (_beside(self.own), self.own):  # A square root may have no value beside it.
+        for x in (beside(self.own), self.own):  # A square root may have no value beside it.
             found = self._compared_at(x)
             if found is not None:
                 break
@@ -148,11 +144,11 @@ class _Subject:
             for parts in (self.weights, [x, *self.others])
         ]
         found = None
-        for steps in (_FINE_STEPS, _COARSE_STEPS) if self.in_double else (_COARSE_STEPS,):
+        for steps in (FINE_STEPS, COARSE_STEPS) if self.in_double else (COARSE_STEPS,):
             wanted = []
             for step in steps:  # The second step is needed only if the first one differs.
                 wanted.append(self._run(self._of_the_difference, x, u, v, step))
-                tolerance = TOLERANCE if steps is _FINE_STEPS else _COARSE_TOLERANCE
+                tolerance = TOLERANCE if steps is FINE_STEPS else _COARSE_TOLERANCE
                 found = _verdict(taken, wanted, scales, tolerance)
                 if found is None or found.is_certain:
                     return found
@@ -163,10 +159,10 @@ class _Subject:
         with tf.GradientTape() as tape:
             tape.watch([x, *self.others])
             jacobian = JacobianOperator(self.function, x, training=self.training)
-            u = unit(_noise(jacobian.primal.shape, x.dtype))
+            u = unit(noise(jacobian.primal.shape, x.dtype))
             back = jacobian.rmatvec(u)
             with tape.stop_recording():
-                v = unit(unit(back) + unit(_noise(x.shape, x.dtype)))
+                v = unit(unit(back) + unit(noise(x.shape, x.dtype)))
             product = inner(back, v)
             total = tf.reduce_sum(product)
         self.holds = jacobian.holds_constants
@@ -228,31 +224,18 @@ class _Subject:
 
         if not self.in_double:
             return rewritten()
-        return rewrites.while_replaced(_in_double_precision(self.layer), rewritten)
+        return in_double_precision(self.layer, rewritten)
 
 
-def _in_double_precision(layer: keras.Operation) -> list[rewrites.Place]:
-    """Makes all floating layers inside compute in double precision."""
-    return [
-        rewrites.Place(part, "_dtype_policy", view=lambda _: _DOUBLE_PRECISION)
-        for part in _keras.layers_of(layer)
-        if part.dtype_policy.quantization_mode is None
-        and tf.as_dtype(part.compute_dtype).is_floating
-    ]
-
-
-_DOUBLE_PRECISION = _DoublePrecision()
-
-
-def _beside(x: tf.Tensor) -> tf.Tensor:
+def beside(x: tf.Tensor) -> tf.Tensor:
     """A point at a distance of a hundredth, on the same side of 0 if all of x is on one side."""
-    noise = _noise(x.shape, x.dtype)
+    move = noise(x.shape, x.dtype)
     if tf.reduce_min(x) >= 0:
-        noise = tf.abs(noise)
-    return x + 0.01 * tf.sqrt(tf.reduce_mean(tf.square(x))) * noise
+        move = tf.abs(move)
+    return x + 0.01 * tf.sqrt(tf.reduce_mean(tf.square(x))) * move
 
 
-def _noise(shape: Any, dtype: tf.DType) -> tf.Tensor:
+def noise(shape: Any, dtype: tf.DType) -> tf.Tensor:
     """Standard normal numbers, the same each time."""
     # NumPy's: a draw of TensorFlow is made of fifty operations and takes longer.
     values = np.random.default_rng(0).normal(size=shape)
@@ -282,7 +265,7 @@ def _verdict(
             continue
         error = min(_norm(_minus(got, other)) / scale for other in others)
         itself = _norm(_minus(others[0], others[-1])) / scale
-        agrees = len(others) > 1 and itself <= _AGREES * error
+        agrees = len(others) > 1 and itself <= AGREES * error
         found.append(Comparison(error, error <= tolerance or agrees, tolerance))
     wrong = [comparison for comparison in found if comparison.is_wrong]
     if wrong:

@@ -107,6 +107,39 @@ def test_ties_have_one_winner(name):
     assert np.sum(op.rmatvec(ones)) == ones.sum()
 
 
+@pytest.mark.parametrize(
+    "name", ["tiles", "padded_tiles", "overlap", "overlap_same", "3d", "3d_overlap"]
+)
+def test_values_that_are_not_finite(name):
+    """TensorFlow's own in each way of running, also where a window holds nothing finite.
+
+    J v takes the finite inputs there; of tiles with a NaN, the place that TensorFlow's gradient
+    takes, which may be the NaN.
+    """
+    shape, make = LAYERS[name]
+    layer = make()
+    rng = np.random.default_rng(4)
+    x = inputs(shape, 4)
+    for kind in (np.nan, -np.inf, np.inf):
+        x[:2][rng.random(x[:2].shape) < 0.15] = kind
+    x[3] = np.nan
+    x[2, :1] = -np.inf
+    network = keras.Sequential([keras.Input(shape), layer])
+    v = np.where(np.isfinite(x), 2, 7).astype(x.dtype)
+
+    def ours(x):
+        op = JacobianOperator(network, x)
+        return op.primal, op.matvec(v)
+
+    for plain, function in zip(in_all_modes(layer), in_all_modes(ours), strict=True):
+        expected = plain(tf.constant(x))
+        found, product = function(tf.constant(x))
+        np.testing.assert_array_equal(found, expected)
+        assert not np.any(np.isnan(found))
+        is_real = np.isfinite(expected) & (expected > np.finfo(x.dtype).min)
+        assert np.any(is_real) and (name == "tiles" or np.all(product.numpy()[is_real] == 2))
+
+
 @pytest.mark.parametrize("name", ["tiles", "overlap"])
 def test_the_gradient_of_a_loss_is_kerass(name):
     shape, make = LAYERS[name]

@@ -27,7 +27,8 @@ class Place(NamedTuple):
         name: The name of its attribute.
         replacement: Called instead of the attribute, with the original as first argument.
         view: For an attribute that is not called: a function from the original to the object that
-            is there meanwhile. The object asks `is_replacing` whether it is to act.
+            is there meanwhile. Every thread finds this object, so it must ask whether it is to act:
+            `is_replacing`, or a flag of the thread's own.
     """
 
     owner: Any

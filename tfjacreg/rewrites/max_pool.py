@@ -51,7 +51,11 @@ def pool(
     data_format: str | None = None,
     name: str | None = None,
 ) -> Any:
-    """Replaces a max-pooling, with the same values; the places of the maxima are constant."""
+    """Replaces a max-pooling, with the same values; the places of the maxima are constant.
+
+    A NaN is left out of its window, as TensorFlow leaves it out on a CPU. Where a window holds
+    nothing but NaN, TensorFlow's value, the smallest number there is, has no derivative.
+    """
     settings: dict[str, Any] = {"data_format": data_format} if data_format else {}
     if explicit_paddings:
         settings["explicit_paddings"] = explicit_paddings
@@ -85,7 +89,7 @@ def pool(
     # A mean over 4 or 8 places times 4 or 8 is the maximum to the last bit; over 9 it is not.
     if tiles and int(np.prod(window.size)).bit_count() == 1:
         return _select_from_tiles(own, x, window)
-    return _select_from_windows(x, window)
+    return _select_from_windows(own, x, window)
 
 
 def _select_from_tiles(
@@ -108,6 +112,12 @@ def _select_from_tiles(
         return tile * mean, spread
 
     @tf.custom_gradient
+    def selected(t: tf.Tensor) -> Any:
+        # A NaN times 0, and an infinity, would make the sum over the window NaN.
+        found = select(t)
+        return tf.where(found == y, found, y), spread
+
+    @tf.custom_gradient
     def spread(t: tf.Tensor) -> Any:
         # Every output is spread over its whole tile, and the mask keeps it at the maximum.
         # On a CPU TensorFlow broadcasts along at most two of three axes at a time.
@@ -127,10 +137,12 @@ def _select_from_tiles(
         return spread_out * mask, select
 
     with tf.name_scope(SELECTION):
-        return select(x)
+        return selected(x)
 
 
-def _select_from_windows(x: tf.Tensor, window: _Window) -> tf.Tensor:
+def _select_from_windows(
+    pool: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, window: _Window
+) -> tf.Tensor:
     """For windows that overlap or are padded: one mask for every place in the window."""
     padding = [[0, 0] for _ in x.shape]
     counts = {}
@@ -144,8 +156,8 @@ def _select_from_windows(x: tf.Tensor, window: _Window) -> tf.Tensor:
         else:
             counts[axis] = (size - extent) // stride + 1
 
-    def places(t: tf.Tensor, fill: Any) -> list[tf.Tensor]:
-        padded = tf.pad(t, padding, constant_values=fill)
+    def places(t: tf.Tensor) -> list[tf.Tensor]:
+        padded = tf.pad(t, padding, constant_values=t.dtype.min)
         slices = []
         for offset in itertools.product(*map(range, window.size)):
             index = [slice(None)] * len(x.shape)
@@ -154,12 +166,17 @@ def _select_from_windows(x: tf.Tensor, window: _Window) -> tf.Tensor:
             slices.append(padded[tuple(index)])
         return slices
 
-    values = places(tf.stop_gradient(x), x.dtype.min)
-    largest = tf.reduce_max(tf.stack(values), axis=0)
+    held = tf.stop_gradient(x)
+    values = places(held)
+    if len(window.axes) == 3 and x.dtype == tf.float64:  # TensorFlow pools none.
+        held = tf.where(tf.math.is_nan(held), x.dtype.min, held)
+        largest = tf.reduce_max(tf.stack(places(held)), axis=0)
+    else:
+        largest = pool(held)
     taken = tf.zeros_like(largest, tf.bool)
     chosen = []
-    for value, t in zip(values, places(x, tf.zeros([], x.dtype)), strict=True):
+    for value, t in zip(values, places(x), strict=True):
         first = (value == largest) & ~taken
         taken |= first
         chosen.append(tf.where(first, t, tf.zeros_like(t)))
-    return tf.add_n(chosen)
+    return tf.where(taken, tf.add_n(chosen), largest)
