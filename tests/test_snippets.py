@@ -55,7 +55,7 @@ NO_CODE = {
     *("per_example(jacobian, key)", "__call__(network, state)", "regularizer(subject, state)"),
     "function(input_shape, num_classes)",
     *("factor_changes(factor)", "matvec(v)", "rmatvec(u)", "fit(x, y)"),
-    *("tensors()", 'quantize("int8")', "max(sigma, 1 - eps)"),
+    *("tensors()", "float(tensor)", 'quantize("int8")', "max(sigma, 1 - eps)"),
     *("dataset.map(task.preprocessor)", "x.to_tensor()"),
 }
 # Those of other libraries, on the page that compares them with ours.
