@@ -447,6 +447,36 @@ def test_layer_norms_are_those_of_the_true_linear_map(float64, name):
     assert tfjacreg.spectral_bound(network) == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("dense", "float16"),
+        *(
+            (name, "bfloat16")
+            for name in ("einsum", "conv_stride", "depthwise", "transposed", "batch_norm_axis")
+        ),
+    ],
+)
+def test_layer_norms_of_weights_in_half_precision(name, policy):
+    """Computed in float32: against the SVD of the same weights' map in float64."""
+    shape, make = MAPS[name]
+    networks = []
+    for dtype in (policy, "float64"):
+        keras.config.set_dtype_policy(dtype)
+        networks.append(keras.Sequential([keras.Input(shape), make()]))
+    half, double = networks
+    double.set_weights([w.astype("float64") for w in half.get_weights()])
+    basis = np.eye(int(np.prod(shape))).reshape(-1, *shape)
+    matrix = (double(basis) - double(0 * basis)).numpy().reshape(len(basis), -1)
+    expected = np.linalg.norm(matrix, 2)
+    assert tfjacreg.spectral_bound(half) == pytest.approx(expected, rel=1e-5)
+    if name != "batch_norm_axis":
+        penalty = tfjacreg.regularizers.SpectralBound(1.0, iterations=30, seed=0)
+        value, (state,) = penalty(half, penalty.initial_state(half))
+        assert value.dtype == state.dtype == tf.float32
+        np.testing.assert_allclose(value, expected**2, rtol=1e-2)
+
+
 def test_bound_of_a_chain(float64):
     network = keras.Sequential(
         [

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
@@ -22,14 +21,15 @@ class LinearMap:
 
     Attributes:
         layer: The layer.
-        x: Zeros of the shape of the layer's input, `[1, *in]`.
+        x: Zeros of the shape of the layer's input, `[1, *in]`, in the dtype of its variables or, if
+            that is half precision, in float32.
         primal: Zeros of the shape of its output, `[1, *out]`: estimators need only the shape.
     """
 
     def __init__(self, layer: keras.Layer, apply: Callable[[Any], Any]) -> None:
         self.layer = layer
         self._apply = apply
-        self.x = tf.zeros((1, *_input_shape(layer)), layer.variable_dtype)
+        self.x = _zeros(layer)
         self.primal = tf.zeros_like(apply(self.x))
 
     def matvec(self, v: tf.Tensor) -> tf.Tensor:
@@ -180,7 +180,7 @@ def _convolve(layer: keras.Layer, x: Any) -> Any:
         strides = [1] * len(strides)
     return ops.conv(
         x,
-        layer.kernel,
+        _kernel(layer, x),
         strides=strides,
         padding=padding,
         data_format=layer.data_format,
@@ -191,7 +191,7 @@ def _convolve(layer: keras.Layer, x: Any) -> Any:
 def _convolve_by_channel(layer: keras.Layer, x: Any) -> Any:
     return ops.depthwise_conv(
         x,
-        layer.kernel,
+        _kernel(layer, x),
         strides=layer.strides,
         padding=layer.padding,
         data_format=layer.data_format,
@@ -202,7 +202,7 @@ def _convolve_by_channel(layer: keras.Layer, x: Any) -> Any:
 def _convolve_transposed(layer: keras.Layer, x: Any) -> Any:
     return ops.conv_transpose(
         x,
-        layer.kernel,
+        _kernel(layer, x),
         strides=list(layer.strides),
         padding=layer.padding,
         output_padding=layer.output_padding,
@@ -213,8 +213,8 @@ def _convolve_transposed(layer: keras.Layer, x: Any) -> Any:
 
 # What each layer that multiplies by a kernel does, without its bias and activation.
 _MAPS: dict[type[keras.Layer], Callable[[keras.Layer, Any], Any]] = {
-    layers.Dense: lambda layer, x: ops.matmul(x, layer.kernel),
-    layers.EinsumDense: lambda layer, x: ops.einsum(layer.equation, x, layer.kernel),
+    layers.Dense: lambda layer, x: ops.matmul(x, _kernel(layer, x)),
+    layers.EinsumDense: lambda layer, x: ops.einsum(layer.equation, x, _kernel(layer, x)),
     **dict.fromkeys((layers.Conv1D, layers.Conv2D, layers.Conv3D), _convolve),
     **dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), _convolve_by_channel),
     **dict.fromkeys(
@@ -225,18 +225,20 @@ _MAPS: dict[type[keras.Layer], Callable[[keras.Layer, Any], Any]] = {
 
 
 def _batch_norm_map(layer: keras.Layer) -> LinearMap:
-    scale = 1 / np.sqrt(ops.convert_to_numpy(layer.moving_variance) + layer.epsilon)
+    zeros = _zeros(layer)
+    scale = tf.math.rsqrt(tf.cast(layer.moving_variance.value, zeros.dtype) + layer.epsilon)
     if layer.scale:
-        scale = scale * ops.convert_to_numpy(layer.gamma)
-    shape = [1] * (len(_input_shape(layer)) + 1)
+        scale *= tf.cast(layer.gamma.value, zeros.dtype)
+    shape = [1] * len(zeros.shape)
     shape[layer.axis] = -1
-    return LinearMap(layer, lambda x: x * scale.reshape(shape))
+    scale = tf.reshape(scale, shape)
+    return LinearMap(layer, lambda x: x * scale)
 
 
 def _slope_map(layer: keras.Layer) -> LinearMap:
     """The map of a layer that scales and shifts every element."""
-    ones = tf.ones((1, *_input_shape(layer)), layer.variable_dtype)
-    slope = layer(ones) - layer(tf.zeros_like(ones))
+    zeros = _zeros(layer)
+    slope = tf.cast(layer(tf.ones_like(zeros)) - layer(zeros), zeros.dtype)
     return LinearMap(layer, lambda x: x * slope)
 
 
@@ -245,6 +247,16 @@ _ELEMENTWISE: dict[type[keras.Layer], Callable[[keras.Layer], LinearMap]] = {
     layers.Normalization: _slope_map,
     layers.Rescaling: _slope_map,
 }
+
+
+def _zeros(layer: keras.Layer) -> tf.Tensor:
+    """One example of zeros in the shape of a layer's input, in at least float32."""
+    dtype = tf.as_dtype(layer.variable_dtype)
+    return tf.zeros((1, *_input_shape(layer)), tf.float32 if dtype.size < 4 else dtype)
+
+
+def _kernel(layer: keras.Layer, x: Any) -> tf.Tensor:
+    return tf.cast(layer.kernel, x.dtype)
 
 
 def _input_shape(layer: keras.Layer) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ import copy
 import io
 import json
 import stat
+import threading
 import zipfile
+from concurrent import futures
 
 import h5py
 import keras
@@ -184,6 +186,39 @@ def test_layers_are_no_larger_than_the_weights_that_come_along(tmp_path):
         with pytest.raises(ValueError, match=rf"mine.keras cannot be loaded.*{message}"):
             checkpoint.load(change(old, new))
     assert keras.Layer.add_weight.__module__.startswith("keras.")
+
+
+def test_the_limit_is_of_one_load():
+    """Two loads that end in the order in which they began, and a layer of a third thread."""
+    own = keras.Layer.add_weight
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def large():
+        return layers.Dense(archives._SPARE + 2, use_bias=False).build((None, 1))
+
+    def first():
+        first_is_in.set()
+        assert second_is_in.wait(20)
+        with pytest.raises(ValueError, match="weights that are in it, 1 numbers"):
+            large()
+
+    def second():
+        second_is_in.set()
+        assert first_is_out.wait(20)
+        large()
+        with pytest.raises(ValueError, match="would have"):
+            large()
+
+    with futures.ThreadPoolExecutor(2) as pool:
+        one = pool.submit(archives.with_layers_limited, 1, first)
+        assert first_is_in.wait(20)
+        two = pool.submit(archives.with_layers_limited, 2, second)
+        assert second_is_in.wait(20)
+        large()
+        one.result()
+        first_is_out.set()
+        two.result()
+    assert keras.Layer.add_weight is own
 
 
 def weights(make):

@@ -161,5 +161,6 @@ def test_a_step_without_it_makes_the_same_weights(monkeypatch, penalty):
 
 
 def test_a_tensorflow_without_these_names(monkeypatch):
+    assert input_gradients.IS_REGISTERED
     monkeypatch.delattr(ops, "gradient_registry")
     assert not input_gradients._register()

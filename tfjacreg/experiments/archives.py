@@ -12,16 +12,18 @@ import math
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
 import h5py
 import keras
 import tensorflow as tf
 
-from tfjacreg import _keras, graph_search
+from tfjacreg import _keras, graph_search, rewrites
 from tfjacreg.model import RegularizedModel
 from tfjacreg.printable import shown
+
+T = TypeVar("T")
 
 PARTS = 1000  # Keras writes three, and this project adds one.
 # Limits on the unpacked size of an archive's parts. Keras does not compress them.
@@ -257,30 +259,42 @@ def check_weights(file: Any, size: int) -> int:
     return numbers
 
 
-@contextlib.contextmanager
-def layers_limited(numbers: int) -> Iterator[None]:
-    """Limits the weights of the layers that are built to what the file holds, all together.
+def with_layers_limited(numbers: int, function: Callable[[], T]) -> T:
+    """Calls a function that builds layers with weights of at most so many numbers, all together.
+
+    The layers that other threads build meanwhile are not limited.
 
     Args:
         numbers: How many numbers the weights in the file hold.
-    """
-    original, left = keras.Layer.add_weight, numbers + _SPARE
+        function: Loads the model, without arguments.
 
-    def add_weight(self: keras.Layer, shape: Any = None, *args: Any, **options: Any) -> Any:
+    Returns:
+        What the function returns.
+
+    Raises:
+        ValueError: In the function, if a layer would have more.
+    """
+    left = numbers + _SPARE
+
+    def add_weight(
+        original: Callable[..., Any],
+        layer: keras.Layer,
+        shape: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
         nonlocal left
         left -= math.prod(int(n) for n in shape or ())
         if left < 0:
             raise ValueError(
                 f"its layers must have the weights that are in it, {numbers} numbers. Received: "
-                f"the layer {shown(self.name)}, which would have {shown(shape)}"
+                f"the layer {shown(layer.name)}, which would have {shown(shape)}"
             )
-        return original(self, shape, *args, **options)
+        return original(layer, shape, *args, **options)
 
-    keras.Layer.add_weight = add_weight
-    try:
-        yield
-    finally:
-        keras.Layer.add_weight = original
+    return rewrites.while_replaced(
+        [rewrites.Place(keras.Layer, "add_weight", add_weight)], function
+    )
 
 
 def check_outputs(model: keras.Model) -> None:

@@ -41,8 +41,9 @@ def load(path: Path, **options: Any) -> keras.Model:
     # Keras skips the checksums of a file, and reports a truncated one as "not found".
     numbers = check_whole(path)
     try:
-        with archives.layers_limited(numbers):
-            model = keras.models.load_model(path, safe_mode=True, **options)
+        model = archives.with_layers_limited(
+            numbers, lambda: keras.models.load_model(path, safe_mode=True, **options)
+        )
         archives.check_outputs(model)
         return model
     except Exception as error:
