@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from judged import RUNS, judged, measured_at_points
 
-from tfjacreg.experiments import curves
+from tfjacreg.experiments import curves, evaluation_records
 from tfjacreg.experiments.curves import Evaluation
 
 
 def lines(tables):
     """As a terminal shows them."""
     return "\n\n".join(map(str, tables)).splitlines()
+
+
+def test_every_perturbation_has_a_title():
+    assert tuple(curves.TITLES) == evaluation_records.PERTURBATIONS
 
 
 def test_curves_gather_repeats():

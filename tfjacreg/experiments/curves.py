@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tfjacreg.experiments.evaluation_records import DISTANCES, strength
+
 TITLES = {
     "noise": "White noise",
     "pgd": "PGD",
@@ -20,8 +22,6 @@ _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
 # An accuracy is marked as not tested if the attack has lost its gradient on at least this share of
 # the images and they are still classified correctly.
 FADED = 0.01
-# The entries of evaluation.json with the distances: in random directions, to the nearest image.
-DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
 _MEANINGS = {
     "boundary": "distance to the decision boundary along random directions",
     "distance": "distance to the nearest adversarial image found",
@@ -252,11 +252,6 @@ def _distances(runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.float64]
     # null marks images that are misclassified, and those where no distance was found.
     listed = [e.result[DISTANCES[name]] for e in runs]
     return np.array([[np.inf if d is None else d for d in row] for row in listed], float)
-
-
-def strength(name: str) -> str:
-    """The name of a perturbation's strength in evaluation.json."""
-    return "variance" if name == "noise" else "iterations"
 
 
 def unit(name: str) -> str:
