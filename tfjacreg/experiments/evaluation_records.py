@@ -1,7 +1,4 @@
-"""The names in an `evaluation.json`, and checks of its form.
-
-They come before a table or figure is made from it.
-"""
+"""The names in an `evaluation.json`, and checks of its form before tables and figures."""
 
 from __future__ import annotations
 
