@@ -69,14 +69,15 @@ def check_files(*paths: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name in the same folder to write to, and then puts the result in place.
 
-    The folder is made if it does not exist. What is at `path` is untouched until the end, unless it
-    is a folder, which is removed just before.
+    The folder is made if it does not exist. What is at `path` is untouched until the end. A file
+    replaces a file in one step. For a new folder, what is there is removed just before; a new file
+    never replaces a folder.
 
     Args:
         path: A file, or a folder.
 
     Raises:
-        OSError: If the result cannot be put in place.
+        OSError: If the result cannot be put in place, such as a file in place of a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)

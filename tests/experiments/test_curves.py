@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 from judged import RUNS, judged, measured_at_points
 
-from tfjacreg.experiments import curves
+from tfjacreg.experiments import curves, evaluation_records, evaluation_tables
 from tfjacreg.experiments.curves import Evaluation
 
 
 def lines(tables):
     """As a terminal shows them."""
     return "\n\n".join(map(str, tables)).splitlines()
+
+
+def test_every_perturbation_has_a_title():
+    assert tuple(curves.TITLES) == evaluation_records.PERTURBATIONS
 
 
 def test_curves_gather_repeats():
@@ -53,23 +57,26 @@ def test_a_data_set_without_a_shared_point_is_left_out_and_told():
     kmnist = Evaluation("kmnist", "none", measured_at_points([2, 4], [1, 1], [1, 1]))
     runs = [RUNS[0], Evaluation("digits", "spectral 0.01", none), kmnist]
     assert list(curves.distances(runs)) == ["kmnist"]
-    left_out, shown = map(str, curves.distance_tables(runs))
+    left_out, shown = map(str, evaluation_tables.distance_tables(runs))
     assert left_out.splitlines()[0].startswith("digits: distance to the decision boundary")
     assert left_out.splitlines()[1:] == [
         "Left out: there is no point that every run classifies correctly."
     ]
     assert "the 2 of 2 points" in shown
-    assert curves.ratio_tables([runs[1]]) == [] and len(curves.ratio_tables(runs[1:])) == 2
+    assert (
+        evaluation_tables.ratio_tables([runs[1]]) == []
+        and len(evaluation_tables.ratio_tables(runs[1:])) == 2
+    )
 
 
 def test_tables():
-    table = lines(curves.robustness_tables(RUNS, ["pgd"]))
+    table = lines(evaluation_tables.robustness_tables(RUNS, ["pgd"]))
     assert table[0] == "digits, PGD: accuracy in % against iterations"
     assert table[1].split() == ["method", "runs", "clean", "1", "4"]
     # Mean and sample standard deviation of (90, 80), (70, 40) and (30, 0).
     assert table[2].split() == ["none", "2", "85.0±7.1", "55.0±21.2", "15.0±21.2"]
     assert table[3].split() == ["spectral", "0.01", "1", "85.0", "75.0", "55.0"]
-    boundary = lines(curves.distance_tables(RUNS))
+    boundary = lines(evaluation_tables.distance_tables(RUNS))
     assert "the 1 of 3 points" in boundary[0] and "the 3 of 4 points" in boundary[5]
     # The quantiles of (4, 5, none found).
     assert boundary[-1].split() == ["none", "1", "4.000", "4.000", "5.000", "inf", "inf", "1"]
@@ -87,7 +94,7 @@ def test_an_accuracy_that_the_attack_has_not_tested_is_marked():
     gathered = curves.curves(runs, "pgd")["digits"]
     np.testing.assert_array_equal(gathered["none"].untested, [False, True])
     assert not gathered["spectral 0.01"].untested.any()
-    table = lines(curves.robustness_tables(runs, ["pgd"]))
+    table = lines(evaluation_tables.robustness_tables(runs, ["pgd"]))
     assert table[2].split() == ["none", "2", "90.0±0.0", "80.0±0.0", "30.0±0.0*"]
     assert table[3].split() == ["gradient", "faded", "0.8±1.1", "20.0±14.1"]
     assert table[4].split() == ["spectral", "0.01", "1", "90.0", "80.0", "30.0"]
@@ -97,7 +104,7 @@ def test_an_accuracy_that_the_attack_has_not_tested_is_marked():
 def test_nothing_is_marked_where_fading_was_not_recorded():
     """Evaluations of version 0.1.0."""
     assert not curves.curves(RUNS, "pgd")["digits"]["none"].faded.any()
-    assert "*" not in "".join(lines(curves.robustness_tables(RUNS, ["pgd"])))
+    assert "*" not in "".join(lines(evaluation_tables.robustness_tables(RUNS, ["pgd"])))
 
 
 def test_runs_that_were_not_judged_by_a_perturbation_are_left_out_of_its_curve():
@@ -138,17 +145,17 @@ def test_sigma_needs_its_margins():
 
 
 def test_the_tables_of_points():
-    nearest = lines(curves.distance_tables(POINTS, "distance"))
+    nearest = lines(evaluation_tables.distance_tables(POINTS, "distance"))
     assert "nearest adversarial image found" in nearest[0] and "the 2 of 4 points" in nearest[0]
     assert nearest[2].split() == ["none", "2", "2.000", "2.000", "2.500", "3.000", "4.000", "0"]
-    sigma = lines(curves.sigma_tables(POINTS))
+    sigma = lines(evaluation_tables.sigma_tables(POINTS))
     assert sigma[1].split()[:3] == ["method", "runs", "mean"] and "4 points" in sigma[0]
     # Of 1, 1, 1, 1, 2, 2, 3, 4.
     assert sigma[2].split()[2:] == ["1.88", "1.00", "1.00", "1.00", "2.00", "4.00", "4.00"]
 
 
 def test_the_ratios_at_each_point():
-    spheres, linear = (str(table).splitlines() for table in curves.ratio_tables(POINTS))
+    spheres, linear = (str(table).splitlines() for table in evaluation_tables.ratio_tables(POINTS))
     assert "over 2 points" in spheres[0]
     assert spheres[2].split() == ["none", "2", *["2.00"] * 5, "0.0"]
     # Distances 2, 3, 2.5, 4; margins 4, 3, 1, 3; sigmas 4, 1, 3, 1.
@@ -163,7 +170,7 @@ def test_where_sigma_is_0_the_margin_promises_too_much():
     flat = Evaluation("digits", "none", measured_at_points([1, 2], [0, 1], [1, 1]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = curves.ratio_tables([flat])[-1]
+        table = evaluation_tables.ratio_tables([flat])[-1]
     assert str(table).splitlines()[-1].split()[2:] == [
         "0.00",
         "0.00",
@@ -180,7 +187,7 @@ def test_a_table_fits_the_width_that_there_is():
     rows = [
         [name, "2", *(f"{name[0]}{i}.0±0.1" for i in range(6))] for name in ("none", "spectral")
     ]
-    table = curves.Table("title", head, rows, "note")
+    table = evaluation_tables.Table("title", head, rows, "note")
     wide, narrow = str(table), table.text(40)
     assert wide == table.text(len(wide.splitlines()[1])) and wide.count("\n") == 4
     assert all(len(line) <= 40 for line in narrow.splitlines())

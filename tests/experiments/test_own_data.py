@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import keras
@@ -17,7 +18,15 @@ from keras import layers
 from wrong_inputs import CLASSIFIERS, RUNS, arrays
 
 from tfjacreg import dataset_files, datasets, published
-from tfjacreg.experiments import data_sources, evaluation, measures, network_sources, pipeline
+from tfjacreg.experiments import (
+    archives,
+    data_readers,
+    data_sources,
+    evaluation,
+    measures,
+    network_sources,
+    pipeline,
+)
 from tfjacreg.experiments.classifier_files import Scale
 from tfjacreg.experiments.config import RunConfig, RunError
 from tfjacreg.experiments.ledger import study_name
@@ -193,6 +202,17 @@ def test_sizes_colours_and_classes(classes, channels, tmp_path):
     flat = made.train.x.reshape(-1, channels or 1).astype(float)
     np.testing.assert_allclose(flat.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(flat.std(axis=0), 1, atol=1e-5)
+
+
+def test_images_that_are_all_alike_are_no_bomb(tmp_path):
+    """Its ratio and size would be too large for a part of a .keras file."""
+    x = np.zeros((1100, 256, 256), "uint8")
+    np.savez_compressed(tmp_path / "mine.npz", x_train=x, y_train=np.zeros(1100, int))
+    file = zipfile.ZipFile(tmp_path / "mine.npz")
+    with file, pytest.raises(ValueError, match="100 times what they take up"):
+        archives.check_parts(file)
+    raw = data_readers.read(str(tmp_path / "mine.npz"), None, None)
+    assert raw.splits["train"][0].shape == x.shape
 
 
 def test_forms_of_labels_and_pixels_are_the_same_data(tmp_path):

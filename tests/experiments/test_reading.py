@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tfjacreg.experiments import checkpoint, files, reading, records
+from tfjacreg.experiments import checkpoint, data_readers, files, reading, records
 from tfjacreg.experiments.folder_reader import FolderReader
 from tfjacreg.experiments.locks import FileLocks
 from tfjacreg.experiments.sweep import Sweep
@@ -44,6 +44,7 @@ READERS = {
     "classifier.keras": checkpoint.load,
     "checkpoint.keras": checkpoint.read_note,
     "x.png": lambda path: reading.read_bytes(path, reading.PICTURE),
+    "image.png": data_readers._decoded,
 }
 
 

@@ -868,6 +868,18 @@ def test_foreign_benchmarks_are_named(folder, benchmarks, name, content):
         write(folder, benchmarks)
 
 
+def test_a_second_stage_is_read_once_however_it_is_named(folder, monkeypatch):
+    (folder / "sweep.toml").write_text(
+        (folder / "sweep.toml").read_text() + "[final]\nrepeats = 1\n"
+    )
+    sweep = Sweep.load(folder / "sweep.toml")
+    (folder / "final").mkdir()
+    (folder / "final" / "sweep.toml").write_bytes(sweep.second_stage(sweep.cells[:1]).content)
+    monkeypatch.chdir(folder.parent)
+    for folders in ([Path("sweep")], [Path("sweep"), folder / "final"]):
+        assert len(selection.read(folders)) == 2
+
+
 def test_the_same_sweep_twice(folder, nothing):
     with pytest.raises(ValueError, match="named once"):
         write(folder, nothing, folder / ".." / folder.name)

@@ -4,7 +4,10 @@ Each is `(what is wrong, make, sentence)`: `make(folder)` returns the settings o
 `CLASSIFIERS` the arguments of evaluate.py. `docs/own_data.md` has the table.
 """
 
+import io
+import struct
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -85,6 +88,26 @@ def a_single_array(folder):
     return {"dataset": str(folder / "mine.npz")}
 
 
+def a_small_file_of_a_large_array(folder):
+    """Its header says what would be unpacked."""
+    header = io.BytesIO()
+    content = {"descr": "|u1", "fortran_order": False, "shape": (1 << 45, 12, 12)}
+    np.lib.format.write_array_header_1_0(header, content)
+    np.savez(folder / "mine.npz", y_train=np.zeros(9, int))
+    with zipfile.ZipFile(folder / "mine.npz", "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x_train.npy", header.getvalue() + bytes(9999))
+    return {"dataset": str(folder / "mine.npz")}
+
+
+def a_changed_byte(folder):
+    """The first one of the compressed data, which then are of no kind that there is."""
+    np.savez_compressed(folder / "mine.npz", **arrays())
+    content = bytearray((folder / "mine.npz").read_bytes())
+    content[30 + sum(struct.unpack("<2H", content[26:30]))] = 255
+    (folder / "mine.npz").write_bytes(content)
+    return {"dataset": str(folder / "mine.npz")}
+
+
 OBJECTS = np.array([np.zeros((2, 2)), np.zeros((3, 3))], dtype=object)
 COPIED = npz(lambda a: a | {"x_test": a["x_train"][:30], "y_test": a["y_train"][:30]})
 NPZ = [
@@ -92,6 +115,12 @@ NPZ = [
     ("a file of text", raw(b"hello"), "it is no .npz file"),
     ("an empty file", raw(b""), "is empty"),
     ("a file that was cut", a_whole_file_but_its_end, "is damaged"),
+    ("a file with a changed byte", a_changed_byte, "is damaged"),
+    (
+        "a small file of a large array",
+        a_small_file_of_a_large_array,
+        "its arrays must fit into the memory of this machine",
+    ),
     ("a single array", a_single_array, "it holds a single array"),
     ("no x_train", without("x_train"), "without x_train"),
     ("no y_train", without("y_train"), "without y_train"),
@@ -219,6 +248,16 @@ FOLDERS = [
         "a damaged image",
         folders(lambda root: (root / "train/cat/0.png").write_bytes(picture()[:50])),
         "0.png cannot be read as an image",
+    ),
+    (
+        "a link to an image elsewhere",
+        folders(lambda root: (root / "train/cat/link.png").symlink_to("/etc/passwd")),
+        "a data set must lie in its folder. Received: a symbolic link",
+    ),
+    (
+        "a class folder that is a link",
+        folders(lambda root: (root / "train/emu").symlink_to(root / "train/cat")),
+        "a data set must lie in its folder. Received: a symbolic link",
     ),
     (
         "an empty class folder",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tfjacreg.experiments import comparison, curves, tables
 from tfjacreg.experiments.comparison import Difference
 from tfjacreg.experiments.curves import Evaluation
+from tfjacreg.experiments.evaluation_records import strength
 from tfjacreg.experiments.selection import LABELS, CellResults, Statistic, SweepResults
 from tfjacreg.experiments.tables import code, number, p_value, percent, plain
 
@@ -154,7 +155,7 @@ def _robustness(
         for run in cell.finished:
             curve = judged.get(run.folder.path, {}).get(name)
             if curve:
-                strengths = curve[curves.strength(name)]
+                strengths = curve[strength(name)]
                 middle = (len(strengths) - 1) // 2
                 title = (
                     f"noise of variance {strengths[middle]:g}"

@@ -90,7 +90,33 @@ def check(file: BinaryIO) -> int:
 
 
 def check_parts(archive: zipfile.ZipFile) -> None:
-    """Checks number, names, kinds and sizes of the parts of a zip file without unpacking it.
+    """Checks number, names, kinds and sizes of the parts of a `.keras` file without unpacking it.
+
+    Args:
+        archive: The file, open.
+
+    Raises:
+        ValueError: If a part is not allowed.
+    """
+    check_names(archive)
+    parts = archive.infolist()
+    unpacked = sum(part.file_size for part in parts)
+    packed = sum(part.compress_size for part in parts)
+    if unpacked > UNPACKED or unpacked > max(RATIO * packed, _SMALL):
+        raise ValueError(
+            f"its parts must have at most {UNPACKED} bytes, and {RATIO} times what they take up. "
+            f"Received: {unpacked} bytes out of {packed}"
+        )
+    for part in parts:
+        if part.filename.endswith(".json") and part.file_size > DESCRIPTION:
+            raise ValueError(
+                f"{part.filename!r} must have at most {DESCRIPTION} bytes. Received: "
+                f"{part.file_size}"
+            )
+
+
+def check_names(archive: zipfile.ZipFile) -> None:
+    """Checks number, names and kinds of the parts of a zip file.
 
     Args:
         archive: The file, open; an `.npz` file is one too.
@@ -113,19 +139,6 @@ def check_parts(archive: zipfile.ZipFile) -> None:
         if stat.S_IFMT(part.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise ValueError(f"its parts must be files. Received: {shown(name)}, a link or device")
         names.add(name)
-    unpacked = sum(part.file_size for part in parts)
-    packed = sum(part.compress_size for part in parts)
-    if unpacked > UNPACKED or unpacked > max(RATIO * packed, _SMALL):
-        raise ValueError(
-            f"its parts must have at most {UNPACKED} bytes, and {RATIO} times what they take up. "
-            f"Received: {unpacked} bytes out of {packed}"
-        )
-    for part in parts:
-        if part.filename.endswith(".json") and part.file_size > DESCRIPTION:
-            raise ValueError(
-                f"{part.filename!r} must have at most {DESCRIPTION} bytes. Received: "
-                f"{part.file_size}"
-            )
 
 
 def _check_description(text: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The numbers behind the tables and figures of evaluated runs, and the tables."""
+"""The numbers behind the tables and figures of evaluated runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from tfjacreg.experiments.evaluation_records import DISTANCES, strength
 
 TITLES = {
     "noise": "White noise",
@@ -20,20 +22,6 @@ _AXES = {"noise": "noise variance (squared pixel units)", "square": "queries"}
 # An accuracy is marked as not tested if the attack has lost its gradient on at least this share of
 # the images and they are still classified correctly.
 FADED = 0.01
-# The entries of evaluation.json with the distances: in random directions, to the nearest image.
-DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
-_MEANINGS = {
-    "boundary": "distance to the decision boundary along random directions",
-    "distance": "distance to the nearest adversarial image found",
-}
-_AGAINST_SPHERES = "distance along random directions / distance to the nearest image found"
-_AGAINST_SIGMA = "distance to the nearest image found / (margin / (sqrt(2) sigma))"
-_NOT_TESTED = (
-    "* Not tested: so many % of the images are right, but the attack has lost its gradient there."
-)
-_NONE_SHARED = "Left out: there is no point that every run classifies correctly."
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_HEAD = [f"{100 * q:g} %" for q in _QUANTILES]
 
 
 class Evaluation(NamedTuple):
@@ -48,50 +36,6 @@ class Evaluation(NamedTuple):
     dataset: str
     method: str
     result: dict[str, Any]
-
-
-class Table(NamedTuple):
-    """A table before it is turned into text or Markdown.
-
-    Attributes:
-        title: What it shows.
-        head: The names of the columns.
-        rows: Rows with a cell for each column; the first cell names the method. Without rows there
-            are the title and the note alone.
-        note: The note below it, or nothing.
-    """
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def __str__(self) -> str:
-        """The table as text, in columns."""
-        return self.text()
-
-    def text(self, width: int | None = None) -> str:
-        """The table in columns; columns that do not fit follow below, with the methods' names.
-
-        Args:
-            width: The most characters in a line; None for any number.
-        """
-        if not self.rows:
-            return f"{self.title}\n{self.note}"
-        rows = [self.head, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        parts: list[list[int]] = [[]]
-        for column in range(1, len(widths)):
-            taken = sum(widths[i] + 2 for i in [*parts[-1], column])
-            if parts[-1] and width is not None and widths[0] + taken > width:
-                parts.append([])
-            parts[-1].append(column)
-        lines = [
-            row[0].ljust(widths[0]) + "".join(f"  {row[i]:>{widths[i]}}" for i in part)
-            for part in parts
-            for row in rows
-        ]
-        return "\n".join([self.title, *lines, *filter(None, [self.note])])
 
 
 class Curve(NamedTuple):
@@ -138,6 +82,20 @@ class Slopes(NamedTuple):
 
     sigma: npt.NDArray[np.float64]
     margin: npt.NDArray[np.float64]
+
+
+class Ratios(NamedTuple):
+    """Ratios at the points that every run classifies correctly; NaN or infinite if there is none.
+
+    Attributes:
+        spheres: The distance along random directions by the one to the nearest image found,
+            `[R, P]`.
+        linear: The distance to the nearest image found by `margin / (sqrt(2) sigma)`, which the
+            margin and sigma alone would give, `[R, P]`.
+    """
+
+    spheres: npt.NDArray[np.float64]
+    linear: npt.NDArray[np.float64]
 
 
 def curves(evaluations: Sequence[Evaluation], name: str) -> dict[str, dict[str, Curve]]:
@@ -223,6 +181,37 @@ def slopes(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Slopes]]:
     return gathered
 
 
+def ratios(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Ratios]]:
+    """Gathers how distances, sigma and the margin compare by data set and method.
+
+    Args:
+        evaluations: The evaluated runs, with everything that is measured at a point.
+
+    Returns:
+        The ratios of each method of each data set whose runs share points.
+
+    Raises:
+        ValueError: If runs on one data set were evaluated on different numbers of points.
+    """
+    gathered: dict[str, dict[str, Ratios]] = {}
+    for dataset, runs in _by_dataset(evaluations).items():
+        shared = _shared(dataset, runs, "distance")
+        if not shared.any():
+            continue
+        gathered[dataset] = {}
+        for method, repeats in _by_method(runs).items():
+            spheres, nearest = (
+                _distances(repeats, name)[:, shared] for name in ("boundary", "distance")
+            )
+            slope = slopes(repeats)[dataset][method]
+            # The margin is positive where an image is classified correctly, and sigma where the
+            # class can change nearby. Where it cannot, both distances may be infinite.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                linear = slope.margin[:, shared] / (math.sqrt(2) * slope.sigma[:, shared])
+                gathered[dataset][method] = Ratios(spheres / nearest, nearest / linear)
+    return gathered
+
+
 def _by_dataset(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
     names = dict.fromkeys(e.dataset for e in evaluations)
     return {name: [e for e in evaluations if e.dataset == name] for name in names}
@@ -254,11 +243,6 @@ def _distances(runs: Sequence[Evaluation], name: str) -> npt.NDArray[np.float64]
     return np.array([[np.inf if d is None else d for d in row] for row in listed], float)
 
 
-def strength(name: str) -> str:
-    """The name of a perturbation's strength in evaluation.json."""
-    return "variance" if name == "noise" else "iterations"
-
-
 def unit(name: str) -> str:
     """The unit of a strength, to be written after or before its number."""
     return {"noise": "(variance)", "square": "queries"}.get(name, "steps")
@@ -267,130 +251,3 @@ def unit(name: str) -> str:
 def axis(name: str) -> str:
     """The name of the axis of a perturbation's strength."""
     return _AXES.get(name, "iterations")
-
-
-def robustness_tables(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Table]:
-    """The accuracies in percent: a table per data set and perturbation.
-
-    An accuracy is marked if the attack had lost its gradient on images that are still classified
-    correctly; a row below says for how many.
-    """
-    blocks = []
-    for name in names:
-        for dataset, methods in curves(evaluations, name).items():
-            strengths = next(iter(methods.values())).strength
-            rows = []
-            for method, c in methods.items():
-                marks = ["", *np.where(c.untested, "*", "")]
-                cells = (_spread(100 * a) for a in np.column_stack([c.clean, c.accuracy]).T)
-                marked = [cell + mark for cell, mark in zip(cells, marks, strict=True)]
-                rows.append([method, str(len(c.clean)), *marked])
-                if c.untested.any():
-                    shares = (_spread(100 * share) for share in c.faded.T)
-                    rows.append(["  gradient faded", "", "", *shares])
-            title = f"{dataset}, {TITLES[name]}: accuracy in % against {axis(name)}"
-            head = ["method", "runs", "clean", *(f"{s:g}" for s in strengths)]
-            untested = any(c.untested.any() for c in methods.values())
-            blocks.append(Table(title, head, rows, _NOT_TESTED * untested))
-    return blocks
-
-
-def distance_tables(evaluations: Sequence[Evaluation], name: str = "boundary") -> list[Table]:
-    """Distances to the boundary: a table per data set, without rows if runs share no point.
-
-    Args:
-        evaluations: The evaluated runs.
-        name: "boundary" or "distance", as for `distances`.
-    """
-    blocks = []
-    gathered = distances(evaluations, name)
-    for dataset in _by_dataset(evaluations):
-        if dataset not in gathered:
-            blocks.append(Table(f"{dataset}: {_MEANINGS[name]}", [], [], _NONE_SHARED))
-            continue
-        methods = gathered[dataset]
-        shared = next(iter(methods.values()))
-        rows = [
-            [
-                method,
-                str(len(d.values)),
-                *(f"{q:.3f}" for q in _quantiles(d.values)),
-                str(int(np.isinf(d.values).sum())),
-            ]
-            for method, d in methods.items()
-        ]
-        title = (
-            f"{dataset}: {_MEANINGS[name]} (Euclidean, pixel units), quantiles over"
-            f" the {shared.values.shape[1]} of {shared.points} points that every run gets right"
-        )
-        blocks.append(Table(title, ["method", "runs", *_HEAD, "none found"], rows))
-    return blocks
-
-
-def sigma_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """Quantiles of sigma over all points: a table per data set."""
-    blocks = []
-    for dataset, methods in slopes(evaluations).items():
-        rows = [
-            [
-                method,
-                str(len(s.sigma)),
-                f"{s.sigma.mean():.2f}",
-                *(f"{q:.2f}" for q in _quantiles(s.sigma)),
-                f"{s.sigma.max():.2f}",
-            ]
-            for method, s in methods.items()
-        ]
-        points = next(iter(methods.values())).sigma.shape[1]
-        title = f"{dataset}: exact sigma (logits per pixel unit) at {points} points, quantiles"
-        blocks.append(Table(title, ["method", "runs", "mean", *_HEAD, "largest"], rows))
-    return blocks
-
-
-def ratio_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """Ratios of the distances at each point: two tables per data set whose runs share points.
-
-    One compares the distance along random directions with the distance to the nearest image found.
-    The other compares the latter with the distance that the margin and sigma alone would give,
-    `margin / (sqrt(2) sigma)`.
-    """
-    blocks = []
-    for dataset, runs in _by_dataset(evaluations).items():
-        shared = _shared(dataset, runs, "distance")
-        if not shared.any():
-            continue
-        ratios: dict[str, list[list[str]]] = {_AGAINST_SPHERES: [], _AGAINST_SIGMA: []}
-        for method, repeats in _by_method(runs).items():
-            spheres, nearest = (
-                _distances(repeats, name)[:, shared] for name in ("boundary", "distance")
-            )
-            slope = slopes(repeats)[dataset][method]
-            # The margin is positive where an image is classified correctly, and sigma where the
-            # class can change nearby. Where it cannot, both distances may be infinite.
-            with np.errstate(divide="ignore", invalid="ignore"):
-                linear = slope.margin[:, shared] / (math.sqrt(2) * slope.sigma[:, shared])
-                found = {_AGAINST_SPHERES: spheres / nearest, _AGAINST_SIGMA: nearest / linear}
-            for title, ratio in found.items():
-                ratio = ratio[np.isfinite(ratio)]
-                cells = ["-"] * (len(_QUANTILES) + 1)
-                if len(ratio):
-                    quantiles = (f"{q:.2f}" for q in _quantiles(ratio))
-                    cells = [*quantiles, f"{100 * (ratio < 1).mean():.1f}"]
-                ratios[title].append([method, str(len(repeats)), *cells])
-        head = ["method", "runs", *_HEAD, "below 1, in %"]
-        blocks += [
-            Table(f"{dataset}: {title}, quantiles over {shared.sum()} points", head, rows)
-            for title, rows in ratios.items()
-        ]
-    return blocks
-
-
-def _spread(values: npt.NDArray[np.float64]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{values.mean():.1f}±{values.std(ddof=1):.1f}"
-
-
-def _quantiles(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    # Without interpolation: some distances may be infinite.
-    return np.quantile(values, _QUANTILES, method="inverted_cdf")

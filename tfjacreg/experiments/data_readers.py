@@ -5,9 +5,11 @@ They are returned as they were stored: `data_checks` says what is wrong with the
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfjacreg import hosts, optional_packages
+from tfjacreg.experiments import archives, reading
 
 TFDS = "tfds:"
 # The endings that keras.utils.image_dataset_from_directory accepts.
@@ -23,6 +26,11 @@ IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 SPLITS = ("train", "val", "test")
 _KEYS = (*(f"{axis}_{name}" for name in SPLITS for axis in "xy"), "class_names")
 _EXAMPLE = "numpy.savez('mine.npz', x_train=..., y_train=..., x_test=..., y_test=...)"
+# Readers of an array's header. Version 3 is for records with names in other alphabets.
+_HEADERS: dict[tuple[int, int], Any] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 Size = tuple[int, int] | None
 
@@ -86,12 +94,14 @@ def _npz(path: Path) -> Raw:
         raise ValueError(f"{path}: it must be a file. Received: a folder")
     arrays: dict[str, np.ndarray] = {}
     try:
-        # Object arrays are pickles, which run code when they are read.
-        opened = np.load(path, allow_pickle=False)
+        # Object arrays are pickles, which run code when they are read. A single array is not read.
+        opened = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(opened, np.lib.npyio.NpzFile):
             raise ValueError(f"it holds a single array. Write it with {_EXAMPLE}")
-        with opened as file:
+        with opened as file, zipfile.ZipFile(path) as archive:
             _check_keys(file.files)
+            archives.check_names(archive)
+            _check_sizes(archive)
             for key in file.files:
                 try:
                     arrays[key] = file[key]
@@ -102,7 +112,7 @@ def _npz(path: Path) -> Raw:
                         f"{key} is an array of Python objects, which is never unpickled. Give all "
                         "images one size, and save numbers"
                     ) from error
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}. Write it again") from error
     except EOFError as error:
         raise ValueError(f"{path} is empty. Write it with {_EXAMPLE}") from error
@@ -137,6 +147,30 @@ def _check_keys(keys: Sequence[str]) -> None:
                 f"it must have {' and '.join(sorted(pair))}. Received: {sorted(keys)}, without "
                 f"{' and '.join(missing)}. Write it with {_EXAMPLE}"
             )
+
+
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """Refuses arrays for which there is no memory, before any is unpacked.
+
+    NumPy reads of a part what its header says, so that the headers tell how much that is. Images
+    that are almost all alike take up next to nothing in a file, and are allowed.
+    """
+    needed = 0
+    for part in archive.infolist():
+        with archive.open(part) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"{part.filename} must be an array of numbers. Save it again")
+            shape, _, dtype = _HEADERS[version](file)
+        count = math.prod(shape)
+        copied = 4 if part.filename.startswith("x_") else 0  # Bytes of float32.
+        needed += count * (dtype.itemsize + copied)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"its arrays must fit into the memory of this machine, {memory} bytes. Received: "
+            f"{needed} bytes, by their headers, with the copy in float32 that is made of images"
+        )
 
 
 def _folders(root: Path, image_size: Size) -> Raw:
@@ -174,8 +208,15 @@ def _folders(root: Path, image_size: Size) -> Raw:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The entries of a folder by name, without hidden ones."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    """The entries of a folder by name, without hidden ones; none may be a link."""
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in entries:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path}: a data set must lie in its folder. Received: a symbolic link. Put the "
+                "file or folder itself there, with cp -rL for example"
+            )
+    return entries
 
 
 def _files(place: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -211,7 +252,7 @@ def _files(place: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
 
 def _decoded(file: Path) -> np.ndarray:
     try:
-        content = file.read_bytes()
+        content = reading.read_bytes(file, reading.PICTURE)
         image = tf.io.decode_image(content, expand_animations=False).numpy()
     except (OSError, tf.errors.OpError) as error:
         reason = " ".join(str(error).split())[:200]

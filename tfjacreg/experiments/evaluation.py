@@ -15,10 +15,10 @@ from tfjacreg.datasets import Split
 from tfjacreg.experiments import (
     checkpoint,
     classifier_files,
-    curves,
     data_sources,
     distributions,
     environment,
+    evaluation_tables,
     figures,
     files,
     measures,
@@ -190,7 +190,7 @@ def judge(
     examples: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
-) -> list[curves.Table]:
+) -> list[evaluation_tables.Table]:
     """Evaluates classifiers one after the other and draws what was measured.
 
     Args:
@@ -237,21 +237,21 @@ def judge(
                 f"{target.method}, {target.dataset}: PGD, eps {attacks.EPS * 255:g}/255",
                 target.folder.reader.examples_file,
             )
-    tables: list[curves.Table] = []
+    tables: list[evaluation_tables.Table] = []
     if perturbations:
-        tables.extend(curves.robustness_tables(judged, perturbations))
+        tables.extend(evaluation_tables.robustness_tables(judged, perturbations))
         figures.robustness_figure(judged, perturbations, out / "robustness.png")
     if "boundary" in pointwise:
-        tables.extend(curves.distance_tables(judged))
+        tables.extend(evaluation_tables.distance_tables(judged))
         distributions.boundary_figure(judged, out / "boundary.png")
     if "distance" in pointwise:
-        tables.extend(curves.distance_tables(judged, "distance"))
+        tables.extend(evaluation_tables.distance_tables(judged, "distance"))
         distributions.distance_figure(judged, out / "distance.png")
     if "sigma" in pointwise:
-        tables.extend(curves.sigma_tables(judged))
+        tables.extend(evaluation_tables.sigma_tables(judged))
         distributions.sigma_figure(judged, out / "sigma.png")
     if set(pointwise) == set(measures.POINTWISE):
-        tables.extend(curves.ratio_tables(judged))
+        tables.extend(evaluation_tables.ratio_tables(judged))
     return tables
 
 

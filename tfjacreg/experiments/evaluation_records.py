@@ -1,16 +1,26 @@
-"""Checks the form of an `evaluation.json` before a table or figure is made from it."""
+"""The names in an `evaluation.json`, and checks of its form before tables and figures."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from tfjacreg.experiments import curves
 from tfjacreg.experiments.records import LARGEST, is_number
 from tfjacreg.printable import shown
 
+# Accuracies under perturbations of rising strength, and measures at each image.
+PERTURBATIONS = ("noise", "pgd", "pgd_margin", "tpgd", "square")
+POINTWISE = ("boundary", "distance", "sigma")
+# The entries with the distances: in random directions, to the nearest image.
+DISTANCES = {"boundary": "boundary_distance", "distance": "minimal_distance"}
+
 _COUNT = 2**63  # Of images, and of seeds.
 _NAME = 4096  # Characters of a data set's name, which may be a path.
+
+
+def strength(name: str) -> str:
+    """The name of the entry with a perturbation's strengths."""
+    return "variance" if name == "noise" else "iterations"
 
 
 def check_evaluation(content: dict[str, Any]) -> None:
@@ -29,10 +39,10 @@ def check_evaluation(content: dict[str, Any]) -> None:
             is_number(content["clean_accuracy"], 0, 1),
             *("clean_accuracy", "a number from 0 to 1", content["clean_accuracy"]),
         )
-    for name in curves.TITLES:
+    for name in PERTURBATIONS:
         if name in content:
             _check_curve(name, content[name])
-    for name, key in curves.DISTANCES.items():
+    for name, key in DISTANCES.items():
         if name in content or key in content:
             _check_distances(name, key, content)
     if "sigma" in content:
@@ -44,7 +54,7 @@ def check_evaluation(content: dict[str, Any]) -> None:
         )
 
     images = content.get("settings", {}).get("images")
-    for key in (*curves.DISTANCES.values(), "sigma"):
+    for key in (*DISTANCES.values(), "sigma"):
         if key in content:
             images = len(content[key]) if images is None else images
             _require(
@@ -97,18 +107,16 @@ def _check_list(name: str, values: Any, low: float, high: float) -> None:
 
 def _check_curve(name: str, curve: Any) -> None:
     _require(isinstance(curve, dict), name, "an object", curve)
-    strength = curves.strength(name)
-    _check_list(f"{name}.{strength}", curve.get(strength), 0, LARGEST)
-    strengths = curve[strength]
-    _require(
-        strengths == sorted(set(strengths)), *(f"{name}.{strength}", "rising numbers", strengths)
-    )
+    key = strength(name)
+    _check_list(f"{name}.{key}", curve.get(key), 0, LARGEST)
+    strengths = curve[key]
+    _require(strengths == sorted(set(strengths)), f"{name}.{key}", "rising numbers", strengths)
     for part in ("accuracy", "faded"):
         if part in curve or part == "accuracy":
             _check_list(f"{name}.{part}", curve.get(part), 0, 1)
             _require(
                 len(curve[part]) == len(strengths),
-                *(f"{name}.{part}", f"a number for each {strength}", curve[part]),
+                *(f"{name}.{part}", f"a number for each {key}", curve[part]),
             )
 
 

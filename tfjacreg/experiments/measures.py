@@ -16,7 +16,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from tfjacreg import attacks, norms, robustness
-from tfjacreg.experiments import curves
+from tfjacreg.experiments import evaluation_records
 from tfjacreg.judging.classifiers import (
     Progress,
     batches,
@@ -28,9 +28,8 @@ from tfjacreg.judging.classifiers import (
     predict,
 )
 
-# Accuracies under perturbations of rising strength, and measures at each image.
-PERTURBATIONS = tuple(curves.TITLES)
-POINTWISE = ("boundary", "distance", "sigma")
+PERTURBATIONS = evaluation_records.PERTURBATIONS
+POINTWISE = evaluation_records.POINTWISE
 
 STEPS = [1, 2, 4, 8, 16, 32]
 _GRADIENT: dict[str, Any] = {
@@ -112,7 +111,7 @@ def _curve(
     name: str, classifier: keras.Model, x: np.ndarray, y: np.ndarray, seed: int, title: str
 ) -> dict[str, Any]:
     plan = dict(PLAN[name])
-    strength = curves.strength(name)
+    strength = evaluation_records.strength(name)
     values = plan.pop(strength)
     if name == "noise":
         total = len(x) * len(values) * plan["draws"]

@@ -15,6 +15,7 @@ from tfjacreg.experiments import (
     answer,
     curves,
     distributions,
+    evaluation_tables,
     figures,
     files,
     html,
@@ -232,7 +233,7 @@ def _figure_3(judged: Sequence[Evaluation], out: Path) -> list[str]:
     for name in names:
         figures.robustness_figure(judged, [name], out / f"robustness_{name}.svg")
         pictures.append(f"![{_drop(judged, name)}](robustness_{name}.svg)")
-        shown += curves.robustness_tables(judged, [name])
+        shown += evaluation_tables.robustness_tables(judged, [name])
     blocks = [
         "Accuracy on clean test images minus the accuracy on perturbed ones: mean over the "
         "evaluated repeats of the cells of Table 1, with a band of one standard deviation.",
@@ -257,7 +258,7 @@ def _drop(judged: Sequence[Evaluation], name: str) -> str:
     return tables.plain(f"Accuracy drop under {curves.TITLES[name]}. {'; '.join(texts)}")
 
 
-def _markdown(shown: Iterable[curves.Table]) -> list[str]:
+def _markdown(shown: Iterable[evaluation_tables.Table]) -> list[str]:
     blocks = []
     for table in shown:
         rows = [[tables.plain(cell) for cell in row] for row in table.rows]
@@ -285,7 +286,7 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
     ]
     if measured["boundary"]:
         distributions.boundary_figure(measured["boundary"], out / "boundary.svg")
-        shown = curves.distance_tables(measured["boundary"])
+        shown = evaluation_tables.distance_tables(measured["boundary"])
         if _has_rows(shown):
             blocks.append(
                 f"![Share of the points with a boundary within a distance; {_medians(shown)}]"
@@ -294,7 +295,7 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
         blocks += _markdown(shown)
     if measured["distance"]:
         distributions.distance_figure(measured["distance"], out / "distance.svg")
-        shown = curves.distance_tables(measured["distance"], "distance")
+        shown = evaluation_tables.distance_tables(measured["distance"], "distance")
         blocks += ["## The nearest adversarial image", NEAREST]
         if _has_rows(shown):
             blocks.append(
@@ -304,7 +305,7 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
         blocks += _markdown(shown)
     if measured["sigma"]:
         distributions.sigma_figure(measured["sigma"], out / "sigma.svg")
-        shown = curves.sigma_tables(measured["sigma"])
+        shown = evaluation_tables.sigma_tables(measured["sigma"])
         blocks += [
             "## Sigma at the test images",
             "The exact spectral norm of the classifier's Jacobian at all points of the same runs, "
@@ -313,17 +314,17 @@ def _figure_4(picked: Sequence[str], measured: dict[str, list[Evaluation]], out:
             *_markdown(shown),
         ]
     whole = [e for e in measured["distance"] if _has(e.result, POINTWISE)]
-    ratios = curves.ratio_tables(whole)
+    ratios = evaluation_tables.ratio_tables(whole)
     if ratios:
         blocks += [RATIOS, *_markdown(ratios)]
     return blocks
 
 
-def _has_rows(shown: Iterable[curves.Table]) -> bool:
+def _has_rows(shown: Iterable[evaluation_tables.Table]) -> bool:
     return any(table.rows for table in shown)
 
 
-def _medians(shown: Sequence[curves.Table]) -> str:
+def _medians(shown: Sequence[evaluation_tables.Table]) -> str:
     """The medians of tables of quantiles, for the alternative text of their figure."""
     texts = [f"{row[0]} {row[table.head.index('50 %')]}" for table in shown for row in table.rows]
     return tables.plain(f"medians: {', '.join(texts)}")

@@ -167,7 +167,8 @@ def read(folders: Sequence[Path]) -> list[SweepResults]:
             belongs to a run with other settings or has a damaged file; the message names the file.
     """
     folders = list(folders)
-    for folder, count in Counter(folder.resolve() for folder in folders).items():
+    named = Counter(folder.resolve() for folder in folders)
+    for folder, count in named.items():
         if count > 1:
             raise ValueError(f"Every sweep must be named once. Received: {folder} {count} times.")
     for folder in folders:
@@ -180,7 +181,8 @@ def read(folders: Sequence[Path]) -> list[SweepResults]:
     for folder in folders:
         sweeps[folder] = Sweep.load(folder / SWEEP_FILE)
         final = folder / FINAL_FOLDER
-        if sweeps[folder].final and (final / SWEEP_FILE).is_file() and final not in folders:
+        begun = sweeps[folder].final and (final / SWEEP_FILE).is_file()
+        if begun and final.resolve() not in named:
             sweeps[final] = Sweep.load(final / SWEEP_FILE)
     names = [sweep.any_config.dataset for sweep in sweeps.values()]
     return [
