@@ -266,7 +266,8 @@ CALLED = {
 RECORDS = {"SingularTriplet", "attacks.AttackResult", "datasets.Split", "datasets.Dataset"}
 # What `RegularizedModel`, Keras or a penalty calls: a penalty of one's own overrides them.
 HOOKS = {
-    *("JacobianOperator.subset", "JacobianOperator.traced"),
+    *("JacobianOperator.subset", "JacobianOperator.traced", "JacobianOperator.once"),
+    *("JacobianOperator.moved", "JacobianOperator.run_again"),
     *("RegularizedModel.factor_changes", "regularizers.Regularizer.followed_by"),
     *("regularizers.Regularizer.initial_state", "regularizers.Regularizer.from_config"),
     *(
