@@ -115,7 +115,7 @@ def _select_from_tiles(
     def selected(t: tf.Tensor) -> Any:
         # A NaN times 0, and an infinity, would make the sum over the window NaN.
         found = select(t)
-        return tf.where(found == y, found, y), spread
+        return tf.where(tf.stop_gradient(found) == y, found, y), spread
 
     @tf.custom_gradient
     def spread(t: tf.Tensor) -> Any:
