@@ -360,6 +360,33 @@ def test_a_branch_that_is_lost_without_a_graph(monkeypatch, name):
     assert len(compared) <= 2
 
 
+class Field(layers.Layer):
+    """The derivative of an energy, which takes a tape."""
+
+    def call(self, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            energy = tf.reduce_sum(tf.sin(x), axis=[1, 2, 3])
+        return tape.gradient(energy, x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make", [lambda: layers.MaxPooling2D(2), Field])
+def test_a_branch_that_is_lost_behind_a_tape(make, compiled):
+    """A layer that takes gradients, as the replacement of max-pooling does, is searched too."""
+    lossy = Flagged(tf.identity, eager=False)
+    network = keras.Sequential([keras.Input((4, 4, 2)), make(), lossy, layers.Flatten()])
+    x = tf.constant(seeded_input((4, 4, 2), 2, "float32"))
+
+    def sigma(x):
+        return tfjacreg.spectral_norm(network, x).sigma
+
+    assert np.all(np.isfinite(sigma(x)))
+    lossy.flag = True
+    with pytest.raises(ValueError, match="without a derivative, PyFunc"):
+        (tf.function(sigma) if compiled else sigma)(x)
+
+
 def test_a_flag_that_adds_a_branch_after_a_measurement():
     """What the graph showed before it was set does not count any more."""
     network = keras.Sequential([layers.Dense(4), Flagged(tf.identity, eager=False)])

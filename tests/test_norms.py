@@ -463,7 +463,7 @@ def test_layer_norms_of_weights_in_half_precision(name, policy):
     networks = []
     for dtype in (policy, "float64"):
         keras.config.set_dtype_policy(dtype)
-        networks.append(keras.Sequential([keras.Input(shape), make()]))
+        networks.append(keras.Sequential([keras.Input(shape, dtype=dtype), make()]))
     half, double = networks
     double.set_weights([w.astype("float64") for w in half.get_weights()])
     basis = np.eye(int(np.prod(shape))).reshape(-1, *shape)

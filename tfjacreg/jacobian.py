@@ -206,8 +206,8 @@ class JacobianOperator:
             return symbolic.primal
 
         specs = [tf.type_spec_from_value(tensor) for tensor in self._taken.tensors()]
-        with tf.init_scope():
-            tf.function(forward, autograph=False).get_concrete_function(specs)
+        # Not in an `init_scope`, where no tape records: a layer may use one.
+        tf.function(forward, autograph=False).get_concrete_function(specs)
         return found[0]
 
     def moved(self, x: tf.Tensor) -> JacobianOperator:
