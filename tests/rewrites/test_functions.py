@@ -367,6 +367,11 @@ POOLINGS = {
             input=t, ksize=[1, 3, 3, 1], strides=[1, 3, 3, 1], padding="VALID"
         )
     ),
+    "raw_ops of tiles": by(
+        lambda t: tf.raw_ops.MaxPool(
+            input=t, ksize=[1, 2, 2, 1], strides=[1, 2, 2, 1], padding="VALID"
+        )
+    ),
     "in a tf.function": lambda: Block(layers.MaxPooling2D(3)),
 }
 

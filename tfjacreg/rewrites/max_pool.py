@@ -11,7 +11,6 @@ whichever code calls them.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -59,9 +58,11 @@ def pool(
     settings: dict[str, Any] = {"data_format": data_format} if data_format else {}
     if explicit_paddings:
         settings["explicit_paddings"] = explicit_paddings
-    own = functools.partial(
-        original, ksize=ksize, strides=strides, padding=padding, name=name, **settings
-    )
+    settings.update(ksize=ksize, strides=strides, padding=padding, name=name)
+
+    def own(t: tf.Tensor) -> Any:
+        return original(input=t, **settings)  # `tf.raw_ops` takes nothing by position.
+
     x = tf.convert_to_tensor(input)
     first = 2 if (data_format or "").startswith("NC") else 1
     rest = [0, 1 if first == 2 else -1]  # The axes of examples and channels.
