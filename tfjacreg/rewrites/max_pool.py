@@ -52,8 +52,10 @@ def pool(
 ) -> Any:
     """Replaces a max-pooling, with the same values; the places of the maxima are constant.
 
-    A NaN is left out of its window, as TensorFlow leaves it out on a CPU. Where a window holds
-    nothing but NaN, TensorFlow's value, the smallest number there is, has no derivative.
+    What is not finite never becomes another number than TensorFlow's. A NaN is left out of its
+    window, as TensorFlow leaves it out on a CPU, and where there is nothing else TensorFlow's
+    value, the smallest number there is, has no derivative. Where windows are tiles, a NaN, or an
+    infinity that is not the maximum, makes the value NaN: to leave it out would cost every step.
     """
     settings: dict[str, Any] = {"data_format": data_format} if data_format else {}
     if explicit_paddings:
@@ -113,12 +115,6 @@ def _select_from_tiles(
         return tile * mean, spread
 
     @tf.custom_gradient
-    def selected(t: tf.Tensor) -> Any:
-        # A NaN times 0, and an infinity, would make the sum over the window NaN.
-        found = select(t)
-        return tf.where(tf.stop_gradient(found) == y, found, y), spread
-
-    @tf.custom_gradient
     def spread(t: tf.Tensor) -> Any:
         # Every output is spread over its whole tile, and the mask keeps it at the maximum.
         # On a CPU TensorFlow broadcasts along at most two of three axes at a time.
@@ -138,7 +134,7 @@ def _select_from_tiles(
         return spread_out * mask, select
 
     with tf.name_scope(SELECTION):
-        return selected(x)
+        return select(x)
 
 
 def _select_from_windows(
