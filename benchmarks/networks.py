@@ -73,6 +73,7 @@ OWN: dict[str, Callable[[], keras.Model]] = {
 }
 NETWORKS = (
     *("ResNet50", "MobileNetV2", "EfficientNetB0", "DenseNet121", "ConvNeXtTiny"),
+    *("Xception", "InceptionV3"),
     *OWN,
 )
 
