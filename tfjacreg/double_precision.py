@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,11 +13,7 @@ from tfjacreg import _keras, rewrites
 T = TypeVar("T")
 
 
-class _State(threading.local):
-    is_active = False
-
-
-_state = _State()
+_state = rewrites.Switch()
 
 
 class _DoublePrecision(keras.DTypePolicy):
@@ -81,13 +76,4 @@ def in_double_precision(layer: keras.Operation, function: Callable[[], T]) -> T:
         if part.dtype_policy.quantization_mode is None
         and tf.as_dtype(part.compute_dtype).is_floating
     ]
-
-    def active() -> T:
-        before = _state.is_active
-        try:
-            _state.is_active = True
-            return function()
-        finally:
-            _state.is_active = before
-
-    return rewrites.while_replaced(places, active)
+    return rewrites.while_replaced(places, lambda: _state.during(function))

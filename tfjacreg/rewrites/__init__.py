@@ -17,6 +17,7 @@ from tfjacreg import _keras
 from tfjacreg.rewrites import missing_gradients, tangents  # noqa: F401 (register what they have)
 from tfjacreg.rewrites.context import (
     Place,
+    Switch,
     is_replacing,
     stepping_aside,
     undone,
@@ -34,6 +35,7 @@ __all__ = [
     "MOMENTS",
     "SELECTION",
     "Place",
+    "Switch",
     "active",
     "in_blocks",
     "is_replacing",

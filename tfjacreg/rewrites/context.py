@@ -51,6 +51,21 @@ class _Here(threading.local):
         self.uses: list[_Use] = []
 
 
+class Switch(threading.local):
+    """Whether this thread is inside of a certain function; in every other thread it is not."""
+
+    is_active = False
+
+    def during(self, function: Callable[[], T]) -> T:
+        """Calls a function without arguments, and returns what it returns."""
+        before = self.is_active
+        try:
+            self.is_active = True
+            return function()
+        finally:
+            self.is_active = before
+
+
 class _Patch:
     """A place that is replaced: its users, and what was there before."""
 

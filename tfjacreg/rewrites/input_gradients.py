@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import tensorflow as tf
+
+from tfjacreg.rewrites.context import Switch
 
 T = TypeVar("T")
 
@@ -27,11 +28,7 @@ _LANES = 16
 _BLOCKS = (4, 2)
 
 
-class _State(threading.local):
-    is_active = False
-
-
-_state = _State()
+_state = Switch()
 
 
 def in_blocks(function: Callable[[], T]) -> T:
@@ -43,12 +40,7 @@ def in_blocks(function: Callable[[], T]) -> T:
     Returns:
         What the function returns.
     """
-    before = _state.is_active
-    try:
-        _state.is_active = True
-        return function()
-    finally:
-        _state.is_active = before
+    return _state.during(function)
 
 
 def block(op: Any) -> int | None:
